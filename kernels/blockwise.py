@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention by blocks with a running softmax: the loop under the "xla" flash_attention and dual_chunk_attention.
+
+For each block of queries it visits the blocks of keys that some query may see, keeping per row the largest logit so
+far, the sum of exponentials and the weighted sum of values (Milakov & Gimelshein 2018, arXiv:1805.02867; Dao et al.
+2022, arXiv:2205.14135). Nothing of size T x S exists; the backward pass recomputes the probabilities from the
+log-sum-exp of each row. Blocks nobody can see are never entered, so the work follows the mask.
+
+The query comes in A rotations: one for ordinary attention, three for Dual Chunk Attention, where the region of a
+(query, key) pair says which rotation scores it. A pair of blocks that lies in one region costs one product, as in
+ordinary attention; only a pair with a chunk boundary inside pays for three.
+
+B batch, T query length, S key length, N query heads, K kv heads, G = N // K, H head width, A rotations of the query;
+I query blocks, X rows of one (its queries times G: the heads that share keys become rows of one product, so nothing is
+repeated); J key blocks, Y keys of one.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .visibility import Bounds, block_region, bounds, chunk_region, may_see, visible
+
+LOWEST = jnp.finfo(jnp.float32).min  # start of the running maximum: finite, so an empty row never meets inf - inf
+BLOCK = 128  # queries and keys of a block, at most; measured on CPU for 512 to 4096 tokens, see benchmarks
+
+
+class Tokens(NamedTuple):
+    """Where the tokens of one side stand, [B, T] or [B, S], or cut in blocks [I, B, X] or [J, B, Y]."""
+
+    positions: jax.Array
+    segments: jax.Array | None
+
+
+class Rule(NamedTuple):
+    """Run-time numbers of the mask and the logits, each [B]; None where there is no window or there are no chunks."""
+
+    window: jax.Array | None
+    chunk_len: jax.Array | None
+
+
+def attend(rotations, k, v, q_tokens: Tokens, kv_tokens: Tokens, rule: Rule, scale_B, *, block_q=None, block_k=None):
+    """Attention of the rotated queries, a tuple of A arrays [B, T, N, H], over k and v [B, S, K, H].
+
+    Returns (out [B, T, N, H] in the query's dtype, lse float32 [B, T, N]). A row that sees nothing gets zeros and
+    lse = -inf. Differentiable in rotations, k, v and scale_B, from both results.
+    """
+    blocks = block_q or block_size(q_tokens.positions.shape[1]), block_k or block_size(kv_tokens.positions.shape[1])
+    return _attend(blocks, rotations, k, v, q_tokens, kv_tokens, rule, scale_B)
+
+
+def block_size(length):
+    """Tokens per block: `length` cut into equal blocks of at most BLOCK, a multiple of 8; at least 2 tokens."""
+    count = max(1, -(-length // BLOCK))
+    size = -(-length // count)
+    return max(2, size if count == 1 else -(-size // 8) * 8)
+
+
+# ---------------------------------------------------------------------- cutting arrays into blocks and back
+
+
+def _pad(x, block, fill=0):
+    """x [B, tokens, ...] filled up to whole blocks."""
+    missing = -x.shape[1] % block
+    return jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2), constant_values=fill)
+
+
+def _query_blocks(x_BTNH, K, block):
+    """[B, T, N, H] -> [I, B, K, X, H]; X runs over (query, head of the group)."""
+    B, _, N, H = x_BTNH.shape
+    x = _pad(x_BTNH, block).reshape(B, -1, block, K, N // K, H)
+    return x.transpose(1, 0, 3, 2, 4, 5).reshape(-1, B, K, block * (N // K), H)
+
+
+def _query_unblocks(x_IBKXH, T, block):
+    """[I, B, K, X, H] -> [B, T, N, H]."""
+    I, B, K, X, H = x_IBKXH.shape
+    x = x_IBKXH.reshape(I, B, K, block, X // block, H).transpose(1, 0, 3, 2, 4, 5)
+    return x.reshape(B, I * block, K * (X // block), H)[:, :T]
+
+
+def _key_blocks(x_BSKH, block):
+    """[B, S, K, H] -> [J, B, K, Y, H]."""
+    B, _, K, H = x_BSKH.shape
+    return _pad(x_BSKH, block).reshape(B, -1, block, K, H).transpose(1, 0, 3, 2, 4)
+
+
+def _key_unblocks(x_JBKYH, S):
+    """[J, B, K, Y, H] -> [B, S, K, H]."""
+    J, B, K, Y, H = x_JBKYH.shape
+    return x_JBKYH.transpose(1, 0, 3, 2, 4).reshape(B, J * Y, K, H)[:, :S]
+
+
+def _token_blocks(tokens: Tokens, block, repeats=1):
+    """Positions and segments as [blocks, B, tokens of a block * repeats]; what is filled up is padding (position -1)."""
+
+    def cut(x, fill):
+        B = x.shape[0]
+        return jnp.repeat(_pad(x, block, fill).reshape(B, -1, block).swapaxes(0, 1), repeats, axis=-1)
+
+    return Tokens(cut(tokens.positions, -1), None if tokens.segments is None else cut(tokens.segments, 0))
+
+
+# ---------------------------------------------------------------------- one pair of blocks
+
+
+class Pair(NamedTuple):
+    """What decides the logits of one pair of blocks."""
+
+    seen_BXY: jax.Array
+    region_BXY: jax.Array | None  # None: one rotation
+    region_B: jax.Array | None
+    whole: jax.Array | None  # scalar: every row of the batch has this pair in one region
+
+
+def _pair(q: Tokens, kv: Tokens, q_bounds: Bounds, kv_bounds: Bounds, rule: Rule) -> Pair:
+    """q is [B, X], kv [B, Y], the bounds [B]."""
+    rows, keys = (lambda x: None if x is None else x[:, :, None]), (lambda x: None if x is None else x[:, None, :])
+    window = None if rule.window is None else rule.window[:, None, None]
+    seen_BXY = visible(rows(q.positions), keys(kv.positions), rows(q.segments), keys(kv.segments), window)
+    if rule.chunk_len is None:
+        return Pair(seen_BXY, None, None, None)
+    region_BXY = chunk_region(rows(q.positions), keys(kv.positions), rule.chunk_len[:, None, None])
+    region_B, whole_B = block_region(q_bounds, kv_bounds, rule.chunk_len)
+    whole = jnp.all(whole_B | ~may_see(q_bounds, kv_bounds, rule.window))
+    return Pair(seen_BXY, region_BXY, region_B, whole)
+
+
+def _product(x, y, equation):
+    return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
+
+
+def _score(q_ABKXH, k_BKYH, pair: Pair):
+    """q.k in float32, [B, K, X, Y], each pair of tokens with the rotation of its region."""
+
+    def one_rotation():
+        return _product(_pick(q_ABKXH, pair.region_B), k_BKYH, "bkxh,bkyh->bkxy")
+
+    def by_token():
+        s_ABKXY = [_product(q_BKXH, k_BKYH, "bkxh,bkyh->bkxy") for q_BKXH in q_ABKXH]
+        return lax.select_n(jnp.broadcast_to(pair.region_BXY[:, None], s_ABKXY[0].shape), *s_ABKXY)
+
+    return one_rotation() if len(q_ABKXH) == 1 else lax.cond(pair.whole, one_rotation, by_token)
+
+
+def _score_vjp(q_ABKXH, k_BKYH, pair: Pair, ds_BKXY, dq_ABKXH, dk_BKYH):
+    """Adds the gradients of `_score` to dq and dk, both float32."""
+
+    def one_rotation():
+        dq_BKXH = _product(ds_BKXY, k_BKYH, "bkxy,bkyh->bkxh")
+        dk = dk_BKYH + _product(ds_BKXY, _pick(q_ABKXH, pair.region_B), "bkxy,bkxh->bkyh")
+        if len(q_ABKXH) == 1:
+            return dq_ABKXH + dq_BKXH, dk
+        mine_AB = jnp.arange(len(q_ABKXH))[:, None] == pair.region_B
+        return dq_ABKXH + jnp.where(mine_AB[..., None, None, None], dq_BKXH, 0), dk
+
+    def by_token():
+        dq, dk = [], dk_BKYH
+        for a, q_BKXH in enumerate(q_ABKXH):
+            ds = jnp.where(pair.region_BXY[:, None] == a, ds_BKXY, 0)
+            dq.append(dq_ABKXH[a] + _product(ds, k_BKYH, "bkxy,bkyh->bkxh"))
+            dk += _product(ds, q_BKXH, "bkxy,bkxh->bkyh")
+        return jnp.stack(dq), dk
+
+    return one_rotation() if len(q_ABKXH) == 1 else lax.cond(pair.whole, one_rotation, by_token)
+
+
+def _pick(x_ABKXH, region_B):
+    """The rotation each row of the batch uses, [B, K, X, H]."""
+    if region_B is None:
+        return x_ABKXH[0]
+    return x_ABKXH[region_B, jnp.arange(x_ABKXH.shape[1])]
+
+
+# ---------------------------------------------------------------------- the loops
+
+
+def _key_block_order(q_bounds: Bounds, kv_bounds: Bounds, rule: Rule):
+    """(order [J], count): the key blocks that this query block has to visit are order[:count], in ascending order.
+
+    q_bounds are [B], kv_bounds [J, B]; a block is visited if some row of the batch may need it.
+    """
+    needed_J = jnp.any(may_see(q_bounds, kv_bounds, rule.window), axis=-1)
+    return jnp.argsort(~needed_J, stable=True), jnp.sum(needed_J)
+
+
+def _at(tree, j):
+    return jax.tree.map(lambda x: x[j], tree)
+
+
+def _forward(blocks, rotations, k, v, q_tokens, kv_tokens, rule, scale_B):
+    block_q, block_k = blocks
+    (_, T, N, H), K = rotations[0].shape, k.shape[2]
+    q_IABKXH = jnp.stack([_query_blocks(q, K, block_q) for q in rotations], axis=1)
+    k_JBKYH, v_JBKYH = _key_blocks(k, block_k), _key_blocks(v, block_k)
+    q_side = _token_blocks(q_tokens, block_q, N // K)
+    kv_side = _token_blocks(kv_tokens, block_k)
+    kv_bounds = bounds(*kv_side)
+    scale = scale_B[:, None, None, None]
+
+    def query_block(inputs):
+        q_ABKXH, q_here = inputs
+        q_bounds = bounds(*q_here)
+        order, count = _key_block_order(q_bounds, kv_bounds, rule)
+
+        def visit(n, carry):
+            top_BKX, total_BKX, acc_BKXH = carry
+            j = order[n]
+            pair = _pair(q_here, _at(kv_side, j), q_bounds, _at(kv_bounds, j), rule)
+            s_BKXY = _score(q_ABKXH, k_JBKYH[j], pair) * scale
+            s_BKXY = jnp.where(pair.seen_BXY[:, None], s_BKXY, -jnp.inf)
+            new_top_BKX = jnp.maximum(top_BKX, s_BKXY.max(-1))
+            p_BKXY = jnp.exp(s_BKXY - new_top_BKX[..., None])
+            shrink_BKX = jnp.exp(top_BKX - new_top_BKX)
+            update_BKXH = _product(p_BKXY.astype(v.dtype), v_JBKYH[j], "bkxy,bkyh->bkxh")
+            return new_top_BKX, total_BKX * shrink_BKX + p_BKXY.sum(-1), acc_BKXH * shrink_BKX[..., None] + update_BKXH
+
+        rows = q_ABKXH.shape[1:4]
+        start = jnp.full(rows, LOWEST), jnp.zeros(rows, jnp.float32), jnp.zeros((*rows, H), jnp.float32)
+        top_BKX, total_BKX, acc_BKXH = lax.fori_loop(0, count, visit, start)
+        some = total_BKX > 0
+        total_BKX = jnp.where(some, total_BKX, 1)
+        lse_BKX = jnp.where(some, top_BKX + jnp.log(total_BKX), -jnp.inf)
+        return (acc_BKXH / total_BKX[..., None]).astype(rotations[0].dtype), lse_BKX
+
+    out_IBKXH, lse_IBKX = lax.map(query_block, (q_IABKXH, q_side))
+    return _query_unblocks(out_IBKXH, T, block_q), _query_unblocks(lse_IBKX[..., None], T, block_q)[..., 0]
+
+
+def _backward(blocks, residuals, cotangents):
+    rotations, k, v, q_tokens, kv_tokens, rule, scale_B, out, lse_BTN = residuals
+    dout, dlse_BTN = cotangents
+    block_q, block_k = blocks
+    (_, T, N, _), (S, K), dtype = rotations[0].shape, k.shape[1:3], rotations[0].dtype
+    q_IABKXH = jnp.stack([_query_blocks(q, K, block_q) for q in rotations], axis=1)
+    k_JBKYH, v_JBKYH = _key_blocks(k, block_k), _key_blocks(v, block_k)
+    q_side = _token_blocks(q_tokens, block_q, N // K)
+    kv_side = _token_blocks(kv_tokens, block_k)
+    kv_bounds = bounds(*kv_side)
+    scale = scale_B[:, None, None, None]
+
+    # d logit = p * (dp - delta); a cotangent of lse adds p * dlse, so it is only another part of delta.
+    empty_BTN = lse_BTN == -jnp.inf
+    delta_BTN = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - dlse_BTN
+    per_row = jnp.stack([jnp.where(empty_BTN, 0, lse_BTN), jnp.where(empty_BTN, 0, delta_BTN)], axis=-1)
+    inputs = q_IABKXH, _query_blocks(dout, K, block_q), _query_blocks(per_row, K, block_q), q_side
+
+    def query_block(carry, inputs):
+        q_ABKXH, dout_BKXH, per_row_BKX2, q_here = inputs
+        lse_BKX, delta_BKX = per_row_BKX2[..., 0], per_row_BKX2[..., 1]
+        q_bounds = bounds(*q_here)
+        order, count = _key_block_order(q_bounds, kv_bounds, rule)
+
+        def visit(n, carry):
+            dq_ABKXH, dk_JBKYH, dv_JBKYH = carry
+            j = order[n]
+            pair = _pair(q_here, _at(kv_side, j), q_bounds, _at(kv_bounds, j), rule)
+            s_BKXY = _score(q_ABKXH, k_JBKYH[j], pair) * scale
+            p_BKXY = jnp.exp(jnp.where(pair.seen_BXY[:, None], s_BKXY - lse_BKX[..., None], -jnp.inf))
+            dp_BKXY = _product(dout_BKXH, v_JBKYH[j], "bkxh,bkyh->bkxy")
+            ds_BKXY = (p_BKXY * (dp_BKXY - delta_BKX[..., None])).astype(dtype)
+            dv = dv_JBKYH[j] + _product(p_BKXY.astype(dtype), dout_BKXH, "bkxy,bkxh->bkyh")
+            dq_ABKXH, dk = _score_vjp(q_ABKXH, k_JBKYH[j], pair, ds_BKXY, dq_ABKXH, dk_JBKYH[j])
+            return dq_ABKXH, dk_JBKYH.at[j].set(dk), dv_JBKYH.at[j].set(dv)
+
+        dq_ABKXH, *carry = lax.fori_loop(0, count, visit, (jnp.zeros(q_ABKXH.shape, jnp.float32), *carry))
+        dscale_B = jnp.sum(dq_ABKXH * q_ABKXH, axis=(0, 2, 3, 4))  # the logits are linear in q and in the scale alike
+        return tuple(carry), ((dq_ABKXH * scale).astype(dtype), dscale_B)
+
+    zeros = jnp.zeros(k_JBKYH.shape, jnp.float32)
+    (dk_JBKYH, dv_JBKYH), (dq_IABKXH, dscale_IB) = lax.scan(query_block, (zeros, zeros), inputs)
+    dq = tuple(_query_unblocks(dq_IABKXH[:, a], T, block_q) for a in range(len(rotations)))
+    dk, dv = _key_unblocks((dk_JBKYH * scale).astype(k.dtype), S), _key_unblocks(dv_JBKYH.astype(v.dtype), S)
+    return dq, dk, dv, None, None, None, dscale_IB.sum(0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(blocks, rotations, k, v, q_tokens, kv_tokens, rule, scale_B):
+    return _forward(blocks, rotations, k, v, q_tokens, kv_tokens, rule, scale_B)
+
+
+def _attend_forward(blocks, *inputs):
+    out, lse_BTN = _forward(blocks, *inputs)
+    return (out, lse_BTN), (*inputs, out, lse_BTN)
+
+
+_attend.defvjp(_attend_forward, _backward)

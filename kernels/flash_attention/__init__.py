@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Causal attention with grouped heads, masks given as positions and segments, O(n) memory."""
+
+import jax.numpy as jnp
+
+from ..attention_inputs import check_shapes, per_row, softmax_scale
+from ..dispatch import dispatch
+from . import reference, xla
+
+IMPLEMENTATIONS = {"xla": xla.flash_attention, "reference": reference.flash_attention}  # fastest first
+
+
+def flash_attention(
+    q,
+    k,
+    v,
+    *,
+    q_positions_BT,
+    kv_positions_BS,
+    q_segments_BT=None,
+    kv_segments_BS=None,
+    window=None,
+    scale=None,
+    return_lse=False,
+    implementation=None,
+):
+    """Softmax attention of q [B, T, N, H] over k, v [B, S, K, H]; N is a multiple of K, neighbouring heads share keys.
+
+    A query sees a key iff both are in the same segment, key position <= query position, query position - key position
+    < window, and both positions are >= 0 (negative marks padding). A query that sees nothing returns zeros.
+
+    Args:
+        q_positions_BT, kv_positions_BS: int positions in the sequence, below 2**30, in any order.
+        q_segments_BT, kv_segments_BS: int segment ids, or None for one segment.
+        window: how many tokens back a query sees, itself included; a number or one per batch row, None for all.
+        scale: factor on the dot products, a number or one per batch row; None for 1 / sqrt(H).
+        return_lse: return (out, lse) with lse float32 [B, T, N], the natural log of the sum of exp of the visible scaled
+            logits, -inf where nothing is visible.
+        implementation: "xla" (by blocks, O(T + S) memory), "reference" (from the definition), or None for the first
+            that takes the inputs.
+
+    Returns out [B, T, N, H] in q's dtype; logits, softmax and sums are float32. Both results are differentiable in q, k,
+    v and scale.
+
+    Raises:
+        ValueError: shapes do not fit, or an unknown implementation.
+        NotImplementedError: the named implementation cannot take these inputs.
+    """
+    check_shapes({"q": q}, k, v, q_positions_BT, kv_positions_BS, q_segments_BT, kv_segments_BS)
+    out, lse_BTN = dispatch(
+        IMPLEMENTATIONS,
+        implementation,
+        q,
+        k,
+        v,
+        q_positions_BT=q_positions_BT,
+        kv_positions_BS=kv_positions_BS,
+        q_segments_BT=q_segments_BT,
+        kv_segments_BS=kv_segments_BS,
+        window_B=per_row("window", window, q.shape[0], jnp.int32),
+        scale_B=softmax_scale(scale, q),
+    )
+    return (out, lse_BTN) if return_lse else out

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which query sees which key: the one rule of every attention here, for single tokens and for whole blocks of them.
+
+A token is known by its position in its sequence and by the segment (document) it belongs to. There is no [T, S] mask
+anywhere: packing, padding, chunked prefill, cached decode and sliding windows are all the same three comparisons.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+FAR = 2**30  # beyond every position: positions and windows are below it, so their differences fit in int32
+CHUNK_REGIONS = 3  # own chunk, the chunk before it, all older chunks (Dual Chunk Attention)
+
+
+def visible(q_positions, kv_positions, q_segments=None, kv_segments=None, window=None):
+    """True where a query sees a key: the key is in the same segment, not later, and fewer than `window` tokens back.
+
+    Negative positions mark padding: a padding query sees nothing and a padding key is seen by nobody (0 <= key <= query
+    says both). All arguments broadcast against each other; segments and window may be None (one segment, no window).
+    """
+    seen = (kv_positions >= 0) & (kv_positions <= q_positions)
+    if window is not None:
+        seen &= q_positions - kv_positions < window
+    if q_segments is not None:
+        seen &= q_segments == kv_segments
+    return seen
+
+
+def chunk_region(q_positions, kv_positions, chunk_len):
+    """Region of a visible pair: 0 same chunk, 1 the key is one chunk back, 2 further. Chunk = position // chunk_len."""
+    return jnp.clip(q_positions // chunk_len - kv_positions // chunk_len, 0, CHUNK_REGIONS - 1)
+
+
+class Bounds(NamedTuple):
+    """What is known of a block of tokens without looking at each: the ranges of its positions and segments.
+
+    Padding (negative positions) does not count. A block of nothing but padding is the empty range low=FAR, high=-1.
+    """
+
+    low: jax.Array
+    high: jax.Array
+    first_segment: jax.Array | None
+    last_segment: jax.Array | None
+
+
+def bounds(positions, segments=None) -> Bounds:
+    """Bounds over the last dimension of positions and segments, both [..., tokens of the block]."""
+    real = positions >= 0
+    low = jnp.min(positions, axis=-1, where=real, initial=FAR)
+    high = jnp.max(positions, axis=-1, where=real, initial=-1)
+    if segments is None:
+        return Bounds(low, high, None, None)
+    limits = jnp.iinfo(segments.dtype)
+    return Bounds(
+        low,
+        high,
+        jnp.min(segments, axis=-1, where=real, initial=limits.max),
+        jnp.max(segments, axis=-1, where=real, initial=limits.min),
+    )
+
+
+def may_see(q: Bounds, kv: Bounds, window=None):
+    """False where no query of one block can see a key of the other: such a pair of blocks is never computed.
+
+    True promises nothing: the bounds do not tell whether some pair inside really meets.
+    """
+    meets = kv.low <= q.high
+    if window is not None:
+        meets &= q.low - kv.high < window
+    if q.first_segment is not None:
+        meets &= (q.first_segment <= kv.last_segment) & (kv.first_segment <= q.last_segment)
+    return meets
+
+
+def block_region(q: Bounds, kv: Bounds, chunk_len):
+    """(region, whole): the region of a pair of blocks, and whether it is the same for every query and key in them."""
+    nearest = chunk_region(q.low, kv.high, chunk_len)
+    furthest = chunk_region(q.high, kv.low, chunk_len)
+    return nearest, nearest == furthest

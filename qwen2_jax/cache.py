@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The key/value cache: what decoding remembers of the tokens before."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from qwen2_jax.config import ModelConfig
+
+# B batch  T new tokens  S slots  K kv heads  H head width  R repeats of a stack
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerCache:
+    """Keys and values of the layers that are scanned together, each [R, B, S, K, H].
+
+    The slot of a token is its position in its row. Keys are stored rotated and unscaled. 2 * K * H * itemsize bytes
+    per token and layer, nothing else.
+    """
+
+    k: jax.Array
+    v: jax.Array
+
+    def write(self, repeat, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT: jax.Array) -> "LayerCache":
+        """The cache with new tokens of layer `repeat` in the slots of their positions.
+
+        A token whose position is negative (padding) or not below S is dropped, never written elsewhere.
+        """
+        rows_B1 = jnp.arange(positions_BT.shape[0])[:, None]
+        slots_BT = jnp.where(positions_BT < 0, self.k.shape[2], positions_BT)
+        where = (repeat, rows_B1, slots_BT)
+        return LayerCache(
+            self.k.at[where].set(k_BTKH.astype(self.k.dtype), mode="drop"),
+            self.v.at[where].set(v_BTKH.astype(self.v.dtype), mode="drop"),
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """One LayerCache per position in a stack's period, in the order of the model's stacks and blocks."""
+
+    layers: tuple[tuple[LayerCache, ...], ...]
+
+    @classmethod
+    def zeros(cls, config: ModelConfig, batch: int, length: int, dtype=jnp.float32, *, unroll: bool = False) -> "Cache":
+        """An empty cache for `batch` rows of at most `length` tokens; `unroll` as the model was built."""
+
+        def layer(repeats: int) -> LayerCache:
+            shape = (repeats, batch, length, config.num_key_value_heads, config.head_dim)
+            return LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+        return cls(tuple(tuple(layer(stack.repeats) for _ in stack.kinds) for stack in config.stacks(unroll)))
+
+    @property
+    def length(self) -> int:
+        """Slots per row."""
+        return self.layers[0][0].k.shape[2]

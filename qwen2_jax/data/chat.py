@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ChatML as token ids with a loss mask, equal to the chat template followed by the tokenizer."""
+
+from dataclasses import dataclass
+
+from tokenizers import Tokenizer
+
+from qwen2_jax.data.bpe import END_OF_TEXT, IM_END, IM_START, SYSTEM
+
+
+@dataclass
+class Sequence:
+    """Tokens of one document and, for each, whether it is a prediction target that counts."""
+
+    tokens: list[int]
+    is_target: list[bool]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def add(self, tokens: list[int], is_target: bool) -> None:
+        self.tokens += tokens
+        self.is_target += [is_target] * len(tokens)
+
+
+class ChatEncoder:
+    """Encodes turns for one tokenizer. Text never becomes a special token: those are inserted as ids."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        self.start, self.end = tokenizer.token_to_id(IM_START), tokenizer.token_to_id(IM_END)
+        self.end_of_text = tokenizer.token_to_id(END_OF_TEXT)
+        self.newline = self.encode("\n")
+        self.assistant = [self.start, *self.encode("assistant\n")]
+        self.system = [self.start, *self.encode(f"system\n{SYSTEM}"), self.end, *self.newline]
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def open(self) -> Sequence:
+        """A conversation with nothing but the default system line."""
+        return Sequence(list(self.system), [False] * len(self.system))
+
+    def prompt(self, question: str) -> list[int]:
+        """Ids of one user turn up to and including "assistant" and its newline."""
+        return [self.start, *self.encode(f"user\n{question}"), self.end, *self.newline, *self.assistant]
+
+    def turn(self, question: str, answer: str) -> Sequence:
+        """One user turn and its answer; the answer and its <|im_end|> are the targets."""
+        turn = Sequence([], [])
+        turn.add(self.prompt(question), False)
+        turn.add([*self.encode(answer), self.end], True)
+        turn.add(self.newline, False)
+        return turn

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packs documents into rows: segment ids keep them apart, positions start again in each."""
+
+from collections.abc import Sequence as Seq
+from typing import NamedTuple
+
+import numpy as np
+
+from qwen2_jax.data.chat import Sequence
+
+
+class Batch(NamedTuple):
+    """One training batch; every field is [B, T]. Padding has segment -1, position -1 and weight 0."""
+
+    tokens_BT: np.ndarray  # int32, inputs
+    targets_BT: np.ndarray  # int32, the next token of the same document
+    weights_BT: np.ndarray  # float32, weight of each target in the loss; 0 = not a target
+    segments_BT: np.ndarray  # int32, document number within the row
+    positions_BT: np.ndarray  # int32, position within the document
+
+
+def pack_row(documents: Seq[Sequence], length: int, *, pad: int) -> Batch:
+    """One row [length] from documents in order. What does not fit is cut off; the loss never crosses a boundary."""
+    row = Batch(
+        np.full(length, pad, np.int32),
+        np.full(length, pad, np.int32),
+        np.zeros(length, np.float32),
+        np.full(length, -1, np.int32),
+        np.full(length, -1, np.int32),
+    )
+    at = 0
+    for number, document in enumerate(documents):
+        n = min(len(document) - 1, length - at)  # the last token is only ever a target
+        if n <= 0:
+            continue
+        here = slice(at, at + n)
+        row.tokens_BT[here] = document.tokens[:n]
+        row.targets_BT[here] = document.tokens[1 : n + 1]
+        row.weights_BT[here] = document.is_target[1 : n + 1]
+        row.segments_BT[here] = number
+        row.positions_BT[here] = np.arange(n)
+        at += n
+    return row
+
+
+def stack(rows: Seq[Batch]) -> Batch:
+    """Rows of equal length as one batch."""
+    return Batch(*(np.stack(field) for field in zip(*rows, strict=True)))
