@@ -24,9 +24,21 @@ config = Pretrain(
     data=DemoData(
         vocabulary=2000,
         stages=(
-            Stage(steps=400, rows=32, length=64, shares=Shares(worksheet=0.4, copy=0.4, sums=0.2)),
-            Stage(steps=800, rows=16, length=128, shares=Shares(worksheet=0.25, chat=0.3, recall=0.25, recall_named=0.05, text=0.15)),
-            Stage(steps=800, rows=4, length=512, shares=Shares(worksheet=0.1, chat=0.3, recall=0.3, recall_named=0.1, text=0.2)),
+            Stage(steps=600, rows=32, length=64, shares=Shares(worksheet=0.3, copy=0.35, sums=0.2, recall=0.15)),
+            Stage(
+                steps=700,
+                rows=16,
+                length=128,
+                shares=Shares(worksheet=0.15, chat=0.3, copy=0.1, recall=0.25, recall_named=0.05, text=0.15),
+            ),
+            Stage(
+                steps=1300,
+                rows=4,
+                length=512,
+                shares=Shares(
+                    worksheet=0.25, chat=0.35, sums=0.1, copy=0.1, recall=0.12, recall_named=0.03, text=0.15
+                ),
+            ),
         ),
     ),
     optim=Optim(lr=3e-3, muon=Muon(lr=0.02)),

@@ -10,6 +10,7 @@ from flax import nnx
 from qwen2_jax import ops
 from qwen2_jax.cache import LayerCache
 from qwen2_jax.config import ModelConfig
+from qwen2_jax.linear import linear
 from qwen2_jax.params import Declare
 from qwen2_jax.rope import Angles, Rope
 
@@ -64,9 +65,9 @@ class Attention(nnx.Module):
         self, x_BTD: jax.Array, tokens: Tokens, window, cache: LayerCache | None, repeat
     ) -> tuple[jax.Array, LayerCache | None]:
         """window: int32, how many keys a token sees counting itself. repeat: this layer's index in `cache`."""
-        q_BTNH = jnp.einsum("BTD,NHD->BTNH", x_BTD, self.wq_NHD[...])
-        k_BTKH = jnp.einsum("BTD,KHD->BTKH", x_BTD, self.wk_KHD[...])
-        v_BTKH = jnp.einsum("BTD,KHD->BTKH", x_BTD, self.wv_KHD[...])
+        q_BTNH = linear(x_BTD, self.wq_NHD[...])
+        k_BTKH = linear(x_BTD, self.wk_KHD[...])
+        v_BTKH = linear(x_BTD, self.wv_KHD[...])
         if self.qkv_bias:
             q_BTNH, k_BTKH, v_BTKH = q_BTNH + self.bq_NH[...], k_BTKH + self.bk_KH[...], v_BTKH + self.bv_KH[...]
 
@@ -97,4 +98,4 @@ class Attention(nnx.Module):
             k_BSKH, v_BSKH = cache.k[repeat], cache.v[repeat]
             slots_BS = jnp.broadcast_to(jnp.arange(k_BSKH.shape[1], dtype=jnp.int32), k_BSKH.shape[:2])
             out_BTNH = ops.cached_attention(queries, k_BSKH, v_BSKH, kv_positions_BS=slots_BS, **common)
-        return jnp.einsum("BTNH,DNH->BTD", out_BTNH, self.wo_DNH[...]), cache
+        return linear(out_BTNH, self.wo_DNH[...], contract=2), cache

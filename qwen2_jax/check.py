@@ -41,7 +41,8 @@ def number(
         if kind is float and type(value) is int:
             value = float(value)
             object.__setattr__(record, name, value)
-        if type(value) is not kind or (least is not None and not least <= value < math.inf):
+        fits: Any = type(value) is kind  # Any: mypy would take the value for a bare object from here on
+        if not fits or (least is not None and not least <= value < math.inf):
             bound = "" if least is None else f", {kind(least)} or more"
             raise UserError(f"{where}: {name} is {short(value)}; it must be of type {kind.__name__}{bound}")
 

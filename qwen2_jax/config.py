@@ -301,7 +301,7 @@ class ModelConfig:
                 raise UserError(f"{name} is {check.short(data[name])}; supported: {', '.join(map(repr, allowed))}")
         names = {field.name for field in dataclasses.fields(cls)}
         known = names | IGNORED | ONLY.keys() | {"torch_dtype", "rope_parameters"}
-        for name in data.keys() - known:
+        for name in sorted(data.keys() - known):
             message = f"the config has {name} = {check.short(data[name])}, which is unknown here and has no effect"
             warnings.warn(message, stacklevel=2)
 
@@ -349,10 +349,10 @@ def _read_rope(data: Mapping[str, Any]) -> tuple[Any, RopeScaling | None]:
     if nested := [key for key in LAYER_TYPES if key in given]:
         raise UserError(f"{name} has {', '.join(nested)}: settings per layer type; supported: one set for all layers")
     theta = given.pop("rope_theta", data.get("rope_theta", 10000.0))
-    kinds = {given.pop(key) for key in ("rope_type", "type") if key in given} or {"default"}
-    if len(kinds) > 1:
-        raise UserError(f"{name} has a rope_type and a type that disagree: {', '.join(sorted(map(repr, kinds)))}")
-    kind = kinds.pop()
+    kinds = [given.pop(key) for key in ("rope_type", "type") if key in given] or ["default"]
+    if kinds[0] != kinds[-1]:
+        raise UserError(f"{name} has rope_type {kinds[0]!r} and type {kinds[-1]!r}; they must agree")
+    kind = kinds[0]
     check.choice(f"{name} rope_type", kind, ROPE_TYPES)
     if given.pop("partial_rotary_factor", 1.0) not in (None, 1.0):
         raise UserError(f"{name} has partial_rotary_factor other than 1.0; supported: 1.0")

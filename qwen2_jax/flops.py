@@ -30,10 +30,11 @@ def forward_flops(config: ModelConfig, length: int) -> int:
     A multiply-add counts as two. Counted are the matrix products and causal attention (half the square, or a band of
     the window's width); norms, rotary embedding and softmax are left out. A training step takes three times as much.
     """
-    table = config.vocab_size * config.hidden_size
-    projections = active_parameters(config) - embedding_parameters(config) + table  # the embedding is a lookup
+    L, D = config.num_hidden_layers, config.hidden_size
+    matrices = active_parameters(config) - embedding_parameters(config) - D * (2 * L + 1) - L * _biases(config)
+    head = config.vocab_size * D  # the embedding is a lookup
     pairs = sum(_visible_pairs(length, window) for window in config.windows)
-    return 2 * length * projections + 4 * pairs * config.num_attention_heads * config.head_dim
+    return 2 * length * (matrices + head) + 4 * pairs * config.num_attention_heads * config.head_dim
 
 
 def _visible_pairs(length: int, window: int) -> int:
@@ -43,11 +44,16 @@ def _visible_pairs(length: int, window: int) -> int:
     return window * (window + 1) // 2 + (length - window) * window
 
 
+def _biases(config: ModelConfig) -> int:
+    """Bias parameters of one layer: those of the query, key and value projections."""
+    heads = config.num_attention_heads + 2 * config.num_key_value_heads
+    return heads * config.head_dim if config.qkv_bias else 0
+
+
 def _count(config: ModelConfig, experts: int) -> int:
     D, H = config.hidden_size, config.head_dim
     queries, keys = config.num_attention_heads * H, config.num_key_value_heads * H
-    bias = queries + 2 * keys if config.qkv_bias else 0
-    attention = D * (2 * queries + 2 * keys) + bias
+    attention = D * (2 * queries + 2 * keys) + _biases(config)
     dense = 3 * D * config.intermediate_size
     router = D * config.num_experts + D  # and the shared expert's gate
     sparse = router + 3 * D * (experts * config.moe_intermediate_size + config.shared_expert_intermediate_size)

@@ -4,11 +4,13 @@
 import jax
 import jax.numpy as jnp
 
+from qwen2_jax.linear import Weight, linear
+
 # B batch  T query  D model  V vocabulary  C rows of one chunk
 
 
 def token_logprobs(
-    hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, *, chunk: int = 1024
+    hidden_BTD: jax.Array, head_VD: Weight, targets_BT: jax.Array, *, chunk: int = 1024
 ) -> jax.Array:
     """log p(target | hidden) in nats, float32 [B, T].
 
@@ -24,7 +26,7 @@ def token_logprobs(
 
     @jax.checkpoint
     def one(hidden_CD, targets_C):
-        logits_CV = jnp.einsum("CD,VD->CV", hidden_CD, head_VD, preferred_element_type=jnp.float32)
+        logits_CV = linear(hidden_CD, head_VD, dtype=jnp.float32)
         picked_C = jnp.take_along_axis(logits_CV, targets_C[:, None], axis=-1)[:, 0]
         return picked_C - jax.nn.logsumexp(logits_CV, axis=-1)
 

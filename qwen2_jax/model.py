@@ -15,6 +15,7 @@ from qwen2_jax.attention import Attention, Tokens
 from qwen2_jax.cache import Cache, LayerCache
 from qwen2_jax.config import ModelConfig
 from qwen2_jax.config import Stack as StackPlan
+from qwen2_jax.linear import Weight, embed, linear
 from qwen2_jax.moe import MLP, RouterStats, SparseMLP
 from qwen2_jax.params import Declare, Tree, specs
 from qwen2_jax.rope import Rope, plain
@@ -167,7 +168,7 @@ class Qwen2(nnx.Module):
         rope = plain(self.config) if rope is None else rope
         tokens = Tokens.locate(rope, positions_BT, segments_BT, context_B, self.config.head_dim, implementation)
 
-        x_BTD = self.embed_VD[...][tokens_BT]
+        x_BTD = embed(self.embed_VD[...], tokens_BT, self.final_norm_D[...].dtype)
         router, layers = None, []
         for i, stack in enumerate(self.stacks):
             x_BTD, caches, stats = stack(x_BTD, tokens, None if cache is None else cache.layers[i], remat)
@@ -176,13 +177,13 @@ class Qwen2(nnx.Module):
         hidden_BTD = rms_norm(x_BTD, self.final_norm_D[...], self.config.rms_norm_eps)
         return Output(hidden_BTD, None if cache is None else Cache(tuple(layers)), router)
 
-    def head_weight(self) -> jax.Array:
+    def head_weight(self) -> Weight:
         """The output head [V, D]: the embedding itself when tied."""
         return self.embed_VD[...] if self.config.tie_word_embeddings else self.head_VD[...]
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32 logits [..., V] of hidden states [..., D]."""
-        return jnp.einsum("...D,VD->...V", hidden, self.head_weight(), preferred_element_type=jnp.float32)
+        return linear(hidden, self.head_weight(), dtype=jnp.float32)
 
 
 def declare(config: ModelConfig, *, dtype=jnp.float32, unroll: bool = False) -> tuple[nnx.GraphDef, Tree]:

@@ -9,6 +9,7 @@ from flax import nnx
 
 from qwen2_jax import ops
 from qwen2_jax.config import ModelConfig
+from qwen2_jax.linear import linear
 from qwen2_jax.params import Declare
 
 # B batch  T query  M = B * T rows  D model  F ffn  E experts  k experts per token
@@ -24,9 +25,8 @@ class MLP(nnx.Module):
         self.down_DF = declare(D, F, hf=f"{hf}.down_proj.weight")
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        gate = jnp.einsum("...D,FD->...F", x_BTD, self.gate_FD[...])
-        up = jnp.einsum("...D,FD->...F", x_BTD, self.up_FD[...])
-        return jnp.einsum("...F,DF->...D", jax.nn.silu(gate) * up, self.down_DF[...])
+        hidden = jax.nn.silu(linear(x_BTD, self.gate_FD[...])) * linear(x_BTD, self.up_FD[...])
+        return linear(hidden, self.down_DF[...])
 
 
 @jax.tree_util.register_dataclass
@@ -68,22 +68,23 @@ class SparseMLP(nnx.Module):
         self.shared = MLP(config, declare, width=config.shared_expert_intermediate_size, hf="mlp.shared_expert")
 
     def __call__(self, x_BTD: jax.Array, real_BT: jax.Array) -> tuple[jax.Array, RouterStats]:
-        """real_BT: False for padding, which is left out of the statistics (it still passes through the experts)."""
+        """real_BT: False for padding, which reaches no routed expert and is left out of the statistics."""
         x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
-        logits_ME = jnp.einsum("MD,ED->ME", x_MD.astype(jnp.float32), self.router_ED[...].astype(jnp.float32))
+        logits_ME = linear(x_MD.astype(jnp.float32), self.router_ED[...].astype(jnp.float32))
         p_ME = jax.nn.softmax(logits_ME, axis=-1)
         p_Mk, expert_Mk = jax.lax.top_k(p_ME, self.top_k)
         weight_Mk = p_Mk / p_Mk.sum(axis=-1, keepdims=True) if self.renormalise else p_Mk
 
-        order, group_sizes_E = ops.sort_by_expert(expert_Mk, p_ME.shape[-1])
+        E, real_M = p_ME.shape[-1], real_BT.reshape(-1)
+        order = ops.sort_by_expert(jnp.where(real_M[:, None], expert_Mk, E), E)  # padding goes to no expert
         rows = ops.permute(x_MD, order)
-        hidden = ops.grouped_swiglu(rows, self.gate_EFD[...], self.up_EFD[...], group_sizes_E)
-        rows = ops.grouped_matmul(hidden, self.down_EDF[...], group_sizes_E, transpose_w=True)
-        routed_MD = ops.unpermute(rows, order, weight_Mk)
+        hidden = ops.grouped_swiglu(rows, self.gate_EFD[...], self.up_EFD[...], order.group_sizes_E)
+        rows = ops.grouped_matmul(hidden, self.down_EDF[...], order.group_sizes_E, transpose_w=True)
+        routed_MD = ops.unpermute(rows, weight_Mk, order)
 
-        gate_M = jax.nn.sigmoid(jnp.einsum("MD,D->M", x_MD, self.shared_gate_D[...]))
-        y_MD = routed_MD.astype(x_MD.dtype) + gate_M[:, None] * self.shared(x_MD)
-        return y_MD.reshape(x_BTD.shape), _stats(logits_ME, p_ME, expert_Mk, real_BT.reshape(-1))
+        gate_M = jax.nn.sigmoid(jnp.sum(x_MD * self.shared_gate_D[...], axis=-1))
+        y_MD = routed_MD + gate_M[:, None] * self.shared(x_MD)
+        return y_MD.reshape(x_BTD.shape), _stats(logits_ME, p_ME, expert_Mk, real_M)
 
 
 def _stats(logits_ME, p_ME, expert_Mk, real_M) -> RouterStats:

@@ -142,6 +142,17 @@ def test_cache_bytes_per_token():
     assert [flops.kv_bytes_per_token(PRESETS[name], 2) // 1024 for name in names] == [12, 28, 56, 320, 56]
 
 
+def test_forward_flops():
+    model = config(tie_word_embeddings=True)
+    norms, biases = 32 * (2 * 4 + 1), 4 * (4 + 2 * 2) * 8
+    weights = flops.parameters(model) - norms - biases
+    pairs = 10 * 11 // 2
+    assert flops.forward_flops(model, 10) == 2 * 10 * weights + 4 * pairs * 4 * 8 * 4
+    window = config(use_sliding_window=True, sliding_window=3, max_window_layers=3)
+    want = flops.forward_flops(config(), 10) - 4 * (pairs - (1 + 2 + 3 * 8)) * 4 * 8
+    assert flops.forward_flops(window, 10) == want
+
+
 # Reading and writing
 
 

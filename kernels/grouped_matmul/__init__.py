@@ -1,1 +1,57 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Matrix products of a mixture of experts: rows sorted by expert, each group times its own expert's matrix.
+
+    order = sort_by_expert(experts_TK, num_experts)
+    x_MD = permute(x_TD, order)
+    h_MF = grouped_swiglu(x_MD, gate_EFD, up_EFD, order.group_sizes_E)
+    y_MD = grouped_matmul(h_MF, down_EDF, order.group_sizes_E, transpose_w=True)
+    y_TD = unpermute(y_MD, weights_TK, order)
+"""
+
+from ..dispatch import dispatch
+from . import reference, xla
+from .order import Order, permute, sort_by_expert, unpermute
+
+__all__ = ["Order", "grouped_matmul", "grouped_swiglu", "permute", "sort_by_expert", "unpermute"]
+
+IMPLEMENTATIONS = {"xla": xla.grouped_matmul, "reference": reference.grouped_matmul}  # fastest first
+SWIGLU_IMPLEMENTATIONS = {"xla": xla.grouped_swiglu, "reference": reference.grouped_swiglu}
+
+
+def grouped_matmul(x_MD, w, group_sizes_E, *, transpose_w=False, implementation=None):
+    """Each group of rows of x times its expert's matrix: [M, F] in x's dtype, sums in float32.
+
+    Args:
+        x_MD: rows sorted by expert: the first group_sizes_E[0] belong to expert 0, the next to expert 1, and so on.
+        w: [E, D, F], or [E, F, D] with transpose_w (the order of Hugging Face files: out, in).
+        group_sizes_E: int; empty groups are allowed, and rows after the last group give zeros.
+        implementation: "xla" (work follows the groups), "reference" (from the definition), or None for the first that
+            takes the inputs.
+
+    Differentiable in x and w; the gradient of an expert without rows is zero.
+
+    Raises:
+        ValueError: shapes do not fit, or an unknown implementation.
+    """
+    _check(x_MD, group_sizes_E, transpose_w, w=w)
+    return dispatch(IMPLEMENTATIONS, implementation, x_MD, w, group_sizes_E, transpose_w=transpose_w)
+
+
+def grouped_swiglu(x_MD, gate_EFD, up_EFD, group_sizes_E, *, implementation=None):
+    """silu(x gate^T) * (x up^T) with each row's own expert: [M, F] in x's dtype. Everything else as in grouped_matmul."""
+    _check(x_MD, group_sizes_E, True, gate_EFD=gate_EFD, up_EFD=up_EFD)
+    if gate_EFD.shape != up_EFD.shape:
+        raise ValueError(f"gate_EFD {gate_EFD.shape} and up_EFD {up_EFD.shape} must have one shape")
+    return dispatch(SWIGLU_IMPLEMENTATIONS, implementation, x_MD, gate_EFD, up_EFD, group_sizes_E)
+
+
+def _check(x_MD, group_sizes_E, transpose_w, **weights):
+    if x_MD.ndim != 2 or group_sizes_E.ndim != 1:
+        raise ValueError(f"x_MD must be [M, D] and group_sizes_E [E], got {x_MD.shape} and {group_sizes_E.shape}")
+    for name, w in weights.items():
+        width = w.ndim == 3 and w.shape[2 if transpose_w else 1]
+        if w.ndim != 3 or w.shape[0] != group_sizes_E.shape[0] or width != x_MD.shape[1]:
+            form = "[E, F, D]" if transpose_w else "[E, D, F]"
+            raise ValueError(
+                f"{name} must be {form} with E = {group_sizes_E.shape[0]} and D = {x_MD.shape[1]}, got {w.shape}"
+            )

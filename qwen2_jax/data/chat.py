@@ -27,7 +27,8 @@ class ChatEncoder:
     """Encodes turns for one tokenizer. Text never becomes a special token: those are inserted as ids."""
 
     def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer = tokenizer
+        self.tokenizer = Tokenizer.from_str(tokenizer.to_str())  # its own, because of the next line
+        self.tokenizer.encode_special_tokens = True  # what looks like a special token in text stays text
         self.start, self.end = tokenizer.token_to_id(IM_START), tokenizer.token_to_id(IM_END)
         self.end_of_text = tokenizer.token_to_id(END_OF_TEXT)
         self.newline = self.encode("\n")

@@ -123,9 +123,7 @@ class DemoMixture:
         """A long text with hidden codes, then the questions."""
         out = self.chat.open()
         empty = len(out)
-        budget = 3.2 * (room - empty) - 200  # characters per token of this kind of prose, less the turns around it
-        if budget <= 0:
-            return None
+        budget = max(0.0, 3.2 * (room - empty) - 150)  # characters per token of such prose, less the turns around it
         share = rng.random() ** 1.5  # short ones are more frequent: they teach more per token
         items = skills.recall(
             rng, self.sentences, characters=int(share * budget), named=named, held_out=held_out

@@ -68,10 +68,10 @@ COPY_QUESTIONS = ("Repeat: {x}", "Say: {x}", "Repeat after me: {x}", "Copy this:
 
 
 def copy(rng: np.random.Generator, words: Words) -> Item:
-    """Repeats one to six words, a run of digits, or a random lower-case string."""
+    """Repeats one to ten words, a run of digits, or a random lower-case string."""
     kind = rng.random()
     if kind < 0.6:
-        x = " ".join(pick(rng, words) for _ in range(int(rng.integers(1, 7))))
+        x = " ".join(pick(rng, words) for _ in range(int(rng.integers(1, 11))))
     elif kind < 0.8:
         x = "".join(str(d) for d in rng.integers(0, 10, int(rng.integers(2, 9))))
     else:

@@ -63,7 +63,8 @@ def noise(seed_B: jax.Array, count_B: jax.Array, ids_BC: jax.Array) -> jax.Array
     """
 
     def row(seed, count, ids_C):
-        key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), count)
+        words = jnp.stack([seed.astype(jnp.uint32), count.astype(jnp.uint32)])
+        key = jax.random.wrap_key_data(words, impl="threefry2x32")
         words_C2 = jax.random.key_data(jax.vmap(lambda i: jax.random.fold_in(key, i))(ids_C))
         return words_C2[:, 0] ^ words_C2[:, 1]  # one hash an id: the folded key itself is its random bits
 
@@ -152,7 +153,7 @@ def _search_cut(scaled_BV: jax.Array, settings: Sampling) -> jax.Array:
 
 
 def _lowest_kept(scores_BV: jax.Array, weights_BV: jax.Array, limit_B: jax.Array) -> jax.Array:
-    """The lowest score x of each row such that the scores above x weigh less than limit_B (which is positive).
+    """The lowest score x of each row such that the scores above x weigh less than limit_B, which is positive.
 
     Bisects over the 2^32 float32 values in their order, so the answer is exact.
     """
@@ -165,9 +166,10 @@ def _lowest_kept(scores_BV: jax.Array, weights_BV: jax.Array, limit_B: jax.Array
         enough_B = above_B < limit_B
         return jnp.where(enough_B, low_B, middle_B), jnp.where(enough_B, middle_B, high_B)
 
-    high_B = ordered_BV.max(axis=-1)
-    low_B = jnp.full_like(high_B, jnp.iinfo(jnp.int32).min)
-    return jax.lax.bitcast_convert_type(_order(jax.lax.fori_loop(0, 32, halve, (low_B, high_B))[1]), jnp.float32)
+    lowest_B, high_B = ordered_BV.min(axis=-1), ordered_BV.max(axis=-1)
+    found_B = jax.lax.fori_loop(0, 32, halve, (lowest_B - 1, high_B))[1]
+    found_B = jnp.maximum(found_B, lowest_B)  # the whole row may weigh less than the limit
+    return jax.lax.bitcast_convert_type(_order(found_B), jnp.float32)
 
 
 def _order(bits: jax.Array) -> jax.Array:

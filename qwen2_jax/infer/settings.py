@@ -3,6 +3,7 @@
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
@@ -53,11 +54,11 @@ class Settings:
 
     def _check(self, name: str, kind: type, allowed: str, holds) -> None:
         value = getattr(self, name)
-        number = isinstance(value, int | float) or (hasattr(value, "item") and getattr(value, "ndim", 1) == 0)
-        if kind is not bool and number and not isinstance(value, bool) and math.isfinite(value) and kind(value) == value:
-            value = kind(value)  # numpy scalars, and 1 for 1.0
-            object.__setattr__(self, name, value)
-        if type(value) is not kind or not holds(value):
+        if kind is not bool and isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value):
+            if kind(value) == value:  # numpy's scalars, and 1 for 1.0
+                value = kind(value)
+                object.__setattr__(self, name, value)
+        if type(value) is not kind or not math.isfinite(value) or not holds(value):
             raise UserError(f"{name}={value!r}; it must be {allowed}")
 
     @classmethod

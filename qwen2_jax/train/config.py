@@ -63,11 +63,12 @@ class Muon:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Optim:
-    """AdamW with linear warm-up, a flat part, and a linear or cosine fall to `final` times the peak."""
+    """AdamW; the learning rate warms up, stays flat, and falls linearly."""
 
     lr: float
     warmup: int = 50  # steps
-    final: float = 0.05
+    fall: float = 0.3  # share of the run over which the learning rate falls at its end
+    final: float = 0.02  # where it ends, as a share of its peak
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
@@ -76,7 +77,7 @@ class Optim:
     muon: Muon | None = None
 
     def __post_init__(self):
-        check.number(self, "optim", ("lr", "final", "b1", "b2", "eps", "decay", "clip"), float, 0.0)
+        check.number(self, "optim", ("lr", "fall", "final", "b1", "b2", "eps", "decay", "clip"), float, 0.0)
         check.number(self, "optim", ("warmup",), int, 0)
 
 

@@ -42,8 +42,8 @@ class Trainer:
         self.step = jax.jit(self._step, donate_argnums=0)
         self.score = jax.jit(self._score)
 
-    def _init(self, seed: jax.Array) -> State:
-        params = model.split(model.Qwen2(self.config, rngs=nnx.Rngs(seed)))[1]
+    def _init(self, key: jax.Array) -> State:
+        params = model.split(model.Qwen2(self.config, rngs=nnx.Rngs(key)))[1]
         return State(jnp.int32(0), params, self.tx.init(params))
 
     def _hidden(self, params: Tree, batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -63,7 +63,7 @@ class Trainer:
 
         (value, tokens), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
         updates, opt = self.tx.update(grads, state.optimizer, state.params)
-        metrics = {"loss": value, "targets": tokens.weight, "gradient_norm": optax.global_norm(grads)}
+        metrics = {"loss": value, "targets": tokens.weight, "gradient_norm": optax.tree.norm(grads)}
         return State(state.step + 1, optax.apply_updates(state.params, updates), opt), metrics
 
     def _score(self, params: Tree, batch: Batch) -> Metrics:
@@ -92,7 +92,7 @@ def run(
     console = console or Console(stderr=True)
     trainer = Trainer(config.model, config.optim, config.total_steps, implementation=config.implementation)
     saved, log = config.out / "state.npz", Log(config.out / "metrics.jsonl", console, config)
-    state = trainer.init(config.seed)
+    state = trainer.init(jax.random.key(config.seed))
     console.print(f"{count(trainer.specs) / 1e6:.2f} M parameters, {config.total_steps} steps, run folder {config.out}")
     if config.resume and saved.exists():
         state = jax.tree.map(jnp.asarray, snapshot.restore(saved, state))
@@ -149,14 +149,15 @@ class Log:
         left = (self.total - step) * (self.seconds / step) / 60
         self.console.print(
             f"step {step}/{self.total}  loss {loss:.4f}  gradient norm {norm:.2f}  {speed:,.0f} tokens/s  "
-            f"{self.tokens / 1e6:.2f} M tokens  about {left:.0f} min left"
+            f"{self.tokens / 1e6:.2f} M tokens  about {left:.0f} min left",
+            soft_wrap=True,
         )
 
     def held_out(self, step: int, scores: Mapping[str, Metrics]) -> None:
         values = {name: {k: float(v) for k, v in m.items()} for name, m in scores.items()}
         self.write(step, held_out=values)
         line = "  ".join(f"{name} {m['accuracy']:.1%} ({m['loss']:.3f})" for name, m in values.items())
-        self.console.print(f"step {step} held out: {line}")
+        self.console.print(f"step {step} held out: {line}", soft_wrap=True)
 
     def write(self, step: int, **values) -> None:
         line = {"step": step, "tokens": self.tokens, "seconds": round(self.seconds, 1)} | values

@@ -11,9 +11,17 @@ from qwen2_jax.train.config import Optim
 
 
 def schedule(peak: float, optim: Optim, steps: int) -> optax.Schedule:
-    """Linear warm-up from 0 to `peak`, then a cosine to final * peak at the last step."""
-    warmup = min(optim.warmup, steps // 2)
-    return optax.warmup_cosine_decay_schedule(0.0 if warmup else peak, peak, warmup, max(steps, 1), peak * optim.final)
+    """Linear warm-up from 0, flat at `peak`, then a straight fall over the last share `optim.fall` of the steps.
+
+    Flat in the middle, so that a run can be made longer before its fall has begun (Hu et al. 2024, arXiv:2404.06395).
+    """
+    fall = max(1, round(optim.fall * steps))
+    warmup = min(optim.warmup, steps - fall)
+    parts = [
+        optax.linear_schedule(0.0 if warmup else peak, peak, max(warmup, 1)),
+        optax.linear_schedule(peak, peak * optim.final, fall),
+    ]
+    return optax.join_schedules(parts, [steps - fall])
 
 
 def make(optim: Optim, specs: Tree, steps: int) -> optax.GradientTransformation:
@@ -27,7 +35,7 @@ def make(optim: Optim, specs: Tree, steps: int) -> optax.GradientTransformation:
     muon = optax.chain(
         optax.contrib.scale_by_muon(
             beta=optim.muon.momentum,
-            weight_dimension_numbers=jax.tree.map(matrix, specs, is_leaf=_is_spec),
+            weight_dimension_numbers=jax.tree.map(lambda s: matrix(s) or optax.MaskedNode(), specs, is_leaf=_is_spec),
         ),
         optax.add_decayed_weights(optim.decay),
         optax.scale_by_learning_rate(schedule(optim.muon.lr, optim, steps)),

@@ -2,15 +2,20 @@
 """Pre-training from nothing: data, loop, and the result as a Hugging Face folder."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 from rich.console import Console
 from tokenizers import Tokenizer
 
+from qwen2_jax import checkpoint
 from qwen2_jax.data import bpe, text
 from qwen2_jax.data.mixture import DemoMixture, tokenizer_texts
 from qwen2_jax.data.packing import Batch
 from qwen2_jax.errors import UserError
+from qwen2_jax.params import Tree
 from qwen2_jax.train import curve, loop
 from qwen2_jax.train.config import Pretrain
 
@@ -43,7 +48,7 @@ def run(config: Pretrain, console: Console | None = None) -> Path:
 
 def demo_tokenizer(config: Pretrain, documents) -> Tokenizer:
     """The run's tokenizer: the one in its folder, else learned from the training documents. Raises on a wrong size."""
-    path = config.out / "hf" / "tokenizer.json"
+    path = config.out / "tokenizer" / "tokenizer.json"
     if config.resume and path.exists():
         tokenizer = Tokenizer.from_file(str(path))
     else:
@@ -55,15 +60,16 @@ def demo_tokenizer(config: Pretrain, documents) -> Tokenizer:
     return tokenizer
 
 
-def export(config: Pretrain, params, tokenizer: Tokenizer, folder: Path) -> None:
-    """Writes weights in bfloat16, config and tokenizer files in Hugging Face's format."""
-    from qwen2_jax import checkpoint
-
+def export(config: Pretrain, params: Tree, tokenizer: Tokenizer, folder: Path) -> None:
+    """Writes weights in bfloat16, config and tokenizer files in Hugging Face's format. An earlier result is replaced."""
     published = dataclasses.replace(
         config.model,
         dtype="bfloat16",
         bos_token_id=tokenizer.token_to_id(bpe.END_OF_TEXT),
         eos_token_id=tokenizer.token_to_id(bpe.IM_END),
     )
-    checkpoint.save_hf(folder, published, params, dtype="bfloat16")
+    if folder.exists():
+        shutil.rmtree(folder)
+    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
+    checkpoint.save_hf(folder, published, params)
     bpe.save(tokenizer, folder, max_length=config.model.max_position_embeddings)

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m qwen2_jax.checkpoint convert|verify|inspect`: move checkpoints between formats, check them, look into them."""
+
+import argparse
+import collections
+import json
+import sys
+import warnings
+
+import jax
+
+from qwen2_jax.checkpoint.console import progress_bar, readable_bytes
+from qwen2_jax.config import DTYPES
+from qwen2_jax.errors import UserError
+
+EPILOG = """a checkpoint is a folder in Hugging Face or Orbax format, a preset (qwen2-7b-instruct), a Hub id (Qwen/Qwen2-7B),
+a gs:// path of an Orbax folder, or 'demo'.
+
+examples:
+  python -m qwen2_jax.checkpoint inspect demo
+  python -m qwen2_jax.checkpoint convert Qwen/Qwen2-7B ./qwen2-7b-orbax --to orbax
+  python -m qwen2_jax.checkpoint convert ./qwen2-7b-orbax ./qwen2-7b-hf --to hf      # the very same files again
+  python -m qwen2_jax.checkpoint convert demo ./demo-float32 --to hf --dtype float32
+  python -m qwen2_jax.checkpoint verify ./qwen2-7b-hf
+
+exit codes: 0 done, 1 verify found damage, 2 the command cannot be carried out."""
+
+
+def parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    top = argparse.ArgumentParser(
+        prog="python -m qwen2_jax.checkpoint",
+        description="Convert, verify and inspect Qwen2 checkpoints, one array in memory at a time.",
+        epilog=EPILOG,
+        formatter_class=raw,
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="convert|verify|inspect")
+
+    convert = commands.add_parser("convert", help="copy a checkpoint into another format", epilog=EPILOG, formatter_class=raw)
+    convert.add_argument("src", help="checkpoint to read")
+    convert.add_argument("dst", help="folder to write; it must not exist, and appears only when it is complete")
+    convert.add_argument("--to", required=True, choices=("hf", "orbax"), help="format of the new folder")
+    convert.add_argument("--dtype", choices=DTYPES, help="cast every tensor; default: each keeps its own")
+    convert.add_argument("--max-shard-gb", type=float, default=5.0, metavar="GB", help="largest weight file of --to hf (default 5)")
+
+    verify = commands.add_parser("verify", help="compare a checkpoint with its manifest", epilog=EPILOG, formatter_class=raw)
+    verify.add_argument("dir", help="checkpoint to read completely")
+
+    inspect = commands.add_parser("inspect", help="show what a checkpoint holds", epilog=EPILOG, formatter_class=raw)
+    inspect.add_argument("dir", help="checkpoint; its weights are not read")
+    inspect.add_argument("--arrays", action="store_true", help="list every tensor with dtype and shape")
+    return top
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code; a user's mistake is one line on stderr and 2."""
+    args = parser().parse_args(argv)
+    jax.config.update("jax_platforms", "cpu")  # nothing here needs an accelerator, and one may be in use
+    warnings.showwarning = lambda message, *rest, **more: print(f"warning: {message}", file=sys.stderr)
+    try:
+        return {"convert": _convert, "verify": _verify, "inspect": _inspect}[args.command](args)
+    except (UserError, OSError) as why:
+        print(f"error: {' '.join(str(why).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; nothing was left behind", file=sys.stderr)
+        return 130
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from qwen2_jax.checkpoint import convert
+
+    with progress_bar("converting") as progress:
+        shard = int(args.max_shard_gb * 1e9)
+        convert(args.src, args.dst, args.to, dtype=args.dtype, max_shard_bytes=shard, progress=progress)
+    print(f"wrote {args.dst} ({args.to}); `verify {args.dst}` checks it")
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from qwen2_jax.checkpoint import verify
+
+    with progress_bar("verifying") as progress:
+        report = verify(args.dir, progress=progress)
+    for line in report.damaged:
+        print(f"damaged: {line}", file=sys.stderr)
+    if report.damaged:
+        print(f"{args.dir}: {len(report.damaged)} damaged; fetch or convert the checkpoint again", file=sys.stderr)
+        return 1
+    size = f"{report.tensors} tensors, {readable_bytes(report.nbytes)}"
+    if report.hashed:
+        print(f"{args.dir}: {size}: every hash is right")
+    else:
+        print(f"{args.dir}: {size}: names, shapes and sizes are right; there is no manifest.json, so no hash was compared")
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from qwen2_jax.checkpoint import open_checkpoint
+    from qwen2_jax.checkpoint.places import MANIFEST
+
+    opened = open_checkpoint(args.dir)
+    config, infos = opened.config, opened.tensors.infos
+    bytes_of: collections.Counter[str] = collections.Counter()
+    for info in infos.values():
+        bytes_of[info.dtype.name] += info.nbytes
+    rows = {
+        "folder": str(opened.source.path),
+        "format": {"hf": "Hugging Face safetensors", "orbax": "Orbax"}[opened.source.kind],
+        "model": config.model_type,
+        "parameters": f"{sum(info.nbytes // info.dtype.itemsize for info in infos.values()):,}",
+        "bytes": readable_bytes(sum(bytes_of.values())),
+        "dtypes": ", ".join(f"{name} {readable_bytes(n)}" for name, n in bytes_of.items()),
+        "tensors": str(len(infos)),
+        "manifest": "yes" if opened.source.read_bytes(MANIFEST) is not None else "no",
+    }
+    rows |= {key: json.dumps(value) for key, value in config.to_hf().items()}
+    width = max(map(len, rows))
+    print("\n".join(f"{name:{width}}  {value}" for name, value in rows.items()))
+    if args.arrays:
+        width = max(map(len, infos))
+        print()
+        for name, info in infos.items():
+            print(f"{name:{width}}  {info.dtype.name:8}  {readable_bytes(info.nbytes):>11}  {list(info.shape)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""manifest.json: a SHA-256 for every tensor and file, the same for a Hugging Face folder and its Orbax twin.
+
+A tensor's hash is that of its bytes in the Hugging Face file (row-major, little-endian, the file's dtype), whatever the
+format on disk, so one manifest follows a checkpoint through conversions.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+
+from qwen2_jax.checkpoint.hf import Layout, Progress, Tensors
+from qwen2_jax.checkpoint.places import LAYOUT, MANIFEST, Source
+from qwen2_jax.checkpoint.tensorfile import CODES, DTYPES, CheckpointError, TensorInfo
+
+VERSION = 1
+UNREADABLE = (CheckpointError, OSError, ValueError)  # what the readers of both formats raise for damaged bytes
+
+
+def sha256(array: np.ndarray) -> str:
+    """Hex digest of the array's bytes in row-major order."""
+    return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8)).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """tensors: (info, digest) by Hugging Face name. files: digest by name."""
+
+    tensors: Mapping[str, tuple[TensorInfo, str]]
+    files: Mapping[str, str]
+
+    @property
+    def infos(self) -> dict[str, TensorInfo]:
+        return {name: info for name, (info, _) in self.tensors.items()}
+
+    def to_bytes(self) -> bytes:
+        rows = {
+            name: {"dtype": CODES[info.dtype], "shape": list(info.shape), "sha256": digest}
+            for name, (info, digest) in self.tensors.items()
+        }
+        data = {"format": "qwen2_jax manifest", "version": VERSION, "tensors": rows, "files": dict(self.files)}
+        return (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode()
+
+    @classmethod
+    def read(cls, source: Source) -> "Manifest | None":
+        """The folder's manifest, None where there is none. Raises CheckpointError for one that cannot be read."""
+        data = source.read_json(MANIFEST)
+        if data is None:
+            return None
+        if data.get("version") != VERSION:
+            raise CheckpointError(f"{source.path / MANIFEST} has version {data.get('version')!r}; this program reads {VERSION}")
+        try:
+            tensors = {
+                name: (TensorInfo(DTYPES[row["dtype"]], tuple(row["shape"])), str(row["sha256"]))
+                for name, row in data["tensors"].items()
+            }
+            return cls(tensors, {str(name): str(digest) for name, digest in data["files"].items()})
+        except (KeyError, TypeError, AttributeError) as why:
+            raise CheckpointError(f"{source.path / MANIFEST} is damaged: {why!r}") from None
+
+
+class Hasher:
+    """Collects digests of tensors while they are written; the hashing runs beside the writing."""
+
+    def __init__(self):
+        self._pool = ThreadPoolExecutor(1)
+        self._pending: list[tuple[str, TensorInfo, Future[str]]] = []
+        self.tensors: dict[str, tuple[TensorInfo, str]] = {}
+
+    def start(self, name: str, array: np.ndarray) -> None:
+        """Begins to hash; the array must stay as it is until `finish`."""
+        self._pending.append((name, TensorInfo(array.dtype, array.shape), self._pool.submit(sha256, array)))
+
+    def finish(self) -> None:
+        """Waits for everything that was started."""
+        for name, info, digest in self._pending:
+            self.tensors[name] = (info, digest.result())
+        self._pending.clear()
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What `verify` found. damaged: one line per tensor or file that is not what the manifest says. hashed: False where the
+    folder has no manifest and only its structure was checked."""
+
+    damaged: tuple[str, ...]
+    tensors: int
+    nbytes: int
+    hashed: bool
+
+
+def compare(source: Source, tensors: Tensors, layout: Layout | None, *, progress: Progress | None = None) -> Report:
+    """Reads every tensor of an opened, checked folder and holds it against the folder's manifest."""
+    manifest = Manifest.read(source)
+    total, done, damaged = sum(info.nbytes for info in tensors.infos.values()), 0, []
+    if manifest is None:
+        return Report((), len(tensors.infos), total, False)
+    aliases = layout.aliases if layout is not None else {}
+    extras = layout.extras if layout is not None else {}
+    known = tensors.infos.keys() | aliases.keys() | extras.keys()
+    damaged += [f"{name}: the manifest has no such tensor" for name in sorted(known - manifest.tensors.keys())]
+    damaged += [f"{name}: is not in the folder" for name in sorted(manifest.tensors.keys() - known)]
+    for name, data in extras.items():
+        if name in manifest.tensors and hashlib.sha256(data).hexdigest() != manifest.tensors[name][1]:
+            damaged.append(f"{name}: its bytes have changed")
+    names = [name for name in tensors.infos if name in manifest.tensors]
+    for name, array in readable(tensors, names, damaged):
+        info, digest = manifest.tensors[name]
+        if (info.dtype, info.shape) != (array.dtype, array.shape):
+            damaged.append(f"{name}: is {CODES[array.dtype]} {list(array.shape)}, was {CODES[info.dtype]} {list(info.shape)}")
+        elif sha256(array) != digest:
+            damaged.append(f"{name}: its bytes have changed")
+        done += array.nbytes
+        if progress is not None:
+            progress(done, total)
+    for name, digest in manifest.files.items():
+        data = source.read_bytes(name)
+        if data is None:
+            damaged.append(f"{name}: is not in the folder")
+        elif hashlib.sha256(data).hexdigest() != digest:
+            damaged.append(f"{name}: its bytes have changed")
+    return Report(tuple(damaged), len(names), total, True)
+
+
+def readable(tensors: Tensors, names: Sequence[str], damaged: list[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """tensors.stream, going on behind tensors that cannot be read at all, which are added to `damaged`."""
+    rest = list(names)
+    while rest:
+        try:
+            for name, array in tensors.stream(rest):
+                rest.remove(name)
+                yield name, array
+        except UNREADABLE:
+            while rest:  # one by one up to the culprit, since several may be read together
+                name = rest.pop(0)
+                try:
+                    yield from tensors.stream([name])
+                except UNREADABLE as why:
+                    damaged.append(f"{name}: cannot be read: {' '.join(str(why).split())[:160]}")
+                    break

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A folder appears whole or not at all: it is made under another name and renamed when everything is on the disk."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from qwen2_jax.checkpoint.places import MARKER, UNFINISHED
+from qwen2_jax.checkpoint.tensorfile import CheckpointError
+
+
+@contextlib.contextmanager
+def new_folder(path: str | os.PathLike, nbytes: int) -> Iterator[Path]:
+    """Yields an empty folder that becomes `path` when the block ends, and is removed when it fails.
+
+    nbytes: what will be written; checked against the free space first. What an earlier run left when it was killed is
+    removed. Raises CheckpointError if `path` holds something already, OSError if the disk is too small.
+    """
+    if str(path).startswith("gs://"):
+        raise CheckpointError(f"{path}: write to a local folder first, then copy it whole with `gcloud storage cp -r`")
+    target = Path(path).expanduser().absolute()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise CheckpointError(f"{path} exists already; choose a new folder or remove that one first")
+    work = target.with_name(target.name + UNFINISHED)
+    if work.exists() and not (work / MARKER).exists() and (not work.is_dir() or any(work.iterdir())):
+        raise CheckpointError(f"{work} is in the way and was not made by a conversion; move it elsewhere")
+    work.mkdir(parents=True, exist_ok=True)
+    with open(work / MARKER, "w") as marker:
+        try:
+            fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(f"{path} is being written by another process") from None
+        folder = work / "checkpoint"
+        try:
+            for left in work.iterdir():  # of a run that was killed
+                if left.name != MARKER:
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+            _need_space(target.parent, nbytes)
+            folder.mkdir()
+            yield folder
+            os.replace(folder, target)
+            _sync(target.parent)
+        except OSError as why:
+            if why.errno == errno.ENOSPC:
+                raise OSError(errno.ENOSPC, f"the disk became full; nothing was left behind. Free some space and run again: {path}") from None
+            raise
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Writes a small file that is on the disk when this returns."""
+    path.parent.mkdir(exist_ok=True)
+    with open(path, "xb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def _need_space(folder: Path, nbytes: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < nbytes:
+        need, have = f"{nbytes / 1e9:.2f} GB", f"{free / 1e9:.2f} GB"
+        raise OSError(errno.ENOSPC, f"needs {need} of disk and {have} are free; free some or choose another disk: {folder}")
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

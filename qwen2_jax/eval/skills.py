@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exact-match accuracy of the demo's skills on items that training never saw.
+
+    python -m qwen2_jax.eval.skills --ckpt DIR --items 200
+"""
+
+import json
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+from tokenizers import Tokenizer
+
+from qwen2_jax.data import mixture, skills, text
+from qwen2_jax.data.chat import ChatEncoder
+from qwen2_jax.errors import UserError
+
+SKILLS = ("sums", "compare", "copy", "recall", "recall_named")
+LONGEST_ANSWER = 64  # tokens
+
+
+class HeldOut:
+    """Draws held-out items. Filler sentences and words come from documents that training never saw, too."""
+
+    def __init__(self, encoder: ChatEncoder, *, length: int):
+        self.encoder, self.length = encoder, length
+        documents = text.stdlib_documents()
+        self.sentences = mixture.pools(text.split(documents, held_out=True))[0]
+        self.words = mixture.pools(text.split(documents, held_out=False))[1]
+
+    def items(self, skill: str, count: int, seed: int = 0) -> list[skills.Item]:
+        """`count` different items of one skill; those of recall fill lengths up to the trained one evenly."""
+        if skill not in SKILLS:
+            raise UserError(f"unknown skill {skill!r}; choose from {', '.join(SKILLS)}")
+        rng = np.random.default_rng([seed, SKILLS.index(skill)])
+        make = {"sums": skills.sums, "compare": skills.compare, "copy": partial(skills.copy, words=self.words)}
+        found: dict[str, skills.Item] = {}
+        while len(found) < count:
+            if skill in make:
+                item = skills.draw(rng, make[skill], held_out=True)
+            else:
+                characters = int(rng.integers(0, 4 * self.length))
+                named = skill == "recall_named"
+                item = skills.recall(rng, self.sentences, characters=characters, named=named, held_out=True)[0]
+            if len(self.prompt(item)) + LONGEST_ANSWER <= self.length:
+                found.setdefault(item.key, item)
+        return list(found.values())
+
+    def prompt(self, item: skills.Item) -> list[int]:
+        """Token ids that a chat about this one question would start with."""
+        return [*self.encoder.system, *self.encoder.prompt(item.question)]
+
+
+def measure(lm: Any, held_out: HeldOut, count: int, *, batch: int = 32, seed: int = 0) -> dict[str, dict[str, float]]:
+    """Skill -> {accuracy, items, wrong}: greedy answers of a loaded checkpoint, right when equal to the last letter."""
+    results = {}
+    for skill in SKILLS:
+        items = held_out.items(skill, count, seed)
+        order = sorted(items, key=lambda item: len(held_out.prompt(item)))  # equal lengths together: less padding
+        wrong = []
+        for start in range(0, len(order), batch):
+            part = order[start : start + batch]
+            answers = lm.generate([held_out.prompt(i) for i in part], max_new_tokens=LONGEST_ANSWER, temperature=0.0)
+            wrong += [(i.question, i.answer, a.text) for i, a in zip(part, answers, strict=True) if a.text != i.answer]
+        results[skill] = {"accuracy": 1 - len(wrong) / len(items), "items": len(items), "wrong": wrong[:5]}
+    return results
+
+
+def main(*, ckpt: str, items: int = 200, seed: int = 0, dtype: str = "float32", show_wrong: bool = False) -> int:
+    """Prints one JSON line per skill.
+
+    Args:
+        ckpt: folder of a checkpoint with a tokenizer.json.
+        items: held-out items per skill.
+        seed: another seed draws other items.
+        dtype: in which the model computes.
+        show_wrong: print a few of the wrong answers.
+    """
+    import qwen2_jax
+
+    lm = qwen2_jax.load(ckpt, dtype=dtype)
+    tokenizer = Tokenizer.from_file(str(Path(ckpt) / "tokenizer.json"))
+    held_out = HeldOut(ChatEncoder(tokenizer), length=lm.config.max_position_embeddings)
+    start = time.perf_counter()
+    for skill, result in measure(lm, held_out, items, seed=seed).items():
+        wrong = result.pop("wrong")
+        print(json.dumps({"skill": skill} | result))
+        if show_wrong:
+            for question, answer, got in wrong:
+                print(f"  {question[-120:]!r}: {answer!r} expected, {got!r} given")
+    print(f"{time.perf_counter() - start:.0f} s", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(tyro.cli(main))
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

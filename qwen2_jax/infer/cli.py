@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line of infer.py. Arguments are checked before jax is imported, so mistakes are answered at once."""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwen2_jax.errors import UserError
+from qwen2_jax.infer.settings import Settings
+
+if TYPE_CHECKING:
+    from qwen2_jax.infer.lm import LM, Prompt, Stream
+
+CHAT_TOKENS, COMPLETION_TOKENS = 512, 128  # --max-new-tokens where neither the user nor the checkpoint says
+SHOW_PREFILL = 1000  # prompt tokens from which a progress bar is worth its lines
+
+EXAMPLES = """examples:
+  python infer.py "Once upon"                                continue a text with the bundled demo model (no network)
+  python infer.py --ckpt qwen2-0.5b "The capital of France"  download a base model once and continue a text
+  python infer.py --ckpt qwen2-7b-instruct                   chat; /reset starts over, Ctrl-C stops an answer, Ctrl-D leaves
+  python infer.py --ckpt ./my-folder "Why is the sky blue?"  a local Hugging Face or Orbax folder
+  cat report.txt | python infer.py --ckpt qwen2-7b-instruct --system "Summarise in one sentence."
+  python infer.py --ckpt qwen2-7b-instruct --input prompts.jsonl --output answers.jsonl
+        one JSON object per line: {"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]}, and optionally
+        "id" and settings of its own ("temperature": 0.5, "max_new_tokens": 32, ...). Interrupted? Run it again: it goes on.
+  python infer.py --json "Once upon" | python -m json.tool   text, token ids, finish reason and timings for a program
+
+Answers go to standard output, everything else to standard error. Exit code 0: done, 1: some lines of --input failed,
+2: the command or its files cannot be used. Sampling options not given come from the checkpoint's generation_config.json.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments of infer.py."""
+    p = argparse.ArgumentParser(
+        prog="infer.py",
+        usage="infer.py [PROMPT] [--ckpt CKPT] [options]",
+        description="Ask a Qwen2 model: one prompt, a chat, or a file of prompts.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    p.add_argument("prompt", nargs="?", metavar="PROMPT", help="text to continue or to answer; - reads standard input")
+    model = p.add_argument_group("model")
+    model.add_argument(
+        "--ckpt", default="demo", metavar="CKPT",
+        help="a name (qwen2-7b-instruct), a Hub id (Qwen/Qwen2-7B), a local folder or gs://... (default: the bundled demo)",
+    )  # fmt: skip
+    model.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of weights and cache")
+    model.add_argument(
+        "--long-context", default="auto", choices=("auto", "off", "yarn", "dca"),
+        help="beyond the trained length: what the checkpoint says (auto), nothing, YaRN, or Dual Chunk Attention",
+    )  # fmt: skip
+    text = p.add_argument_group("prompt and answer")
+    text.add_argument("--system", metavar="TEXT", help="system message for a chat model")
+    text.add_argument("--raw", action="store_true", help="no chat template: continue the text as it is")
+    text.add_argument("--json", action="store_true", help="one line of JSON per answer instead of text")
+    text.add_argument("--input", metavar="FILE", type=Path, help="JSON lines with a prompt each; see the examples")
+    text.add_argument(
+        "--output", metavar="FILE", type=Path,
+        help="where the answers to --input go; what is already there is kept and not computed again",
+    )  # fmt: skip
+    draw = p.add_argument_group("sampling")
+    draw.add_argument("--max-new-tokens", type=int, metavar="N", help="at most so many tokens per answer")
+    draw.add_argument("--temperature", type=float, metavar="X", help="0: always the most likely token; 1: as the model is")
+    draw.add_argument("--top-p", type=float, metavar="P", help="only the likeliest tokens that together reach this share")
+    draw.add_argument("--top-k", type=int, metavar="K", help="only the K likeliest tokens (0: all)")
+    draw.add_argument("--min-p", type=float, metavar="P", help="only tokens at least P times as likely as the likeliest")
+    draw.add_argument("--repetition-penalty", type=float, metavar="X", help="above 1: tokens seen before become less likely")
+    draw.add_argument("--seed", type=int, metavar="N", help="same seed, same answer (default 0)")
+    draw.add_argument("--stop", action="append", metavar="TEXT", help="end the answer before this text; may be repeated")
+    draw.add_argument("--ignore-eos", action="store_true", help="go on past end-of-sequence tokens")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs infer.py and returns its exit code. Mistakes of the user become one line on standard error."""
+    args = parser().parse_args(argv)
+    try:
+        return _run(args)
+    except BrokenPipeError:  # the reader of our output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except UserError as error:  # before OSError: a checkpoint that is not there is both
+        return _fail(error)
+    except OSError as error:
+        return _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+    except RuntimeError as error:  # jax's class for it is not imported unless jax is
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return _fail(f"out of memory: {str(error).splitlines()[0]}")
+
+
+def _fail(message: object) -> int:
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    return 2
+
+
+def _run(args: argparse.Namespace) -> int:
+    given = _settings(args)
+    prompt = _prompt(args)
+    if args.input is not None:
+        from qwen2_jax.infer import batch
+
+        lines = batch.Lines(args.input, args.output)  # refuses what it cannot read or write before the model is loaded
+        return batch.answer(_load(args), lines, given, _defaults, system=args.system, raw=args.raw)
+    if prompt is None and args.json:
+        raise UserError("--json needs a prompt or --input")
+    lm = _load(args)
+    given = _defaults(lm, given, chat=lm.is_chat and not args.raw)
+    if prompt is None:
+        if not lm.is_chat or args.raw:
+            raise UserError(f"{args.ckpt} is not a chat model: give a prompt, for example: python infer.py \"Once upon\"")
+        from qwen2_jax.infer import repl
+
+        return repl.chat(lm, given, system=args.system)
+    asked = phrase(lm, prompt, system=args.system, raw=args.raw)
+    stream = lm.stream(asked, **given)
+    with _prefill_bar(stream):
+        first = next(stream, "")
+    if args.json:
+        for _ in stream:
+            pass
+        print(json.dumps(record(stream), ensure_ascii=False))
+        return 0
+    print(first, end="", flush=True)
+    for piece in stream:
+        print(piece, end="", flush=True)
+    if lm.tokenizer is None:
+        print(*stream.generation.token_ids, end="")
+    print(flush=True)
+    _status(summary(stream))
+    return 0
+
+
+def phrase(lm: "LM", prompt: str, *, system: str | None, raw: bool) -> "Prompt":
+    """A prompt as the model wants it: messages for a chat model, token ids where there is no tokenizer, else text."""
+    if lm.tokenizer is None and all(word.isdigit() for word in prompt.split()):
+        return [int(word) for word in prompt.split()]
+    if lm.is_chat and not raw:
+        return [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": prompt}]
+    if system:
+        raise UserError("--system needs a chat model, and no --raw")
+    return prompt
+
+
+def record(stream: "Stream") -> dict[str, Any]:
+    """One answer for a program."""
+    answer = stream.generation
+    return {
+        "text": answer.text,
+        "token_ids": answer.token_ids,
+        "logprobs": [round(value, 6) for value in answer.logprobs],
+        "finish_reason": answer.finish_reason,
+        "prompt_tokens": stream.prompt_tokens,
+        "timings": {
+            "first_token_s": round(stream.first_seconds, 4),
+            "total_s": round(stream.seconds, 4),
+            "tokens_per_s": round(_speed(stream), 2),
+        },
+    }
+
+
+def summary(stream: "Stream") -> str:
+    """One line on how long an answer took."""
+    count = len(stream.generation.token_ids)
+    return (
+        f"{stream.prompt_tokens} prompt tokens, first token after {stream.first_seconds:.2f} s, "
+        f"{count} tokens in {stream.seconds:.2f} s ({_speed(stream):.1f} tokens/s), {stream.generation.finish_reason}"
+    )
+
+
+def _speed(stream: "Stream") -> float:
+    """Tokens per second after the first token, which pays for the prompt and for compiling."""
+    after = stream.seconds - stream.first_seconds
+    return (len(stream.generation.token_ids) - 1) / after if after > 0 else 0.0
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    names = (
+        "max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop", "ignore_eos",
+    )  # fmt: skip
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    Settings.resolve(given, {})  # its error, before the model is loaded
+    return given
+
+
+def _defaults(lm: "LM", given: dict[str, Any], *, chat: bool) -> dict[str, Any]:
+    stored = lm.generation_config.get("max_new_tokens")
+    return {"max_new_tokens": stored or (CHAT_TOKENS if chat else COMPLETION_TOKENS), **given}
+
+
+def _prompt(args: argparse.Namespace) -> str | None:
+    """The prompt from the arguments or from standard input; None for a chat."""
+    if args.output is not None and args.input is None:
+        raise UserError("--output is for the answers to --input; for one answer use: python infer.py ... > FILE")
+    if args.input is not None:
+        if args.prompt is not None:
+            raise UserError("give a prompt or --input, not both")
+        return None
+    if args.prompt == "-" or (args.prompt is None and not sys.stdin.isatty()):
+        try:
+            prompt = sys.stdin.read()
+        except UnicodeDecodeError as error:
+            raise UserError(f"standard input is not UTF-8 text: {error.reason} at byte {error.start}") from error
+        prompt = prompt.removesuffix("\n")
+        if not prompt:
+            raise UserError("standard input is empty; give a prompt, for example: python infer.py \"Once upon\"")
+        return prompt
+    if args.prompt == "":
+        raise UserError("the prompt is empty; give at least one character")
+    return args.prompt
+
+
+def _load(args: argparse.Namespace) -> "LM":
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's chatter, read when jax is imported
+    import jax
+
+    _compilation_cache(jax)
+    from qwen2_jax import flops
+    from qwen2_jax.infer import lm
+
+    begin = time.perf_counter()
+    with _bar(f"loading {args.ckpt}", unit="bytes") as progress:
+        loaded = lm.load(args.ckpt, dtype=args.dtype, long_context=args.long_context, progress=progress)
+    count = flops.parameters(loaded.config) / 1e6
+    _status(
+        f"{args.ckpt}: {count:.1f} M parameters, {args.dtype}, on {jax.device_count()} x {jax.devices()[0].device_kind}, "
+        f"loaded in {time.perf_counter() - begin:.1f} s"
+    )
+    return loaded
+
+
+def _compilation_cache(jax) -> None:
+    """Keeps compiled programs in the user's cache folder, so that only the first start compiles."""
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen2_jax" / "xla"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # no home, or it is read-only: every start compiles
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def _status(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _bar(title: str, *, unit: str) -> Iterator[Any]:
+    """A progress bar on a terminal: yields a function of (done, total), or None where nobody watches."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    amount = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
+    columns = (TextColumn("{task.description}"), BarColumn(), amount, TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task(title, total=None)
+        yield lambda done, total: bars.update(task, completed=done, total=total)
+
+
+@contextmanager
+def _prefill_bar(stream: "Stream") -> Iterator[None]:
+    if stream.prompt_tokens < SHOW_PREFILL:
+        yield
+        return
+    with _bar("reading the prompt", unit="tokens") as progress:
+        stream.progress = progress
+        yield

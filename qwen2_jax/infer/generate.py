@@ -1,0 +1,445 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Generation over token ids: a prefill in chunks, then a loop on the device that makes several tokens per call.
+
+Text, stop strings and chat are layers above (lm.py). What is fixed here is the set of compiled programs: batches are
+padded to a few numbers of rows, caches to a few lengths, prompts are cut into a few sizes of chunk, and everything that
+differs between requests (settings, seeds, limits, rotary frequencies) is a run-time array.
+
+The last prompt token is not prefilled. It is the first token that the decode loop feeds, so the loop is the only place
+that computes logits, draws tokens and decides when a row is done, and a prefill is nothing but cache writes.
+
+Rows of padding have position -1, are done from the start, and are never looked at.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from qwen2_jax import logprob, rope, sharding
+from qwen2_jax.cache import Cache
+from qwen2_jax.config import ModelConfig
+from qwen2_jax.errors import UserError
+from qwen2_jax.infer import memory
+from qwen2_jax.infer.sampling import Sampling, sample
+from qwen2_jax.infer.settings import Settings
+from qwen2_jax.params import Tree
+
+# B rows  C tokens of a prefill chunk  S cache slots  E end-of-sequence ids  K tokens per call  V vocabulary
+STEPS = 16  # K: at most so many tokens per call of the decode loop
+EOS_WIDTH = 8
+SHORTEST_CACHE = 256
+Progress = Callable[[int, int], None]  # (tokens done, tokens in all)
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A prompt (at least one token id) and what is asked for. Generation here ignores settings.stop."""
+
+    tokens: tuple[int, ...]
+    settings: Settings
+
+
+@dataclasses.dataclass(frozen=True)
+class Buckets:
+    """The shapes that programs are compiled for.
+
+    rows: the smallest batch; larger ones are padded to rows * 2^n. chunks: sizes of prefill chunks, ascending.
+    lengths: cache lengths are SHORTEST_CACHE * 2^n up to `limit`, rounded up to a multiple of SHORTEST_CACHE.
+    """
+
+    rows: int
+    chunks: tuple[int, ...]
+    limit: int
+
+    @classmethod
+    def of(cls, config: ModelConfig, dtype) -> "Buckets":
+        """What suits the default backend."""
+        cpu = jax.default_backend() == "cpu"
+        # XLA:CPU runs a bf16 product with one row 10x slower than with two, because it converts the whole weight.
+        rows = 2 if cpu and jnp.dtype(dtype).itemsize < 4 else 1
+        limit = max(context_limit(config, mode) for mode in rope.MODES)
+        return cls(rows=rows, chunks=(32, 128, 512) if cpu else (128, 512, 2048), limit=limit)
+
+    def batch(self, rows: int) -> int:
+        return self.rows * 2 ** max(0, math.ceil(math.log2(rows / self.rows)))
+
+    def length(self, tokens: int) -> int:
+        doubled = SHORTEST_CACHE * 2 ** max(0, math.ceil(math.log2(tokens / SHORTEST_CACHE)))
+        return max(min(doubled, _round_up(self.limit)), _round_up(tokens))
+
+    def cut(self, tokens: int) -> list[int]:
+        """Sizes of the chunks that cover a prompt: large ones first, at most a third of the last one is padding."""
+        sizes = []
+        while tokens > 0:
+            size = next((c for c in self.chunks if c >= tokens), self.chunks[-1])
+            smaller = [c for c in self.chunks if c < size]
+            if smaller and tokens <= 3 * smaller[-1] and tokens <= 0.75 * size:
+                size = smaller[-1]
+            sizes.append(size)
+            tokens -= size
+        return sizes
+
+    def __str__(self) -> str:
+        lengths = []
+        while not lengths or lengths[-1] < self.limit:
+            lengths.append(self.length((lengths[-1] if lengths else 0) + 1))
+        rows = ", ".join(str(self.rows * 2**n) for n in range(4))
+        return f"rows {rows}, ...; prefill chunks {', '.join(map(str, self.chunks))}; cache {', '.join(map(str, lengths))}"
+
+
+def context_limit(config: ModelConfig, long_context: rope.LongContext) -> int:
+    """The most tokens, prompt and answer together, that a row may hold.
+
+    "off": max_position_embeddings. Otherwise the largest of max_position_embeddings, factor * original length where
+    the config has YaRN, and 4 * trained length (Qwen2: 131072, what its authors evaluated Dual Chunk Attention to).
+    """
+    limit = config.max_position_embeddings
+    if long_context == "off":
+        return limit
+    if config.rope_scaling is not None and config.rope_scaling.type == "yarn":
+        scaling = config.rope_scaling
+        limit = max(limit, int(scaling.factor * (scaling.original_max_position_embeddings or limit)))
+    return max(limit, 4 * config.trained_length)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """A batch between two calls of the decode loop. Donated to each call.
+
+    token_B: the next token to feed. position_B: its position. count_B: tokens drawn so far. done_B: bool.
+    seen_BV: bool, ids in prompt and answer, for the repetition penalty.
+    """
+
+    cache: Cache
+    token_B: jax.Array
+    position_B: jax.Array
+    count_B: jax.Array
+    done_B: jax.Array
+    seen_BV: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Orders:
+    """What the rows asked for. eos_BE: ids that end a row, padded with -1. limit_B: tokens to draw at most."""
+
+    rope: rope.Rope
+    sampling: Sampling
+    eos_BE: jax.Array
+    limit_B: jax.Array
+
+
+class Generator:
+    """Runs one model on batches of token ids. Knows no text.
+
+    graphdef, params: from model.declare or model.split, `unroll` as they were made. vocab_size: ids from here on are
+    never drawn (the embedding may be padded). dtype: of the cache. mesh: where the parameters are sharded, or None.
+    buckets: the shapes to compile for.
+    `programs` lists what has been compiled; its length is the metric to watch: in steady state it does not grow.
+    """
+
+    def __init__(
+        self,
+        graphdef: nnx.GraphDef,
+        params: Tree,
+        config: ModelConfig,
+        *,
+        vocab_size: int | None = None,
+        dtype=jnp.bfloat16,
+        unroll: bool = False,
+        mesh: jax.sharding.Mesh | None = None,
+        buckets: Buckets | None = None,
+    ):
+        self.graphdef, self.params, self.config = graphdef, params, config
+        self.vocab_size = min(vocab_size or config.vocab_size, config.vocab_size)
+        self.dtype, self.unroll, self.mesh = dtype, unroll, mesh
+        self.buckets = buckets or Buckets.of(config, dtype)
+        self.programs: list[str] = []
+        self._decode = jax.jit(self._decode_steps, donate_argnums=1)
+        self._prefill = jax.jit(self._prefill_chunk, donate_argnums=1)
+        self._score = jax.jit(self._score_chunk, donate_argnums=1)
+        self._forward = jax.jit(self._all_logits)
+
+    @property
+    def compiles(self) -> int:
+        """Programs compiled (or read from jax's compilation cache) so far."""
+        return len(self.programs)
+
+    def start(
+        self, requests: Sequence[Request], long_context: rope.LongContext = "auto", progress: Progress | None = None
+    ) -> "Decoding":
+        """Prefills the prompts and returns the batch, ready to be advanced.
+
+        progress is called with (prompt tokens done, prompt tokens in all) after each chunk.
+        Raises UserError for ids outside the vocabulary, a prompt beyond the limit, or a cache that does not fit.
+        """
+        limit = context_limit(self.config, long_context)
+        requests = [self._clipped(request, limit, long_context) for request in requests]
+        totals = [len(r.tokens) + r.settings.max_new_tokens for r in requests]
+        rows, length = self.buckets.batch(len(requests)), self.buckets.length(max(totals))
+        prompts = [r.tokens for r in requests]
+        cache = self._prefilled([p[:-1] for p in prompts], rows, length, totals, long_context, progress)
+        return Decoding(self, requests, self._state(cache, prompts, rows), self._orders(requests, rows, length, totals, long_context))
+
+    def check(self, request: Request, long_context: rope.LongContext = "auto") -> None:
+        """Raises UserError for a request that `start` would refuse."""
+        self._clipped(request, context_limit(self.config, long_context), long_context)
+
+    def run(self, requests: Sequence[Request], long_context: rope.LongContext = "auto") -> list[tuple[list, list, str]]:
+        """Runs one batch to its end: (tokens, logprobs, "stop" or "length") per request."""
+        decoding = self.start(requests, long_context)
+        answers: list[tuple[list, list]] = [([], []) for _ in requests]
+        while not decoding.finished.all():
+            for (tokens, logprobs), new in zip(answers, decoding.advance(), strict=True):
+                tokens.extend(token for token, _ in new)
+                logprobs.extend(value for _, value in new)
+        return [(*a, reason(r.settings, a[0])) for a, r in zip(answers, requests, strict=True)]
+
+    def logprobs(
+        self, sequences: Sequence[Sequence[int]], long_context: rope.LongContext = "auto"
+    ) -> list[np.ndarray]:
+        """log p(token t+1 | tokens up to t) of each sequence, float32 [len - 1], prefilled in chunks."""
+        limit = context_limit(self.config, long_context)
+        for tokens in sequences:
+            self._check(tokens, limit, long_context)
+        lengths = [len(tokens) for tokens in sequences]
+        rows, length = self.buckets.batch(len(sequences)), self.buckets.length(max(lengths))
+        cache = self._empty(rows, length)
+        turns = self._rope(lengths, rows, length, long_context)
+        found: list[list[np.ndarray]] = [[] for _ in sequences]
+        for tokens_BC, positions_BC, targets_BC in self._chunks([s[:-1] for s in sequences], rows, [s[1:] for s in sequences]):
+            cache, logprobs_BC = self._score(self.params, cache, tokens_BC, positions_BC, targets_BC, _rows(lengths, rows), turns)
+            values_BC = np.asarray(logprobs_BC)
+            for row, parts in enumerate(found):
+                parts.append(values_BC[row][positions_BC[row] >= 0])
+        return [np.concatenate(parts) if parts else np.zeros(0, np.float32) for parts in found]
+
+    def logits(self, tokens_BT: np.ndarray, long_context: rope.LongContext = "auto") -> np.ndarray:
+        """Logits at every position, float32 [B, T, V], from one forward pass without a cache."""
+        B, T = tokens_BT.shape
+        limit = context_limit(self.config, long_context)
+        for tokens in tokens_BT.tolist():
+            self._check(tokens, limit, long_context)
+        rows, width = 2 ** math.ceil(math.log2(B)), 16 * 2 ** max(0, math.ceil(math.log2(T / 16)))
+        padded = np.zeros((rows, width), np.int32)
+        padded[:B, :T] = tokens_BT
+        positions = np.full((rows, width), -1, np.int32)
+        positions[:B, :T] = np.arange(T)
+        turns = self._rope([T] * B, rows, width, long_context)
+        return np.asarray(self._forward(self.params, padded, positions, _rows([T] * B, rows), turns))[:B, :T]
+
+    def describe(self) -> str:
+        """The buckets, and what has been compiled so far."""
+        return "\n".join([str(self.buckets), f"{self.compiles} programs compiled", *self.programs])
+
+    # Programs. Their Python bodies run once per compilation, which is how compilations are counted.
+
+    def _compiling(self, name: str, **sizes: int) -> None:
+        self.programs.append(" ".join([name, *(f"{k}={v}" for k, v in sizes.items())]))
+
+    def _decode_steps(self, params: Tree, state: State, orders: Orders, cancel_B, steps):
+        """Up to `steps` tokens (at most K) for the rows that are not done. Returns (state, tokens, logprobs) [K, B]."""
+        B = state.token_B.shape[0]
+        self._compiling("decode", rows=B, cache=state.cache.length)
+        model = nnx.merge(self.graphdef, params)
+        state = dataclasses.replace(state, done_B=state.done_B | cancel_B)
+
+        def going(carry):
+            step, state, _, _ = carry
+            return (step < steps) & ~jnp.all(state.done_B)
+
+        def one(carry):
+            step, state, tokens_KB, logprobs_KB = carry
+            live_B = ~state.done_B
+            positions_B1 = jnp.where(live_B, state.position_B, -1)[:, None]
+            out = model(state.token_B[:, None], rope=orders.rope, positions_BT=positions_B1, cache=state.cache)
+            logits_BV = model.logits(out.hidden_BTD[:, 0])
+            token_B, logprob_B = sample(
+                logits_BV, state.seen_BV, state.count_B, orders.sampling, vocab_size=self.vocab_size
+            )
+            ended_B = jnp.any(token_B[:, None] == orders.eos_BE, axis=1) | (state.count_B + 1 >= orders.limit_B)
+            state = State(
+                cache=out.cache,
+                token_B=jnp.where(live_B, token_B, state.token_B),
+                position_B=state.position_B + live_B,
+                count_B=state.count_B + live_B,
+                done_B=state.done_B | ended_B,
+                seen_BV=state.seen_BV.at[jnp.arange(B), token_B].max(live_B),
+            )
+            tokens_KB = tokens_KB.at[step].set(jnp.where(live_B, token_B, -1))
+            return step + 1, state, tokens_KB, logprobs_KB.at[step].set(logprob_B)
+
+        empty = (jnp.full((STEPS, B), -1, jnp.int32), jnp.zeros((STEPS, B), jnp.float32))
+        _, state, tokens_KB, logprobs_KB = jax.lax.while_loop(going, one, (jnp.int32(0), state, *empty))
+        return state, tokens_KB, logprobs_KB
+
+    def _prefill_chunk(self, params: Tree, cache: Cache, tokens_BC, positions_BC, context_B, turns: rope.Rope) -> Cache:
+        self._compiling("prefill", rows=tokens_BC.shape[0], chunk=tokens_BC.shape[1], cache=cache.length)
+        model = nnx.merge(self.graphdef, params)
+        return model(tokens_BC, rope=turns, positions_BT=positions_BC, cache=cache, context_B=context_B).cache
+
+    def _score_chunk(self, params: Tree, cache: Cache, tokens_BC, positions_BC, targets_BC, context_B, turns: rope.Rope):
+        self._compiling("score", rows=tokens_BC.shape[0], chunk=tokens_BC.shape[1], cache=cache.length)
+        model = nnx.merge(self.graphdef, params)
+        out = model(tokens_BC, rope=turns, positions_BT=positions_BC, cache=cache, context_B=context_B)
+        return out.cache, logprob.token_logprobs(out.hidden_BTD, model.head_weight(), targets_BC)
+
+    def _all_logits(self, params: Tree, tokens_BT, positions_BT, context_B, turns: rope.Rope):
+        self._compiling("logits", rows=tokens_BT.shape[0], tokens=tokens_BT.shape[1])
+        model = nnx.merge(self.graphdef, params)
+        return model.logits(model(tokens_BT, rope=turns, positions_BT=positions_BT, context_B=context_B).hidden_BTD)
+
+    # From requests to arrays.
+
+    def _check(self, tokens: Sequence[int], limit: int, long_context: str, what: str = "the input") -> None:
+        if not len(tokens):
+            raise UserError(f"{what} is empty; give at least one token")
+        low, high = min(tokens), max(tokens)
+        if low < 0 or high >= self.config.vocab_size:
+            wrong = low if low < 0 else high
+            raise UserError(f"{what} has token id {wrong}; this model's ids are 0 to {self.config.vocab_size - 1}")
+        if len(tokens) > limit:
+            longest = context_limit(self.config, "auto") - context_limit(self.config, long_context) + limit
+            hint = f" ({longest} with long_context='auto')" if long_context == "off" and longest > limit else ""
+            raise UserError(f"{what} has {len(tokens)} tokens; this model takes at most {limit}{hint}: shorten it")
+
+    def _clipped(self, request: Request, limit: int, long_context: str) -> Request:
+        """The request, checked, with no more new tokens than the limit leaves room for (at least one)."""
+        self._check(request.tokens, limit - 1, long_context, "the prompt")
+        settings = request.settings
+        if len(settings.eos_ids) > EOS_WIDTH:
+            raise UserError(f"{len(settings.eos_ids)} end-of-sequence ids; at most {EOS_WIDTH} are supported")
+        room = limit - len(request.tokens)
+        if settings.max_new_tokens > room:
+            settings = dataclasses.replace(settings, max_new_tokens=room)
+        return Request(tuple(request.tokens), settings)
+
+    def _rope(self, totals: Sequence[int], rows: int, length: int, long_context: rope.LongContext) -> rope.Rope:
+        turns = rope.choose(self.config, [*totals, *[1] * (rows - len(totals))], long_context)
+        chunk = self.config.dual_chunk_attention_config or rope.dual_chunk_defaults(self.config.trained_length)
+        if length <= chunk.chunk_size:  # no row can leave its first chunk: two of three query rotations need not exist
+            turns = dataclasses.replace(turns, chunk_len_B=None)
+        return turns
+
+    def _empty(self, rows: int, length: int) -> Cache:
+        memory.check_cache(self.config, rows, length, self.dtype)
+        cache = Cache.zeros(self.config, rows, length, self.dtype, unroll=self.unroll)
+        if self.mesh is None:
+            return cache
+        axes = ("layers", None, None, "kv_heads", "head_dim")
+        return jax.tree.map(lambda x: jax.device_put(x, sharding.sharding(axes, x.shape, self.mesh)), cache)
+
+    def _chunks(
+        self, prompts: Sequence[Sequence[int]], rows: int, targets: Sequence[Sequence[int]] | None = None
+    ) -> Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Cuts prompts side by side: (tokens, positions, targets) int32 [rows, C], positions -1 beyond a row's end."""
+        start = 0
+        for size in self.buckets.cut(max(map(len, prompts))):
+            tokens_BC, targets_BC = np.zeros((rows, size), np.int32), np.zeros((rows, size), np.int32)
+            positions_BC = np.full((rows, size), -1, np.int32)
+            for row, prompt in enumerate(prompts):
+                part = prompt[start : start + size]
+                tokens_BC[row, : len(part)] = part
+                positions_BC[row, : len(part)] = np.arange(start, start + len(part))
+                if targets is not None:
+                    targets_BC[row, : len(part)] = targets[row][start : start + size]
+            yield tokens_BC, positions_BC, targets_BC
+            start += size
+
+    def _prefilled(
+        self, prompts: Sequence[Sequence[int]], rows: int, length: int, totals, long_context, progress: Progress | None
+    ) -> Cache:
+        cache = self._empty(rows, length)
+        turns = self._rope(totals, rows, length, long_context)
+        context_B = _rows([len(p) + 1 for p in prompts], rows)
+        done, total = 0, sum(map(len, prompts))
+        for tokens_BC, positions_BC, _ in self._chunks(prompts, rows):
+            cache = self._prefill(self.params, cache, tokens_BC, positions_BC, context_B, turns)
+            if progress is not None:
+                jax.block_until_ready(cache)
+                done += int((positions_BC >= 0).sum())
+                progress(done, total)
+        return cache
+
+    def _state(self, cache: Cache, prompts: Sequence[Sequence[int]], rows: int) -> State:
+        seen_BV = np.zeros((rows, self.config.vocab_size), bool)
+        for row, prompt in enumerate(prompts):
+            seen_BV[row, list(prompt)] = True
+        return State(
+            cache=cache,
+            token_B=_device(_rows([p[-1] for p in prompts], rows)),
+            position_B=_device(_rows([len(p) - 1 for p in prompts], rows)),
+            count_B=_device(_rows([0], rows)),
+            done_B=_device(np.arange(rows) >= len(prompts)),
+            seen_BV=_device(seen_BV),
+        )
+
+    def _orders(self, requests: Sequence[Request], rows: int, length: int, totals, long_context) -> Orders:
+        asked = [r.settings for r in requests]
+        eos_BE = np.full((rows, EOS_WIDTH), -1, np.int32)
+        for row, settings in enumerate(asked):
+            if not settings.ignore_eos:
+                eos_BE[row, : len(settings.eos_ids)] = settings.eos_ids
+        kinds = {"top_k": np.int32, "seed": np.uint32}
+        neutral = Settings()
+        columns = {}
+        for field in dataclasses.fields(Sampling):
+            name = field.name.removesuffix("_B")
+            values = [getattr(s, name) for s in asked] + [getattr(neutral, name)] * (rows - len(asked))
+            columns[field.name] = _device(np.asarray(values, kinds.get(name, np.float32)))
+        return Orders(
+            rope=self._rope(totals, rows, length, long_context),
+            sampling=Sampling(**columns),
+            eos_BE=_device(eos_BE),
+            limit_B=_device(_rows([s.max_new_tokens for s in asked], rows)),
+        )
+
+
+class Decoding:
+    """A prefilled batch. `finished` is bool [requests]; `requests` are as checked, their limits cut to the context's."""
+
+    def __init__(self, generator: Generator, requests: Sequence[Request], state: State, orders: Orders):
+        self._generator, self.requests, self._state, self._orders = generator, requests, state, orders
+        self.finished = np.zeros(len(requests), bool)
+
+    def advance(self, steps: int = STEPS, cancel: Sequence[int] = ()) -> list[list[tuple[int, float]]]:
+        """Makes up to `steps` more tokens for every unfinished row; `cancel` ends those rows first.
+
+        Returns the new (token, logprob) pairs of each request. Clips `steps` to STEPS.
+        """
+        generator, count = self._generator, len(self.requests)
+        cancel_B = np.zeros(self._state.token_B.shape, bool)
+        cancel_B[list(cancel)] = True
+        self._state, *out = generator._decode(
+            generator.params, self._state, self._orders, cancel_B, np.int32(min(steps, STEPS))
+        )
+        tokens_KB, logprobs_KB = jax.device_get(out)
+        self.finished = np.array(self._state.done_B)[:count]  # a copy: the next call reuses the array's memory
+        live_BK = tokens_KB.T >= 0
+        pairs = zip(tokens_KB.T, logprobs_KB.T, live_BK, strict=True)
+        return [list(zip(t[ok].tolist(), p[ok].tolist(), strict=True)) for t, p, ok in pairs][:count]
+
+
+def reason(settings: Settings, tokens: Sequence[int]) -> str:
+    """Why a finished row ended: "stop" at an end-of-sequence id, else "length"."""
+    ended = bool(tokens) and not settings.ignore_eos and tokens[-1] in settings.eos_ids
+    return "stop" if ended else "length"
+
+
+def _rows(values: Sequence[int], rows: int) -> np.ndarray:
+    """int32 [rows], zeros for padding."""
+    return np.asarray([*values, *[0] * (rows - len(values))], np.int32)
+
+
+def _round_up(tokens: int) -> int:
+    return -(-tokens // SHORTEST_CACHE) * SHORTEST_CACHE
+
+
+def _device(array: np.ndarray) -> jax.Array:
+    return jnp.asarray(array)

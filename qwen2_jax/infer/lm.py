@@ -1,0 +1,374 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model with its tokenizer and generation defaults: what `qwen2_jax.load` returns.
+
+Text enters and leaves here. Everything below (generate.py) works on token ids.
+"""
+
+import dataclasses
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qwen2_jax import checkpoint, model
+from qwen2_jax.config import DTYPES, ModelConfig
+from qwen2_jax.errors import UserError
+from qwen2_jax.infer import memory
+from qwen2_jax.infer.answer import Answer, Generation
+from qwen2_jax.infer.generate import STEPS, Decoding, Generator, Progress, Request, context_limit, reason
+from qwen2_jax.infer.settings import Settings
+from qwen2_jax.params import Tree
+from qwen2_jax.rope import MODES, LongContext
+from qwen2_jax.tokenizer import IM_END, Tokenizer
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]  # text, token ids, or chat messages
+SECONDS_PER_PIECE = 0.2  # a stream shows something about this often
+
+
+class LM:
+    """A language model ready to score and generate.
+
+    config: ModelConfig. tokenizer: Tokenizer, or None where the checkpoint has none: token ids then still work.
+    generation_config: the checkpoint's defaults for settings. generator: the layer below, for token ids.
+    Calls raise UserError for anything the caller can mend.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Tree,
+        *,
+        tokenizer: Tokenizer | None = None,
+        generation_config: Mapping[str, Any] | None = None,
+        dtype="bfloat16",
+        unroll: bool = False,
+        mesh: jax.sharding.Mesh | None = None,
+        long_context: LongContext = "auto",
+        source: checkpoint.Source | None = None,
+        max_rows: int | None = None,
+    ):
+        """params: nested dict of arrays of dtype `dtype` (model.init, model.split or checkpoint.load_params makes one).
+
+        source: the checkpoint whose tokenizer and other small files travel along in `save`. max_rows: most prompts in
+        one batch.
+        """
+        if long_context not in MODES:
+            raise UserError(f"long_context={long_context!r}; choose one of {', '.join(map(repr, MODES))}")
+        self.config, self.tokenizer, self.long_context = config, tokenizer, long_context
+        self.generation_config = dict(generation_config or {})
+        self.source = source
+        self.max_rows = max_rows or (8 if jax.default_backend() == "cpu" else 64)
+        graphdef, _ = model.declare(config, dtype=jnp.dtype(dtype), unroll=unroll)
+        self.generator = Generator(
+            graphdef,
+            params,
+            config,
+            vocab_size=tokenizer.vocab_size if tokenizer else None,
+            dtype=jnp.dtype(dtype),
+            unroll=unroll,
+            mesh=mesh,
+        )
+
+    @property
+    def params(self) -> Tree:
+        """The parameters, as the generator holds them."""
+        return self.generator.params
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether the checkpoint was tuned for chat: it has a template and ends its answers as the template does.
+
+        Base checkpoints have a template too, but end at <|endoftext|>.
+        """
+        if self.tokenizer is None or self.tokenizer.chat_template is None:
+            return False
+        turn_end = self.tokenizer.token_id(IM_END)
+        ends = (*Settings.resolve({}, self.generation_config, self.config.eos_ids).eos_ids, self.tokenizer.eos_id)
+        return turn_end is None or turn_end in ends
+
+    def logits(self, ids) -> np.ndarray:
+        """Next-token logits at every position, float32 [B, T, V], of int [B, T]. For small inputs: V is 152k."""
+        try:
+            array = np.asarray(ids)
+        except ValueError as error:  # ragged
+            raise UserError("logits needs rows of equal length; call it once per length, or use logprobs") from error
+        if array.ndim != 2 or not array.size or not np.issubdtype(array.dtype, np.integer):
+            raise UserError(f"logits needs integers of shape [B, T]; given shape {array.shape} of {array.dtype}")
+        return self.generator.logits(array, self.long_context)
+
+    def logprobs(self, ids) -> np.ndarray | list[np.ndarray]:
+        """log p(ids[:, t+1] | ids[:, :t+1]) in nats, float32 [B, T-1]; any length, in bounded memory.
+
+        ids: int [B, T], or a list of rows of different lengths, which gives a list of arrays [len - 1].
+        """
+        rows = [self._ids(row) for row in _listed(ids, "logprobs")]
+        found: list[np.ndarray] = []
+        for start in range(0, len(rows), self.max_rows):
+            found += self.generator.logprobs(rows[start : start + self.max_rows], self.long_context)
+        return np.stack(found) if len({len(row) for row in rows}) == 1 else found
+
+    def generate(
+        self,
+        prompts: Sequence[str] | Sequence[Sequence[int]],
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | Sequence[int] | None = None,
+        stop: str | Sequence[str] = (),
+        ignore_eos: bool = False,
+    ) -> list[Generation]:
+        """Continues each prompt: text, or token ids.
+
+        What is None comes from the checkpoint's generation_config.json as in transformers, else: 64 new tokens,
+        temperature 0 (greedy), top_p 1, top_k 0 (off), min_p 0, repetition_penalty 1, seed 0. A temperature above 0
+        samples. seed: one for every prompt (equal prompts get equal answers), or one per prompt; the same seed gives
+        the same tokens whatever else is in the list. stop: the text ends before the first of these that appears.
+        ignore_eos: do not end at an end-of-sequence token.
+        A row ends at the context limit too. Generation.logprobs are of the model itself, before any of the settings.
+        """
+        given = _given(max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, stop, ignore_eos)
+        prompts = _listed(prompts, "generate")
+        return self.run([self.request(p, seed=s, **given) for p, s in zip(prompts, _seeds(seed, prompts), strict=True)])
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        ignore_eos: bool = False,
+    ) -> Generation:
+        """The assistant's next message in a conversation: [{"role": "user", "content": "..."}, ...]. See `generate`."""
+        given = _given(max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, stop, ignore_eos)
+        if self.tokenizer is None:
+            raise UserError("this checkpoint has no tokenizer, so it cannot chat; call generate with token ids")
+        self.tokenizer.render_chat(messages)  # its error for messages that are none
+        return self.run([self.request(messages, seed=seed, **given)])[0]
+
+    def stream(
+        self,
+        prompt: Prompt,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        ignore_eos: bool = False,
+    ) -> "Stream":
+        """Like `generate` for one prompt (text, token ids or chat messages), yielding the text as it comes.
+
+        The pieces add up to the text that `generate` returns. Nothing is computed before the first piece is asked for.
+        """
+        given = _given(max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, stop, ignore_eos)
+        return Stream(self, self.request(prompt, seed=seed, **given))
+
+    def save(self, path: str | Path, format: str = "hf") -> None:
+        """Writes a folder that `load` reads: "hf" (config.json, safetensors, tokenizer files) or "orbax"."""
+        writers = {"hf": checkpoint.save_hf, "orbax": checkpoint.save_orbax}
+        if format not in writers:
+            raise UserError(f"format={format!r}; choose 'hf' or 'orbax'")
+        writers[format](Path(path), self.config, self.params, tokenizer_files_from=self.source)
+
+    def request(self, prompt: Prompt, **given: Any) -> Request:
+        """A prompt and the settings given for it (None: not given), complete and checked."""
+        settings = Settings.resolve(given, self.generation_config, self.config.eos_ids)
+        if settings.stop and self.tokenizer is None:
+            raise UserError("stop texts need a tokenizer, and this checkpoint has none")
+        if isinstance(prompt, Sequence) and len(prompt) and isinstance(prompt[0], Mapping):
+            if self.tokenizer is None:
+                raise UserError("this checkpoint has no tokenizer; give token ids instead of messages")
+            ids = self.tokenizer.chat_ids(prompt)
+            turn_end = self.tokenizer.token_id(IM_END)  # ends a turn even where the checkpoint does not list it
+            if turn_end is not None and turn_end not in settings.eos_ids:
+                settings = dataclasses.replace(settings, eos_ids=(*settings.eos_ids, turn_end))
+        else:
+            ids = self._ids(prompt)
+        request = Request(tuple(ids), settings)
+        self.generator.check(request, self.long_context)
+        return request
+
+    def run(self, requests: Sequence[Request], progress: Progress | None = None) -> list[Generation]:
+        """Answers requests, longest prompts first, in batches of at most max_rows; results in the order given."""
+        order = sorted(range(len(requests)), key=lambda i: -len(requests[i].tokens))
+        results: dict[int, Generation] = {}
+        for start in range(0, len(order), self.max_rows):
+            batch = order[start : start + self.max_rows]
+            decoding = self.generator.start([requests[i] for i in batch], self.long_context, progress)
+            answers = [Answer(self.tokenizer, request.settings) for request in decoding.requests]
+            while True:
+                _advance(decoding, answers, STEPS)
+                if all(answer.reason for answer in answers):
+                    break
+            results |= {i: answer.generation() for i, answer in zip(batch, answers, strict=True)}
+        return [results[i] for i in range(len(requests))]
+
+    def _ids(self, prompt: Any) -> list[int]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise UserError("this checkpoint has no tokenizer; give token ids instead of text")
+            if not prompt:
+                raise UserError("the prompt is empty; give at least one character")
+            return self.tokenizer.encode(prompt)
+        ids = np.asarray(prompt)
+        if ids.ndim != 1 or not ids.size or not np.issubdtype(ids.dtype, np.integer):
+            raise UserError(f"a prompt must be text or a list of token ids, not empty; given {_short(prompt)}")
+        return ids.tolist()
+
+
+class Stream:
+    """Iterates over the pieces of one answer. `generation` is complete once the iteration has ended.
+
+    first_seconds: from the first request for a piece to the first token; seconds: to the end. prompt_tokens: int.
+    progress: set before iterating to be told about the prefill.
+    """
+
+    def __init__(self, lm: LM, request: Request):
+        self._lm, self._request = lm, request
+        self._answer = Answer(lm.tokenizer, request.settings)
+        self.progress: Progress | None = None
+        self.prompt_tokens = len(request.tokens)
+        self.first_seconds = self.seconds = 0.0
+        self._pieces = self._run()
+
+    def __iter__(self) -> Iterator[str]:
+        return self._pieces
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    @property
+    def generation(self) -> Generation:
+        """The answer so far; its finish_reason is "length" while it is not complete."""
+        return self._answer.generation()
+
+    def _run(self) -> Iterator[str]:
+        begin = time.perf_counter()
+        decoding = self._lm.generator.start([self._request], self._lm.long_context, self.progress)
+        self._answer = Answer(self._lm.tokenizer, decoding.requests[0].settings)
+        steps = 1  # the first token is shown as soon as it is there
+        while not self._answer.reason:
+            before = time.perf_counter()
+            piece = _advance(decoding, [self._answer], steps)[0]
+            now = time.perf_counter()
+            self.seconds = now - begin
+            self.first_seconds = self.first_seconds or self.seconds
+            per_token = (now - before) / steps
+            steps = max(1, min(STEPS, int(SECONDS_PER_PIECE / per_token)))
+            if piece:
+                yield piece
+
+
+def load(
+    name: str | Path,
+    dtype: str = "bfloat16",
+    mesh: jax.sharding.Mesh | None = None,
+    long_context: LongContext = "auto",
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> LM:
+    """Loads a checkpoint: a preset's name, a Hub id, a local Hugging Face or Orbax folder, gs://..., or "demo".
+
+    dtype: of the weights and the cache in memory, "bfloat16" or "float32" (or "float16"). mesh: devices to spread the
+    weights over (sharding.make_mesh). long_context: "auto" | "off" | "yarn" | "dca", see rope.choose.
+    progress: called with (bytes loaded, bytes in all).
+    Raises UserError when the checkpoint is unknown or damaged, or does not fit the devices (before reading it).
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"dtype={dtype!r}; choose one of {', '.join(map(repr, DTYPES))}")
+    if long_context not in MODES:
+        raise UserError(f"long_context={long_context!r}; choose one of {', '.join(map(repr, MODES))}")
+    source = checkpoint.locate(name)
+    config = checkpoint.read_config(source)
+    devices = None if mesh is None else list(mesh.devices.flat)
+    length = min(4096, context_limit(config, long_context))
+    memory.check_load(config, rows=1, length=length, dtype=dtype, devices=devices)
+    unroll = jax.default_backend() == "cpu"  # a scan would copy each layer's weights at every token there
+    params = checkpoint.load_params(
+        source, config, dtype=jnp.dtype(dtype), unroll=unroll, mesh=mesh, progress=progress
+    )
+    return LM(
+        config,
+        params,
+        tokenizer=_tokenizer(source),
+        generation_config=source.read_json("generation_config.json"),
+        dtype=dtype,
+        unroll=unroll,
+        mesh=mesh,
+        long_context=long_context,
+        source=source,
+    )
+
+
+def _tokenizer(source: checkpoint.Source) -> Tokenizer | None:
+    try:
+        if isinstance(source.path, Path):
+            return Tokenizer.from_folder(source.path)
+        with tempfile.TemporaryDirectory() as folder:  # a bucket: the tokenizers library reads local files only
+            for name in source.travellers():
+                if "/" not in name:
+                    (Path(folder) / name).write_bytes(source.read_bytes(name) or b"")
+            return Tokenizer.from_folder(folder)
+    except FileNotFoundError:
+        return None
+
+
+def _advance(decoding: Decoding, answers: Sequence[Answer], steps: int) -> list[str]:
+    """One call of the device loop: adds its tokens to the answers and returns the text that each gained."""
+    cancel = [row for row, answer in enumerate(answers) if answer.reason and not decoding.finished[row]]
+    pieces = []
+    for row, (answer, new) in enumerate(zip(answers, decoding.advance(steps, cancel), strict=True)):
+        gained = [answer.add(token, value) for token, value in new if not answer.reason]
+        if decoding.finished[row] and not answer.reason:
+            gained.append(answer.finish(reason(answer.settings, answer.token_ids)))
+        pieces.append("".join(gained))
+    return pieces
+
+
+def _given(max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, stop, ignore_eos) -> dict[str, Any]:
+    return {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "stop": stop,
+        "ignore_eos": ignore_eos,
+    }
+
+
+def _listed(rows: Any, what: str) -> list:
+    if isinstance(rows, str | Mapping) or not hasattr(rows, "__len__") or not len(rows):
+        raise UserError(f"{what} needs a list, not empty, of prompts; given {_short(rows)}")
+    if isinstance(rows[0], int | np.integer):
+        raise UserError(f"{what} needs a list of prompts; for one prompt of token ids put it in a list: [[{rows[0]}, ...]]")
+    return list(rows)
+
+
+def _seeds(seed: int | Sequence[int] | None, prompts: Sequence) -> list:
+    if seed is None or not hasattr(seed, "__len__"):
+        return [seed] * len(prompts)
+    if len(seed) != len(prompts):
+        raise UserError(f"{len(seed)} seeds for {len(prompts)} prompts; give one seed, or one per prompt")
+    return list(seed)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

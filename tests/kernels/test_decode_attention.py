@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""decode_attention: the last queries of a sequence against a cache, short and long, plain and in chunks."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from attention_cases import arrays, naive
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tolerance import assert_no_worse
+
+from qwen2_jax.kernels.decode_attention import decode_attention, xla
+from qwen2_jax.kernels.visibility import Bounds
+
+SHAPES = [(2, 1, 37, 4, 2, 8), (3, 3, 64, 3, 3, 8), (1, 1, 2500, 2, 1, 4)]  # the last is visited block by block
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@settings(max_examples=12, deadline=None)
+@given(data=st.data())
+def test_equals_the_definition(dtype, data):
+    shape = data.draw(st.sampled_from(SHAPES))
+    B, T, S, *_ = shape
+    seed = data.draw(st.integers(0, 2**16))
+    random = np.random.default_rng(seed)
+    (q, succ, inter), k, v, _ = arrays(seed, shape, dtype, rotations=3)
+    last = random.integers(-1, S + 2, (B, 1))
+    at = {"q_positions_BT": jnp.asarray(np.where(last < 0, -1, last - T + 1 + np.arange(T)), jnp.int32)}
+    at |= {"scale": jnp.asarray(random.uniform(0.1, 1, B), jnp.float32)}
+    at |= {"window": jnp.asarray(random.integers(1, 2 * S, B), jnp.int32) if data.draw(st.booleans()) else None}
+    chunked = data.draw(st.booleans())
+    chunk = {"chunk_len": jnp.asarray(random.integers(2, 2 * S, B), jnp.int32)} if chunked else {}
+    rest = (succ, inter, k, v) if chunked else (None, None, k, v)
+
+    got = decode_attention(q, *rest, implementation="xla", **chunk, **at)
+    assert got.dtype == dtype
+    wide = [None if x is None else x.astype(jnp.float32) for x in (q, *rest)]
+    exact = decode_attention(*wide, implementation="reference", **chunk, **at)
+    slots = jnp.broadcast_to(jnp.arange(S), (B, S))
+    plain, _ = naive((q, succ, inter) if chunked else (q,), k, v, kv_positions_BS=slots, **chunk, **at)
+    assert_no_worse(got, plain, exact, floor=1e-5 if dtype == jnp.float32 else 1e-3)
+
+
+def test_work_follows_the_position_not_the_cache():
+    """Not-a-number in all of the cache that need not be read: it would spread through any product."""
+    S = 4 * xla.BLOCK
+    (q,), k, v, _ = arrays(0, (2, 1, S, 2, 1, 4))
+    at = {"q_positions_BT": jnp.array([[1500], [-1]]), "implementation": "xla"}
+    clean = decode_attention(q, None, None, k, v, **at)
+    assert (clean[1] == 0).all()
+    later = slice(2 * xla.BLOCK, None)
+    poisoned = k.at[:, later].set(jnp.nan), v.at[:, later].set(jnp.nan)
+    np.testing.assert_array_equal(decode_attention(q, None, None, *poisoned, **at), clean)
+
+    at |= {"window": 100}
+    clean = decode_attention(q, None, None, k, v, **at)
+    poisoned = tuple(x.at[:, : xla.BLOCK].set(jnp.nan) for x in poisoned)
+    np.testing.assert_array_equal(decode_attention(q, None, None, *poisoned, **at), clean)
+
+
+def test_blocks_to_visit():
+    def blocks(positions, window=None):
+        low, high = jnp.array([p[0] for p in positions]), jnp.array([p[-1] for p in positions])
+        window = None if window is None else jnp.full(len(positions), window)
+        return tuple(int(x) for x in xla.blocks_to_visit(Bounds(low, high, None, None), 1000, 100, window))
+
+    nothing = (2**30, -1)
+    assert blocks([(0, 0)]) == (0, 1)
+    assert blocks([(99, 100)]) == (0, 2)
+    assert blocks([(5000, 5000)]) == (0, 10)
+    assert blocks([(750, 751), (350, 350)]) == (0, 8)
+    assert blocks([(750, 751), (350, 350)], window=100) == (2, 8)
+    assert blocks([(750, 751), nothing], window=51) == (7, 8)
+    first, end = blocks([nothing])
+    assert first >= end
+
+
+def test_wrong_inputs_say_what_is_allowed():
+    (q,), k, v, _ = arrays(0, (2, 1, 6, 2, 1, 8))
+    at = jnp.zeros((2, 1), jnp.int32)
+    with pytest.raises(ValueError, match=r"together"):
+        decode_attention(q, q, q, k, v, q_positions_BT=at)
+    with pytest.raises(ValueError, match=r"q_succ must be"):
+        decode_attention(q, q[:1], q, k, v, q_positions_BT=at, chunk_len=4)

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""dual_chunk_attention: recorded vectors, the definition, and ordinary attention while everything is in one chunk."""
+
+import functools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from attention_cases import BLOCKS, arrays, layouts, naive
+from hypothesis import given, settings
+from tolerance import assert_no_worse
+
+from qwen2_jax.kernels.attention_inputs import per_row
+from qwen2_jax.kernels.dual_chunk_attention import dual_chunk_attention, xla
+from qwen2_jax.kernels.flash_attention import flash_attention
+
+VECTORS = Path(__file__).parents[3] / "shared" / "data" / "dca_vectors.npz"
+
+
+def by_small_blocks(q, q_succ, q_inter, k, v, *, chunk_len, window=None, scale, **layout):
+    """The xla implementation with blocks so small that short inputs have several. Returns (out, lse)."""
+    B = q.shape[0]
+    numbers = {"window_B": per_row("window", window, B, jnp.int32), "scale_B": per_row("scale", scale, B, jnp.float32)}
+    numbers["chunk_len_B"] = per_row("chunk_len", chunk_len, B, jnp.int32)
+    return xla.dual_chunk_attention(q, q_succ, q_inter, k, v, **numbers, **BLOCKS, **layout)
+
+
+def reference(*arrays, **layout):
+    return dual_chunk_attention(*arrays, return_lse=True, implementation="reference", **layout)
+
+
+def plain(q, q_succ, q_inter, k, v, **layout):
+    return naive((q, q_succ, q_inter), k, v, **layout)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def value_and_gradients(attend, queries, k, v, weights, layout):
+    """((out, lse), gradients of the three queries, k, v and the scale)."""
+    layout = dict(layout)
+    scale = layout.pop("scale")
+
+    def total(queries, k, v, scale):
+        out, lse = attend(*queries, k, v, scale=scale, **layout)
+        finite = jnp.isfinite(lse)
+        return (out * weights[0]).sum(dtype=jnp.float32) + jnp.where(finite, lse * weights[1], 0).sum(), (out, lse)
+
+    gradients, results = jax.grad(total, argnums=(0, 1, 2, 3), has_aux=True)(queries, k, v, scale)
+    return results, gradients
+
+
+@settings(max_examples=15, deadline=None)
+@given(layouts(chunks=True))
+def test_equals_the_definition_in_float32(case):
+    shape, seed, layout = case
+    inputs = arrays(seed, shape, rotations=3)
+    exact = value_and_gradients(reference, *inputs, layout)
+    jax.tree.map(lambda x, y: assert_no_worse(x, y, y), value_and_gradients(by_small_blocks, *inputs, layout), exact)
+
+
+@settings(max_examples=8, deadline=None)
+@given(layouts(chunks=True))
+def test_no_worse_than_plain_bfloat16(case):
+    shape, seed, layout = case
+    inputs = arrays(seed, shape, jnp.bfloat16, rotations=3)
+    got = value_and_gradients(by_small_blocks, *inputs, layout)
+    naively = value_and_gradients(plain, *inputs, layout)
+    exact = value_and_gradients(reference, *jax.tree.map(lambda x: x.astype(jnp.float32), inputs), layout)
+    jax.tree.map(lambda *x: assert_no_worse(*x, floor=1e-3), got, naively, exact)
+
+
+def rotate(x_NTH, positions_T, theta):
+    """Rotary embedding, halves rotated against each other, in float64."""
+    half = x_NTH.shape[-1] // 2
+    angles = np.asarray(positions_T)[:, None] * theta ** (-np.arange(half) / half)
+    first, second = x_NTH[..., :half].astype(np.float64), x_NTH[..., half:].astype(np.float64)
+    cos, sin = np.cos(angles), np.sin(angles)
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def length_factor(n, trained):
+    return np.maximum(1, 0.1 * np.log(n / trained) + 1)
+
+
+@pytest.mark.skipif(not VECTORS.exists(), reason="the recorded vectors lie outside the repository")
+@pytest.mark.parametrize("implementation", ["xla", "small blocks", "reference"])
+def test_agrees_with_recorded_vectors(implementation):
+    recorded = np.load(VECTORS)
+    for case in json.loads(str(recorded["meta"])):
+        q, k, v, out = (recorded[f"{case['name']}/{name}"] for name in ("q", "k", "v", "out"))
+        n, theta = case["n"], case["rope_theta"]
+        c, w = case["chunk_size"], case["local_size"]
+        if case.get("variant") == "paper":  # the paper counts distances to c - 1 where every implementation goes to c
+            c, w = c - 1, w - 1
+        s, i = c - w, np.arange(n)
+        rotated = [rotate(q, at, theta) for at in (i % s, np.minimum(i % s + s, c), np.full(n, min(2 * s - 1, c)))]
+        key = rotate(k, i % s, theta)
+        if "original_max_position" in case:
+            # Every token has the factor of the whole length, or of the length at which it was added to a prompt.
+            length = np.maximum(case["prompt_len"], i + 1) if "prompt_len" in case else np.full(n, n)
+            factor = length_factor(length, case["original_max_position"])[:, None]
+            rotated, key = [x * factor for x in rotated], key * factor
+        as_input = lambda x: jnp.asarray(x.swapaxes(0, 1)[None], jnp.float32)
+        arguments = (*map(as_input, rotated), as_input(key), as_input(v))
+        layout = {"q_positions_BT": jnp.asarray(i)[None], "kv_positions_BS": jnp.asarray(i)[None], "chunk_len": s}
+        if implementation == "small blocks":
+            got = by_small_blocks(*arguments, scale=q.shape[-1] ** -0.5, **layout)[0]
+        else:
+            got = dual_chunk_attention(*arguments, implementation=implementation, **layout)
+        np.testing.assert_allclose(got[0].swapaxes(0, 1), out, rtol=0, atol=3e-6, err_msg=case["name"])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_one_chunk_is_ordinary_attention_to_the_bit(dtype):
+    (q, other, _), k, v, (weights, _) = arrays(3, (2, 150, 150, 6, 2, 16), dtype, rotations=3)
+    at = jnp.broadcast_to(jnp.arange(150), (2, 150))
+    layout = {"q_positions_BT": at, "kv_positions_BS": at, "implementation": "xla"}
+
+    def ordinary(q, k, v):
+        return flash_attention(q, k, v, return_lse=True, **layout)
+
+    def chunked(q, k, v, chunk_len):
+        return dual_chunk_attention(q, other, other, k, v, chunk_len=chunk_len, return_lse=True, **layout)
+
+    def gradients(attend, *args):
+        return jax.jit(jax.grad(lambda *x: (attend(*x)[0] * weights).sum(dtype=jnp.float32), argnums=(0, 1, 2)))(*args)
+
+    for chunk_len in (jnp.int32(150), jnp.array([2**30, 150])):
+        jax.tree.map(np.testing.assert_array_equal, jax.jit(chunked)(q, k, v, chunk_len), jax.jit(ordinary)(q, k, v))
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            gradients(lambda q, k, v, chunk_len=chunk_len: chunked(q, k, v, chunk_len), q, k, v),
+            gradients(ordinary, q, k, v),
+        )
+
+
+def test_one_program_serves_every_chunk_length():
+    queries, k, v, _ = arrays(4, (1, 20, 20, 2, 1, 8), rotations=3)
+    at = jnp.arange(20)[None]
+    traces = []
+
+    @jax.jit
+    def attend(chunk_len, window):
+        traces.append(None)
+        layout = {"q_positions_BT": at, "kv_positions_BS": at, "window": window, "chunk_len": chunk_len}
+        return dual_chunk_attention(*queries, k, v, implementation="xla", **layout)
+
+    results = [attend(c, w) for c, w in [(5, 20), (100, 20), (5, 7)]]
+    assert len(traces) == 1
+    assert not np.array_equal(results[0], results[1])
+    assert not np.array_equal(results[0], results[2])

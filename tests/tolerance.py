@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How close is close enough: as close as plain code in the same dtype, by a factor. Never a number tuned to pass."""
+
+import numpy as np
+
+
+def assert_no_worse(got, naive, exact, *, factor=2.0, floor=1e-5):
+    """`got` may err at most `factor` times as much as plain code in the same dtype, both measured against `exact`.
+
+    `floor`, in units of the largest exact value (or 1), is what float32 may differ by when plain code happens to be exact.
+    """
+    got, naive, exact = (np.asarray(x, np.float32) for x in (got, naive, exact))
+    assert got.shape == exact.shape, f"shape {got.shape} instead of {exact.shape}"
+    assert np.isfinite(got[np.isfinite(exact)]).all(), "not finite where the exact result is"
+    finite = np.isfinite(exact)
+    np.testing.assert_array_equal(got[~finite], exact[~finite])
+    if not finite.any():
+        return
+    error, allowed = (np.abs(x[finite] - exact[finite]).max() for x in (got, naive))
+    allowed = factor * allowed + floor * max(1.0, np.abs(exact[finite]).max())
+    assert error <= allowed, f"error {error:.2e}, allowed {allowed:.2e}"
