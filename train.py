@@ -20,10 +20,13 @@ def main(arguments: list[str]) -> int:
         print(f"error: the first argument must be a config file, not {arguments[0]}\n{USAGE}", file=sys.stderr)
         return 2
     from qwen2_jax.errors import UserError
-    from qwen2_jax.train import config, pretrain
+    from qwen2_jax.train import config
 
     try:
-        pretrain.run(config.load(Path(arguments[0]), arguments[1:]))
+        run = config.load(Path(arguments[0]), arguments[1:])
+        from qwen2_jax.train import pretrain  # takes seconds: after the mistakes that can be told at once
+
+        pretrain.run(run)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

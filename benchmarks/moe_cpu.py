@@ -62,10 +62,10 @@ def ragged_dot_layer(layer: SparseMLP, weights: list[jax.Array], x_BTD: jax.Arra
     x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
     p_ME = jax.nn.softmax(x_MD @ layer.router_ED[...].T, axis=-1)
     p_Mk, expert_Mk = jax.lax.top_k(p_ME, layer.top_k)
-    order, sizes_E = ops.sort_by_expert(expert_Mk, p_ME.shape[-1])
-    rows = ops.permute(x_MD, order)
+    order = ops.sort_by_expert(expert_Mk, p_ME.shape[-1])
+    rows, sizes_E = ops.permute(x_MD, order), order.group_sizes_E
     hidden = jax.nn.silu(jax.lax.ragged_dot(rows, gate, sizes_E)) * jax.lax.ragged_dot(rows, up, sizes_E)
-    routed_MD = ops.unpermute(jax.lax.ragged_dot(hidden, down, sizes_E), order, p_Mk)
+    routed_MD = ops.unpermute(jax.lax.ragged_dot(hidden, down, sizes_E), p_Mk, order)
     shared_MD = jax.nn.sigmoid(x_MD @ layer.shared_gate_D[...])[:, None] * layer.shared(x_MD)
     return (routed_MD + shared_MD).reshape(x_BTD.shape)
 

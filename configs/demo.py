@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The bundled demo: a 2.3 M parameter Qwen2 from nothing, on two CPU cores.
 
-    python train.py configs/demo.py
+python train.py configs/demo.py
 """
 
 from pathlib import Path
@@ -24,19 +24,22 @@ config = Pretrain(
     data=DemoData(
         vocabulary=2000,
         stages=(
+            # Short rows first: most tokens per second, and the circuits for addition and copying form without text.
             Stage(steps=600, rows=32, length=64, shares=Shares(worksheet=0.3, copy=0.35, sums=0.2, recall=0.15)),
             Stage(
-                steps=700,
+                steps=600,
                 rows=16,
                 length=128,
-                shares=Shares(worksheet=0.15, chat=0.3, copy=0.1, recall=0.25, recall_named=0.05, text=0.15),
+                shares=Shares(
+                    worksheet=0.15, chat=0.3, copy=0.1, recall=0.25, recall_named=0.05, text=0.12, story=0.03
+                ),
             ),
             Stage(
-                steps=1300,
+                steps=1800,
                 rows=4,
                 length=512,
                 shares=Shares(
-                    worksheet=0.25, chat=0.35, sums=0.1, copy=0.1, recall=0.12, recall_named=0.03, text=0.15
+                    worksheet=0.2, chat=0.33, sums=0.08, copy=0.1, recall=0.1, recall_named=0.03, text=0.22, story=0.04
                 ),
             ),
         ),

@@ -71,10 +71,8 @@ class Attention(nnx.Module):
         if self.qkv_bias:
             q_BTNH, k_BTKH, v_BTKH = q_BTNH + self.bq_NH[...], k_BTKH + self.bk_KH[...], v_BTKH + self.bv_KH[...]
 
-        angles = tokens.angles
-        rotations = (angles.own,) if angles.succ is None else (angles.own, angles.succ, angles.inter)
-        queries = tuple(rotate(q_BTNH) for rotate in rotations)
-        k_BTKH = angles.own(k_BTKH)
+        queries = tokens.angles.queries(q_BTNH)
+        k_BTKH = tokens.angles.keys(k_BTKH)
 
         common = {
             "q_positions_BT": tokens.positions_BT,
@@ -95,7 +93,7 @@ class Attention(nnx.Module):
             )
         else:
             cache = cache.write(repeat, k_BTKH, v_BTKH, tokens.positions_BT)
-            k_BSKH, v_BSKH = cache.k[repeat], cache.v[repeat]
+            k_BSKH, v_BSKH = cache.read(repeat)
             slots_BS = jnp.broadcast_to(jnp.arange(k_BSKH.shape[1], dtype=jnp.int32), k_BSKH.shape[:2])
             out_BTNH = ops.cached_attention(queries, k_BSKH, v_BSKH, kv_positions_BS=slots_BS, **common)
         return linear(out_BTNH, self.wo_DNH[...], contract=2), cache

@@ -14,10 +14,10 @@ from qwen2_jax.config import ModelConfig
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerCache:
-    """Keys and values of the layers that are scanned together, each [R, B, S, K, H].
+    """Keys and values of the layers that are scanned together, each [R, B, K, S, H].
 
     The slot of a token is its position in its row. Keys are stored rotated and unscaled. 2 * K * H * itemsize bytes
-    per token and layer, nothing else.
+    per token and layer, nothing else. Heads come before slots, so that decoding reads each head's keys in one stream.
     """
 
     k: jax.Array
@@ -29,12 +29,16 @@ class LayerCache:
         A token whose position is negative (padding) or not below S is dropped, never written elsewhere.
         """
         rows_B1 = jnp.arange(positions_BT.shape[0])[:, None]
-        slots_BT = jnp.where(positions_BT < 0, self.k.shape[2], positions_BT)
-        where = (repeat, rows_B1, slots_BT)
-        return LayerCache(
-            self.k.at[where].set(k_BTKH.astype(self.k.dtype), mode="drop"),
-            self.v.at[where].set(v_BTKH.astype(self.v.dtype), mode="drop"),
-        )
+        slots_BT = jnp.where(positions_BT < 0, self.k.shape[3], positions_BT)
+        where = (repeat, rows_B1, slice(None), slots_BT)
+        k = self.k.at[where].set(k_BTKH.astype(self.k.dtype), mode="drop")
+        v = self.v.at[where].set(v_BTKH.astype(self.v.dtype), mode="drop")
+        # Without the barrier XLA may fuse this write into its readers too, and then copies the cache to keep the old one.
+        return LayerCache(*jax.lax.optimization_barrier((k, v)))
+
+    def read(self, repeat) -> tuple[jax.Array, jax.Array]:
+        """Keys and values of layer `repeat`, each [B, S, K, H]: a view that XLA folds into the products."""
+        return self.k[repeat].swapaxes(1, 2), self.v[repeat].swapaxes(1, 2)
 
 
 @jax.tree_util.register_dataclass
@@ -49,7 +53,7 @@ class Cache:
         """An empty cache for `batch` rows of at most `length` tokens; `unroll` as the model was built."""
 
         def layer(repeats: int) -> LayerCache:
-            shape = (repeats, batch, length, config.num_key_value_heads, config.head_dim)
+            shape = (repeats, batch, config.num_key_value_heads, length, config.head_dim)
             return LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
         return cls(tuple(tuple(layer(stack.repeats) for _ in stack.kinds) for stack in config.stacks(unroll)))
@@ -57,4 +61,4 @@ class Cache:
     @property
     def length(self) -> int:
         """Slots per row."""
-        return self.layers[0][0].k.shape[2]
+        return self.layers[0][0].k.shape[3]

@@ -82,6 +82,11 @@ def quantize(params: Tree, specs: Tree) -> Tree:
     return quantized
 
 
+def is_quantized(params: Tree) -> bool:
+    """Whether some weight is Int8."""
+    return any(isinstance(leaf, Int8) for leaf in jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Int8)))
+
+
 @partial(jax.jit, static_argnames="inputs")
 def _to_int8(w: jax.Array, inputs: int) -> Int8:
     """inputs: how many of the last dimensions are summed over."""

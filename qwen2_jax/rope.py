@@ -26,7 +26,7 @@ import numpy as np
 from qwen2_jax.config import FULL, DualChunk, ModelConfig, RopeScaling
 from qwen2_jax.errors import UserError
 
-# B batch (1 serves every row)  T query  H head width  F = H / 2 frequencies
+# A rotations  B batch (1 serves every row)  T query  N heads  H head width  F = H / 2 frequencies
 LongContext = Literal["auto", "off", "yarn", "dca"]
 MODES = ("auto", "off", "yarn", "dca")
 
@@ -63,49 +63,39 @@ class Rope:
 
     def angles(self, positions_BT: jax.Array) -> "Angles":
         """The rotations of this call's tokens. Negative positions (padding) give finite angles that nobody uses."""
-
-        def of(index_BT):
-            return index_BT.astype(jnp.float32)[..., None] * self.inv_freq_BF[:, None, :]
-
         if self.chunk_len_B is None:
-            return Angles(own=Rotation.by(of(positions_BT)), succ=None, inter=None)
-        s_B1, c_B1 = self.chunk_len_B[:, None], self.chunk_size_B[:, None]
-        within_BT = positions_BT % s_B1
-        inter_BT = jnp.broadcast_to(jnp.minimum(2 * s_B1 - 1, c_B1), within_BT.shape)
-        return Angles(
-            own=Rotation.by(of(within_BT)),
-            succ=Rotation.by(of(jnp.minimum(within_BT + s_B1, c_B1))),
-            inter=Rotation.by(of(inter_BT)),
-        )
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Rotation:
-    """cos and sin of one rotation, float32 [B, T, H/2]."""
-
-    cos_BTF: jax.Array
-    sin_BTF: jax.Array
-
-    @classmethod
-    def by(cls, angle_BTF: jax.Array) -> "Rotation":
-        return cls(jnp.cos(angle_BTF), jnp.sin(angle_BTF))
-
-    def __call__(self, x_BTNH: jax.Array) -> jax.Array:
-        """Rotates dimension i against i + H/2, as Qwen2's weights expect. Computed in float32, returned in x's dtype."""
-        a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-        cos, sin = self.cos_BTF[:, :, None], self.sin_BTF[:, :, None]
-        return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
+            index_ABT = positions_BT[None]
+        else:
+            s_B1, c_B1 = self.chunk_len_B[:, None], self.chunk_size_B[:, None]
+            own_BT = positions_BT % s_B1
+            inter_BT = jnp.broadcast_to(jnp.minimum(2 * s_B1 - 1, c_B1), own_BT.shape)
+            index_ABT = jnp.stack([own_BT, jnp.minimum(own_BT + s_B1, c_B1), inter_BT])
+        angle_ABTF = index_ABT.astype(jnp.float32)[..., None] * self.inv_freq_BF[:, None, :]
+        return Angles(jnp.cos(angle_ABTF), jnp.sin(angle_ABTF))
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Angles:
-    """The three rotations of Dual Chunk Attention; `own` also rotates keys. succ and inter are None without chunks."""
+    """cos and sin of the rotations, float32 [A, B, T, H/2]: A = 1, or 3 with chunks (own, one before, older)."""
 
-    own: Rotation
-    succ: Rotation | None
-    inter: Rotation | None
+    cos_ABTF: jax.Array
+    sin_ABTF: jax.Array
+
+    def queries(self, q_BTNH: jax.Array) -> tuple[jax.Array, ...]:
+        """The query in all A rotations."""
+        return tuple(_rotate(q_BTNH, self.cos_ABTF, self.sin_ABTF))
+
+    def keys(self, k_BTKH: jax.Array) -> jax.Array:
+        """The key in the one rotation it has, that of its position in its own chunk."""
+        return _rotate(k_BTKH, self.cos_ABTF[0], self.sin_ABTF[0])
+
+
+def _rotate(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates dimension i against i + H/2, as Qwen2's weights expect. Computed in float32, returned in x's dtype."""
+    a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[..., None, :], sin[..., None, :]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
 
 
 def plain_frequencies(head_dim: int, *, theta: float) -> np.ndarray:

@@ -5,9 +5,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from flax import nnx
 
+import tiny
 from qwen2_jax import model
 from qwen2_jax.linear import MANY_ROWS, Int8, embed, linear, quantize
 
@@ -50,8 +50,8 @@ def test_a_quantized_model_stays_close(name, unroll):
     graphdef, specs = model.declare(config, unroll=unroll)
     run = jax.jit(lambda params, ids: (qwen2 := nnx.merge(graphdef, params)).logits(qwen2(ids).hidden_BTD))
     ids = jnp.arange(24).reshape(2, 12)
-    exact = np.asarray(run(model.init(config, unroll=unroll), ids))
-    params = quantize(model.init(config, unroll=unroll), specs)
+    exact = np.asarray(run(tiny.random_params(config, unroll=unroll), ids))
+    params = quantize(tiny.random_params(config, unroll=unroll), specs)
     kinds = {type(leaf) for leaf in jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Int8))}
     assert Int8 in kinds
     got = np.asarray(run(params, ids))

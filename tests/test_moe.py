@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from flax import nnx
 
+import tiny
 from qwen2_jax import model, moe
 from qwen2_jax.params import Declare
 
@@ -68,7 +68,7 @@ def test_balanced_load_costs_exactly_top_k():
 @pytest.mark.parametrize("loss", [moe.load_balancing_loss, moe.router_z_loss])
 def test_router_losses_reach_the_router_of_every_layer(loss):
     graphdef, _ = model.declare(CONFIG)
-    weights, ids = model.init(CONFIG), jnp.arange(24).reshape(2, 12)
+    weights, ids = tiny.random_params(CONFIG), jnp.arange(24).reshape(2, 12)
 
     def of(weights):
         return loss(nnx.merge(graphdef, weights)(ids).router)
@@ -91,10 +91,10 @@ def test_router_losses_reach_the_router_of_every_layer(loss):
 
 def test_statistics_pool_over_layers():
     graphdef, _ = model.declare(CONFIG)
-    stats = nnx.merge(graphdef, model.init(CONFIG))(jnp.zeros((2, 12), jnp.int32)).router
+    stats = nnx.merge(graphdef, tiny.random_params(CONFIG))(jnp.zeros((2, 12), jnp.int32)).router
     assert stats.tokens == CONFIG.num_hidden_layers * 24
     assert nnx.merge(*_dense())(jnp.zeros((1, 4), jnp.int32)).router is None
 
 
 def _dense():
-    return model.declare(tiny.CONFIGS["dense"])[0], model.init(tiny.CONFIGS["dense"])
+    return model.declare(tiny.CONFIGS["dense"])[0], tiny.random_params(tiny.CONFIGS["dense"])

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from flax import nnx
 
+import tiny
 from qwen2_jax import PRESETS, model, rope
 from qwen2_jax.config import FULL, RopeScaling
 from qwen2_jax.errors import UserError
@@ -80,7 +80,7 @@ def test_one_program_serves_every_mode_and_chunks_change_nothing_while_one_is_en
         qwen2 = nnx.merge(graphdef, weights)
         return qwen2.logits(qwen2(ids, rope=rotary).hidden_BTD)
 
-    weights = model.init(config)
+    weights = tiny.random_params(config)
     ids = jnp.asarray(np.random.default_rng(0).integers(0, config.vocab_size, (1, 80)), jnp.int32)
     long = {mode: np.asarray(run(weights, ids, rope.choose(config, 80, mode))) for mode in ("off", "yarn", "dca")}
     assert len(traces) == 1
@@ -99,6 +99,6 @@ def _unscaled(config):
 
 def test_static_plain_equals_runtime_plain():
     graphdef, _ = model.declare(DENSE)
-    weights, ids = model.init(DENSE), jnp.arange(40)[None] % DENSE.vocab_size
+    weights, ids = tiny.random_params(DENSE), jnp.arange(40)[None] % DENSE.vocab_size
     run = jax.jit(lambda weights, rotary: nnx.merge(graphdef, weights)(ids, rope=rotary).hidden_BTD)
     np.testing.assert_array_equal(run(weights, None), run(weights, rope.choose(DENSE, 40, "off")))

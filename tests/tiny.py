@@ -1,6 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tiny model configurations that the tests share: small enough to run in milliseconds, odd enough to catch mistakes."""
 
+import zlib
+
+import jax.numpy as jnp
+import numpy as np
+
+from qwen2_jax import model, params
 from qwen2_jax.config import DualChunk, ModelConfig
 
 _COMMON = {
@@ -41,3 +47,22 @@ CONFIGS = {
     "moe": ModelConfig(**_SPARSE),
     "moe_mixed": ModelConfig(**_SPARSE | {"decoder_sparse_step": 2, "num_hidden_layers": 5, "norm_topk_prob": True}),
 }
+
+
+def random_params(config, *, unroll=False, seed=0, dtype=np.float32):
+    """Weights large enough that greedy answers are not one token repeated; equal for stacked and unrolled models.
+
+    Made by numpy: compiling the model's own initialisation takes longer than these tests.
+    """
+    tree = {}
+    for path, spec in params.leaves(model.declare(config, unroll=unroll)[1]):
+        node = tree
+        for part in path[:-1]:
+            node = node.setdefault(part, {})
+        rows = []
+        for layer in spec.layers or (0,):
+            rng = np.random.default_rng([seed, layer, zlib.crc32(spec.hf.encode())])
+            shape = spec.shape[1:] if spec.layers else spec.shape
+            rows.append(rng.normal(size=shape) * 0.3 if spec.decay or "bias" in spec.hf else np.ones(shape))
+        node[path[-1]] = jnp.asarray(np.stack(rows) if spec.layers else rows[0], dtype)
+    return tree

@@ -30,13 +30,15 @@ def decode_attention(q, q_succ, q_inter, k, v, *, chunk_len_B, q_positions_BT, w
     scale, window = scale_B[:, None, None, None], None if window_B is None else window_B[:, None, None]
     block = S if S <= WHOLE else BLOCK
 
+    score = _score_whole if block == S else _score
+
     def visit(j, carry):
         top_BKX, total_BKX, acc_BKXH = carry
         start = jnp.minimum(j * block, S - block)  # the last block reaches back into the one before
         k_BYKH, v_BYKH = (lax.dynamic_slice_in_dim(x, start, block, axis=1) for x in (k, v))
         slot_Y = start + jnp.arange(block)
         new_Y = jnp.where(slot_Y >= j * block, slot_Y, -1)
-        s_BKXY = _score(q_ABKXH, k_BYKH, at_BX, at, slot_Y, chunk_len_B) * scale
+        s_BKXY = score(q_ABKXH, k_BYKH, at_BX, at, slot_Y, chunk_len_B) * scale
         s_BKXY = jnp.where(visible(at_BX[:, :, None], new_Y, window=window)[:, None], s_BKXY, -jnp.inf)
         new_top_BKX = jnp.maximum(top_BKX, s_BKXY.max(-1))
         p_BKXY = jnp.exp(s_BKXY - new_top_BKX[..., None])
@@ -61,6 +63,23 @@ def blocks_to_visit(at: Bounds, S, block, window_B=None):
     return lowest // block, highest // block + 1
 
 
+def _score_whole(q_ABKXH, k_BYKH, at_BX, at: Bounds, slot_Y, chunk_len_B):
+    """As `_score`, for one pass over the whole cache: one product for all rotations, which reads the keys once.
+
+    It has no branch, because XLA:CPU copies a cache that is handed to a branch, at every step of a generation.
+    """
+    if chunk_len_B is None:
+        return _query_key(q_ABKXH[0], k_BYKH)
+    s_ABKXY = jnp.split(_query_key(jnp.concatenate(q_ABKXH, axis=2), k_BYKH), len(q_ABKXH), axis=2)
+    return _by_region(s_ABKXY, at_BX, slot_Y, chunk_len_B)
+
+
+def _by_region(s_ABKXY, at_BX, slot_Y, chunk_len_B):
+    """Of the scores of all rotations, the one that each slot's region asks for."""
+    region_BXY = chunk_region(at_BX[:, :, None], slot_Y, chunk_len_B[:, None, None])
+    return lax.select_n(jnp.broadcast_to(region_BXY[:, None], s_ABKXY[0].shape), *s_ABKXY)
+
+
 def _score(q_ABKXH, k_BYKH, at_BX, at: Bounds, slot_Y, chunk_len_B):
     """q.k in float32, [B, K, X, Y], with the rotation of each slot's region; one product where one rotation serves all."""
     if chunk_len_B is None:
@@ -74,9 +93,7 @@ def _score(q_ABKXH, k_BYKH, at_BX, at: Bounds, slot_Y, chunk_len_B):
         return _query_key(q_ABKXH[0], k_BYKH)
 
     def by_slot():
-        region_BXY = chunk_region(at_BX[:, :, None], slot_Y, chunk_len_B[:, None, None])
-        s_ABKXY = [_query_key(q_BKXH, k_BYKH) for q_BKXH in q_ABKXH]
-        return lax.select_n(jnp.broadcast_to(region_BXY[:, None], s_ABKXY[0].shape), *s_ABKXY)
+        return _by_region([_query_key(q_BKXH, k_BYKH) for q_BKXH in q_ABKXH], at_BX, slot_Y, chunk_len_B)
 
     return lax.cond(jnp.all((whole_B & (region_B == 0)) | (at.low == FAR)), own_chunk, by_slot)
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints: from a name to a folder, from a folder to sharded arrays, and back without losing a bit."""
 
-from qwen2_jax.checkpoint.convert import (
+from qwen2_jax.checkpoint.store import (
     convert,
     load_params,
     model_bytes,

@@ -55,10 +55,10 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code; a user's mistake is one line on stderr and 2."""
     args = parser().parse_args(argv)
-    jax.config.update("jax_platforms", "cpu")  # nothing here needs an accelerator, and one may be in use
-    warnings.showwarning = lambda message, *rest, **more: print(f"warning: {message}", file=sys.stderr)
     try:
-        return {"convert": _convert, "verify": _verify, "inspect": _inspect}[args.command](args)
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *rest, **more: print(f"warning: {message}", file=sys.stderr)
+            return {"convert": _convert, "verify": _verify, "inspect": _inspect}[args.command](args)
     except (UserError, OSError) as why:
         print(f"error: {' '.join(str(why).split())}", file=sys.stderr)
         return 2
@@ -126,4 +126,5 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")  # nothing here needs an accelerator, and one may be in use
     sys.exit(main())

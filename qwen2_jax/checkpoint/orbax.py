@@ -107,7 +107,7 @@ class OrbaxFolder:
             reason = " ".join(str(why).split())[:300]
             raise CheckpointError(f"{path} is not a complete Orbax checkpoint: {reason}") from None
         if not isinstance(tree, dict):
-            raise CheckpointError(f"{path} holds no tree of arrays")
+            raise CheckpointError(f"{path}: the list of its arrays cannot be read; the checkpoint is damaged or incomplete")
         self.arrays = {tuple(map(str, key)): (tuple(m.shape), np.dtype(m.dtype)) for key, m in leaves(tree)}
         self.leaves: list[Leaf] = []
         self.infos: dict[str, TensorInfo] = {}

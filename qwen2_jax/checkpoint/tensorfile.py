@@ -186,7 +186,7 @@ def _entry(entry: Any, data_bytes: int) -> tuple[np.dtype, tuple[int, ...], int]
     if not isinstance(entry, dict):
         return f"is described by {type(entry).__name__} instead of an object"
     code, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    if code not in DTYPES:
+    if not isinstance(code, str) or code not in DTYPES:
         return f"has the dtype {code!r}; supported: {', '.join(DTYPES)}"
     if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < MAX_SIZE for n in shape):
         return f"has the shape {shape!r}"

@@ -65,7 +65,7 @@ def _need_space(folder: Path, nbytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < nbytes:
         need, have = f"{nbytes / 1e9:.2f} GB", f"{free / 1e9:.2f} GB"
-        raise OSError(errno.ENOSPC, f"needs {need} of disk and {have} are free; free some or choose another disk: {folder}")
+        raise OSError(f"{folder} needs {need} of disk and has {have} free; free some or choose another disk")
 
 
 def _sync(folder: Path) -> None:

@@ -7,18 +7,10 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+from qwen2_jax.tokenizer import CHAT_TEMPLATE, END_OF_TEXT, IM_END, IM_START, PATTERN
+
 SPECIALS = (END_OF_TEXT, IM_START, IM_END)  # appended after the learned vocabulary, in Qwen2's order
-SYSTEM = "You are a helpful assistant."
-SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
-    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
+SYSTEM = "You are a helpful assistant."  # what the chat template says where no system message is given
 
 
 def train(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
@@ -27,7 +19,7 @@ def train(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated", invert=False),
+            pre_tokenizers.Split(Regex(PATTERN), behavior="isolated", invert=False),
             pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False),
         ]
     )
@@ -46,7 +38,7 @@ def padded_size(tokenizer: Tokenizer, multiple: int = 128) -> int:
 
 
 def save(tokenizer: Tokenizer, folder: Path, *, max_length: int) -> None:
-    """Writes tokenizer.json, tokenizer_config.json and generation_config.json (greedy, ends at <|im_end|>)."""
+    """Writes tokenizer.json, tokenizer_config.json and generation_config.json (ends at <|im_end|>)."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     ids = {s: tokenizer.token_to_id(s) for s in SPECIALS}
@@ -68,9 +60,12 @@ def save(tokenizer: Tokenizer, folder: Path, *, max_length: int) -> None:
     }
     generation = {
         "bos_token_id": ids[END_OF_TEXT],
-        "do_sample": False,
+        "do_sample": True,  # mild, as the released instruct models: a small model that only takes the best token loops
         "eos_token_id": [ids[IM_END], ids[END_OF_TEXT]],
         "pad_token_id": ids[END_OF_TEXT],
+        "temperature": 0.7,
+        "top_k": 20,
+        "top_p": 0.8,
     }
     for name, value in (("tokenizer_config.json", config), ("generation_config.json", generation)):
         (folder / name).write_text(json.dumps(value, indent=2) + "\n", "utf-8")

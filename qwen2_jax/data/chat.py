@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from tokenizers import Tokenizer
 
-from qwen2_jax.data.bpe import END_OF_TEXT, IM_END, IM_START, SYSTEM
+from qwen2_jax.data.bpe import SYSTEM
+from qwen2_jax.tokenizer import END_OF_TEXT, IM_END, IM_START
 
 
 @dataclass

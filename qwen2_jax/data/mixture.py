@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo's mixture of text and skills. A batch is a function of (seed, step) alone, so a resumed run sees the same data."""
+"""The demo's mixture of text and skills. A batch is a function of (seed, step) alone: a resumed run sees the same."""
 
+import itertools
 import re
 from collections.abc import Mapping
 from functools import partial
@@ -18,10 +19,10 @@ WORD = re.compile(r"\b[a-z]{3,9}\b")
 
 def tokenizer_texts(documents: Mapping[str, tuple[str, bool]]) -> list[str]:
     """What the tokenizer learns from: the prose twice, the code once, and the words of the chat format often enough."""
-    chat = f"system\n{bpe.SYSTEM}\nuser\nassistant\n" + "\n".join(
-        [*skills.SUM_QUESTIONS, *skills.COPY_QUESTIONS, *skills.RECALL_QUESTIONS, *skills.NAMED_QUESTIONS]
-        + [*skills.COMPARE_QUESTIONS, *skills.SMALL_TALK, *skills.SMALL_TALK.values(), *skills.NAMES]
-    )
+    questions = (skills.SUM_QUESTIONS, skills.COPY_QUESTIONS, skills.RECALL_QUESTIONS, skills.NAMED_QUESTIONS)
+    talk = (skills.COMPARE_QUESTIONS, skills.SMALL_TALK, skills.SMALL_TALK.values(), skills.NAMES)
+    lines = itertools.chain(*questions, *talk)
+    chat = f"system\n{bpe.SYSTEM}\nuser\nassistant\n" + "\n".join(lines)
     return [t for t, is_prose in documents.values() for _ in range(1 + is_prose)] + [chat] * 500
 
 
@@ -33,8 +34,11 @@ class DemoMixture:
         train = text.split(dict(documents), held_out=False)
         self.prose = self._tokenize([t for t, is_prose in train.values() if is_prose])
         self.code = self._tokenize([t for t, is_prose in train.values() if not is_prose])
-        self.unseen = self._tokenize([t for t, is_prose in text.split(dict(documents), held_out=True).values() if is_prose])
+        self.unseen = self._tokenize(
+            [t for t, is_prose in text.split(dict(documents), held_out=True).values() if is_prose]
+        )
         self.sentences, self.words = pools(train)
+        self.pieces = pieces(tokenizer)
 
     def _tokenize(self, texts: list[str]) -> np.ndarray:
         encoded = self.chat.tokenizer.encode_batch(texts, add_special_tokens=False)
@@ -85,6 +89,11 @@ class DemoMixture:
         start = int(rng.integers(len(source) - n))
         return Sequence(source[start : start + n].tolist(), [True] * n)
 
+    def story(self, rng: np.random.Generator, room: int) -> Sequence | None:
+        """One tale to its end, every token a target."""
+        tokens = [*self.chat.encode(skills.story(rng)), self.chat.end_of_text]
+        return Sequence(tokens, [True] * len(tokens)) if len(tokens) <= room else None
+
     def worksheet(self, rng: np.random.Generator, room: int) -> Sequence | None:
         """Lines of sums; only the answers are targets."""
         sheet = Sequence([], [])
@@ -113,21 +122,23 @@ class DemoMixture:
     def item(self, rng: np.random.Generator, kind: str, *, held_out: bool = False) -> skills.Item:
         """One short item of a skill from the wanted split."""
         if kind == "small_talk":
-            return skills.small_talk(rng)
-        make = {"sums": skills.sums, "compare": skills.compare, "copy": partial(skills.copy, words=self.words)}[kind]
+            return skills.small_talk(rng, self.words)
+        if kind == "sums" and not held_out and rng.random() < 0.12:
+            return skills.draw(rng, skills.small_sums, held_out=False)
+        make = {
+            "sums": skills.sums,
+            "compare": skills.compare,
+            "copy": partial(skills.copy, words=self.words, pieces=self.pieces),
+        }[kind]
         return skills.draw(rng, make, held_out=held_out)
 
-    def recall(
-        self, rng: np.random.Generator, room: int, *, named: bool, held_out: bool = False
-    ) -> Sequence | None:
+    def recall(self, rng: np.random.Generator, room: int, *, named: bool, held_out: bool = False) -> Sequence | None:
         """A long text with hidden codes, then the questions."""
         out = self.chat.open()
         empty = len(out)
         budget = max(0.0, 3.2 * (room - empty) - 150)  # characters per token of such prose, less the turns around it
         share = rng.random() ** 1.5  # short ones are more frequent: they teach more per token
-        items = skills.recall(
-            rng, self.sentences, characters=int(share * budget), named=named, held_out=held_out
-        )
+        items = skills.recall(rng, self.sentences, characters=int(share * budget), named=named, held_out=held_out)
         for item in items:
             if not self._append(out, item, room):
                 break
@@ -144,6 +155,7 @@ class DemoMixture:
 
 KINDS = {
     "text": DemoMixture.text_chunk,
+    "story": DemoMixture.story,
     "worksheet": DemoMixture.worksheet,
     "chat": partial(DemoMixture.conversation, kinds=("sums", "sums", "sums", "copy", "copy", "compare", "small_talk")),
     "sums": partial(DemoMixture.conversation, kinds=("sums",)),
@@ -154,11 +166,17 @@ KINDS = {
 
 
 def pools(documents: Mapping[str, tuple[str, bool]]) -> tuple[list[str], list[str]]:
-    """Plain sentences (filler) and common words of the documents' prose, each sorted so that order means nothing."""
+    """Plain sentences (filler) and words of the documents' prose, each sorted so that order means nothing."""
     prose = [t for t, is_prose in documents.values() if is_prose]
     sentences = sorted({re.sub(r"\s+", " ", s) for t in prose for s in SENTENCE.findall(re.sub(r"\s+", " ", t))})
     counts: dict[str, int] = {}
     for t in prose:
         for word in WORD.findall(t):
             counts[word] = counts.get(word, 0) + 1
-    return sentences, sorted(w for w, n in counts.items() if n >= 20)
+    return sentences, sorted(w for w, n in counts.items() if n >= 3)
+
+
+def pieces(tokenizer: Tokenizer) -> list[str]:
+    """The tokens of two or more lower-case letters, without their leading space, sorted."""
+    tokens = {token.removeprefix("\u0120") for token in tokenizer.get_vocab()}  # the byte-level sign of a space
+    return sorted(t for t in tokens if t.isascii() and t.isalpha() and t.islower() and len(t) > 1)

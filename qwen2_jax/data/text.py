@@ -7,7 +7,18 @@ import inspect
 import sysconfig
 from pathlib import Path
 
-SKIPPED = {"test", "tests", "idlelib", "site-packages", "dist-packages", "lib2to3", "encodings", "ensurepip", "turtledemo", "__pycache__"}
+SKIPPED = {
+    "test",
+    "tests",
+    "idlelib",
+    "site-packages",
+    "dist-packages",
+    "lib2to3",
+    "encodings",
+    "ensurepip",
+    "turtledemo",
+    "__pycache__",
+}
 HELD_OUT_ONE_IN = 20
 
 

@@ -1,23 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Exact-match accuracy of the demo's skills on items that training never saw.
 
-    python -m qwen2_jax.eval.skills --ckpt DIR --items 200
+python -m qwen2_jax.eval.skills --ckpt demo --items 200
 """
 
 import json
 import sys
 import time
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tyro
 from tokenizers import Tokenizer
 
+from qwen2_jax import checkpoint
 from qwen2_jax.data import mixture, skills, text
 from qwen2_jax.data.chat import ChatEncoder
 from qwen2_jax.errors import UserError
+from qwen2_jax.infer.lm import LM, load
 
 SKILLS = ("sums", "compare", "copy", "recall", "recall_named")
 LONGEST_ANSWER = 64  # tokens
@@ -31,13 +31,18 @@ class HeldOut:
         documents = text.stdlib_documents()
         self.sentences = mixture.pools(text.split(documents, held_out=True))[0]
         self.words = mixture.pools(text.split(documents, held_out=False))[1]
+        self.pieces = mixture.pieces(encoder.tokenizer)
 
     def items(self, skill: str, count: int, seed: int = 0) -> list[skills.Item]:
         """`count` different items of one skill; those of recall fill lengths up to the trained one evenly."""
         if skill not in SKILLS:
             raise UserError(f"unknown skill {skill!r}; choose from {', '.join(SKILLS)}")
         rng = np.random.default_rng([seed, SKILLS.index(skill)])
-        make = {"sums": skills.sums, "compare": skills.compare, "copy": partial(skills.copy, words=self.words)}
+        make = {
+            "sums": skills.sums,
+            "compare": skills.compare,
+            "copy": partial(skills.copy, words=self.words, pieces=self.pieces),
+        }
         found: dict[str, skills.Item] = {}
         while len(found) < count:
             if skill in make:
@@ -55,7 +60,7 @@ class HeldOut:
         return [*self.encoder.system, *self.encoder.prompt(item.question)]
 
 
-def measure(lm: Any, held_out: HeldOut, count: int, *, batch: int = 32, seed: int = 0) -> dict[str, dict[str, float]]:
+def measure(lm: LM, held_out: HeldOut, count: int, *, batch: int = 32, seed: int = 0) -> dict[str, dict[str, float]]:
     """Skill -> {accuracy, items, wrong}: greedy answers of a loaded checkpoint, right when equal to the last letter."""
     results = {}
     for skill in SKILLS:
@@ -70,21 +75,23 @@ def measure(lm: Any, held_out: HeldOut, count: int, *, batch: int = 32, seed: in
     return results
 
 
-def main(*, ckpt: str, items: int = 200, seed: int = 0, dtype: str = "float32", show_wrong: bool = False) -> int:
+def main(
+    *, ckpt: str = "demo", items: int = 200, seed: int = 0, dtype: str = "float32", show_wrong: bool = False
+) -> int:
     """Prints one JSON line per skill.
 
     Args:
-        ckpt: folder of a checkpoint with a tokenizer.json.
+        ckpt: a checkpoint that chats: a folder, a name, or "demo".
         items: held-out items per skill.
         seed: another seed draws other items.
         dtype: in which the model computes.
         show_wrong: print a few of the wrong answers.
     """
-    import qwen2_jax
-
-    lm = qwen2_jax.load(ckpt, dtype=dtype)
-    tokenizer = Tokenizer.from_file(str(Path(ckpt) / "tokenizer.json"))
-    held_out = HeldOut(ChatEncoder(tokenizer), length=lm.config.max_position_embeddings)
+    data = checkpoint.locate(ckpt).read_bytes("tokenizer.json")
+    if data is None:
+        raise UserError(f"{ckpt} has no tokenizer.json; the skills are asked in text")
+    lm = load(ckpt, dtype=dtype)
+    held_out = HeldOut(ChatEncoder(Tokenizer.from_buffer(data)), length=lm.config.trained_length)
     start = time.perf_counter()
     for skill, result in measure(lm, held_out, items, seed=seed).items():
         wrong = result.pop("wrong")

@@ -73,8 +73,11 @@ class Lines:
             os.fsync(file.fileno())
 
     def _resume(self, output: Path) -> None:
-        with output.open("a+b") as file:  # makes the file, and fails here if it cannot
-            file.seek(0)
+        with output.open("ab"):  # makes the file, and fails here if it cannot
+            pass
+        if not output.is_file():  # a pipe or a device: there is nothing to go on from
+            return
+        with output.open("r+b") as file:
             whole = 0
             for number, line in enumerate(file, start=1):
                 if not line.endswith(b"\n"):

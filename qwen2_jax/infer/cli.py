@@ -23,16 +23,17 @@ SHOW_PREFILL = 1000  # prompt tokens from which a progress bar is worth its line
 EXAMPLES = """examples:
   python infer.py "Once upon"                                continue a text with the bundled demo model (no network)
   python infer.py --ckpt qwen2-0.5b "The capital of France"  download a base model once and continue a text
-  python infer.py --ckpt qwen2-7b-instruct                   chat; /reset starts over, Ctrl-C stops an answer, Ctrl-D leaves
+  python infer.py --ckpt qwen2-7b-instruct                   chat; /reset starts over, Ctrl-C stops an answer
   python infer.py --ckpt ./my-folder "Why is the sky blue?"  a local Hugging Face or Orbax folder
   cat report.txt | python infer.py --ckpt qwen2-7b-instruct --system "Summarise in one sentence."
   python infer.py --ckpt qwen2-7b-instruct --input prompts.jsonl --output answers.jsonl
-        one JSON object per line: {"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]}, and optionally
-        "id" and settings of its own ("temperature": 0.5, "max_new_tokens": 32, ...). Interrupted? Run it again: it goes on.
+        one JSON object per line: {"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]}, and if you
+        like "id" and settings of its own ("temperature": 0.5, "max_new_tokens": 32, ...). Interrupted? Run it again.
   python infer.py --json "Once upon" | python -m json.tool   text, token ids, finish reason and timings for a program
 
 Answers go to standard output, everything else to standard error. Exit code 0: done, 1: some lines of --input failed,
-2: the command or its files cannot be used. Sampling options not given come from the checkpoint's generation_config.json.
+2: the command or its files cannot be used. Sampling options not given come from the checkpoint's own defaults
+(generation_config.json).
 """
 
 
@@ -50,9 +51,14 @@ def parser() -> argparse.ArgumentParser:
     model = p.add_argument_group("model")
     model.add_argument(
         "--ckpt", default="demo", metavar="CKPT",
-        help="a name (qwen2-7b-instruct), a Hub id (Qwen/Qwen2-7B), a local folder or gs://... (default: the bundled demo)",
+        help="a name (qwen2-7b-instruct), Hub id (Qwen/Qwen2-7B), local folder or gs://... (default: the bundled demo)",
     )  # fmt: skip
-    model.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of weights and cache")
+    model.add_argument(
+        "--dtype",
+        default="bfloat16",
+        choices=("bfloat16", "float32", "int8"),
+        help="of weights and cache; int8 rounds the weights: half the memory, and the fastest on a CPU",
+    )
     model.add_argument(
         "--long-context", default="auto", choices=("auto", "off", "yarn", "dca"),
         help="beyond the trained length: what the checkpoint says (auto), nothing, YaRN, or Dual Chunk Attention",
@@ -68,13 +74,23 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     draw = p.add_argument_group("sampling")
     draw.add_argument("--max-new-tokens", type=int, metavar="N", help="at most so many tokens per answer")
-    draw.add_argument("--temperature", type=float, metavar="X", help="0: always the most likely token; 1: as the model is")
-    draw.add_argument("--top-p", type=float, metavar="P", help="only the likeliest tokens that together reach this share")
+    draw.add_argument(
+        "--temperature", type=float, metavar="X", help="0: always the most likely token; 1: as the model is"
+    )
+    draw.add_argument(
+        "--top-p", type=float, metavar="P", help="only the likeliest tokens that together reach this share"
+    )
     draw.add_argument("--top-k", type=int, metavar="K", help="only the K likeliest tokens (0: all)")
-    draw.add_argument("--min-p", type=float, metavar="P", help="only tokens at least P times as likely as the likeliest")
-    draw.add_argument("--repetition-penalty", type=float, metavar="X", help="above 1: tokens seen before become less likely")
+    draw.add_argument(
+        "--min-p", type=float, metavar="P", help="only tokens at least P times as likely as the likeliest"
+    )
+    draw.add_argument(
+        "--repetition-penalty", type=float, metavar="X", help="above 1: tokens seen before become less likely"
+    )
     draw.add_argument("--seed", type=int, metavar="N", help="same seed, same answer (default 0)")
-    draw.add_argument("--stop", action="append", metavar="TEXT", help="end the answer before this text; may be repeated")
+    draw.add_argument(
+        "--stop", action="append", metavar="TEXT", help="end the answer before this text; may be repeated"
+    )
     draw.add_argument("--ignore-eos", action="store_true", help="go on past end-of-sequence tokens")
     return p
 
@@ -119,7 +135,7 @@ def _run(args: argparse.Namespace) -> int:
     given = _defaults(lm, given, chat=lm.is_chat and not args.raw)
     if prompt is None:
         if not lm.is_chat or args.raw:
-            raise UserError(f"{args.ckpt} is not a chat model: give a prompt, for example: python infer.py \"Once upon\"")
+            raise UserError(f'{args.ckpt} is not a chat model: give a prompt, for example: python infer.py "Once upon"')
         from qwen2_jax.infer import repl
 
         return repl.chat(lm, given, system=args.system)
@@ -214,7 +230,7 @@ def _prompt(args: argparse.Namespace) -> str | None:
             raise UserError(f"standard input is not UTF-8 text: {error.reason} at byte {error.start}") from error
         prompt = prompt.removesuffix("\n")
         if not prompt:
-            raise UserError("standard input is empty; give a prompt, for example: python infer.py \"Once upon\"")
+            raise UserError('standard input is empty; give a prompt, for example: python infer.py "Once upon"')
         return prompt
     if args.prompt == "":
         raise UserError("the prompt is empty; give at least one character")
@@ -234,7 +250,7 @@ def _load(args: argparse.Namespace) -> "LM":
         loaded = lm.load(args.ckpt, dtype=args.dtype, long_context=args.long_context, progress=progress)
     count = flops.parameters(loaded.config) / 1e6
     _status(
-        f"{args.ckpt}: {count:.1f} M parameters, {args.dtype}, on {jax.device_count()} x {jax.devices()[0].device_kind}, "
+        f"{args.ckpt}: {count:.1f} M parameters, {args.dtype}, {jax.device_count()} x {jax.devices()[0].device_kind}, "
         f"loaded in {time.perf_counter() - begin:.1f} s"
     )
     return loaded

@@ -25,6 +25,7 @@ from qwen2_jax.cache import Cache
 from qwen2_jax.config import ModelConfig
 from qwen2_jax.errors import UserError
 from qwen2_jax.infer import memory
+from qwen2_jax.infer.buckets import Buckets, context_limit
 from qwen2_jax.infer.sampling import Sampling, sample
 from qwen2_jax.infer.settings import Settings
 from qwen2_jax.params import Tree
@@ -32,7 +33,6 @@ from qwen2_jax.params import Tree
 # B rows  C tokens of a prefill chunk  S cache slots  E end-of-sequence ids  K tokens per call  V vocabulary
 STEPS = 16  # K: at most so many tokens per call of the decode loop
 EOS_WIDTH = 8
-SHORTEST_CACHE = 256
 Progress = Callable[[int, int], None]  # (tokens done, tokens in all)
 
 
@@ -42,69 +42,6 @@ class Request:
 
     tokens: tuple[int, ...]
     settings: Settings
-
-
-@dataclasses.dataclass(frozen=True)
-class Buckets:
-    """The shapes that programs are compiled for.
-
-    rows: the smallest batch; larger ones are padded to rows * 2^n. chunks: sizes of prefill chunks, ascending.
-    lengths: cache lengths are SHORTEST_CACHE * 2^n up to `limit`, rounded up to a multiple of SHORTEST_CACHE.
-    """
-
-    rows: int
-    chunks: tuple[int, ...]
-    limit: int
-
-    @classmethod
-    def of(cls, config: ModelConfig, dtype) -> "Buckets":
-        """What suits the default backend."""
-        cpu = jax.default_backend() == "cpu"
-        # XLA:CPU runs a bf16 product with one row 10x slower than with two, because it converts the whole weight.
-        rows = 2 if cpu and jnp.dtype(dtype).itemsize < 4 else 1
-        limit = max(context_limit(config, mode) for mode in rope.MODES)
-        return cls(rows=rows, chunks=(32, 128, 512) if cpu else (128, 512, 2048), limit=limit)
-
-    def batch(self, rows: int) -> int:
-        return self.rows * 2 ** max(0, math.ceil(math.log2(rows / self.rows)))
-
-    def length(self, tokens: int) -> int:
-        doubled = SHORTEST_CACHE * 2 ** max(0, math.ceil(math.log2(tokens / SHORTEST_CACHE)))
-        return max(min(doubled, _round_up(self.limit)), _round_up(tokens))
-
-    def cut(self, tokens: int) -> list[int]:
-        """Sizes of the chunks that cover a prompt: large ones first, at most a third of the last one is padding."""
-        sizes = []
-        while tokens > 0:
-            size = next((c for c in self.chunks if c >= tokens), self.chunks[-1])
-            smaller = [c for c in self.chunks if c < size]
-            if smaller and tokens <= 3 * smaller[-1] and tokens <= 0.75 * size:
-                size = smaller[-1]
-            sizes.append(size)
-            tokens -= size
-        return sizes
-
-    def __str__(self) -> str:
-        lengths = []
-        while not lengths or lengths[-1] < self.limit:
-            lengths.append(self.length((lengths[-1] if lengths else 0) + 1))
-        rows = ", ".join(str(self.rows * 2**n) for n in range(4))
-        return f"rows {rows}, ...; prefill chunks {', '.join(map(str, self.chunks))}; cache {', '.join(map(str, lengths))}"
-
-
-def context_limit(config: ModelConfig, long_context: rope.LongContext) -> int:
-    """The most tokens, prompt and answer together, that a row may hold.
-
-    "off": max_position_embeddings. Otherwise the largest of max_position_embeddings, factor * original length where
-    the config has YaRN, and 4 * trained length (Qwen2: 131072, what its authors evaluated Dual Chunk Attention to).
-    """
-    limit = config.max_position_embeddings
-    if long_context == "off":
-        return limit
-    if config.rope_scaling is not None and config.rope_scaling.type == "yarn":
-        scaling = config.rope_scaling
-        limit = max(limit, int(scaling.factor * (scaling.original_max_position_embeddings or limit)))
-    return max(limit, 4 * config.trained_length)
 
 
 @jax.tree_util.register_dataclass
@@ -158,12 +95,23 @@ class Generator:
     ):
         self.graphdef, self.params, self.config = graphdef, params, config
         self.vocab_size = min(vocab_size or config.vocab_size, config.vocab_size)
-        self.dtype, self.unroll, self.mesh = dtype, unroll, mesh
-        self.buckets = buckets or Buckets.of(config, dtype)
+        self.dtype, self.unroll = dtype, unroll
+        # Everything a program returns is fed to the next call. Were it born elsewhere than it is returned, the second
+        # call would compile again.
+        sharded = jax.tree.leaves(params)[0].sharding
+        self.mesh = mesh or (sharded.mesh if isinstance(sharded, jax.sharding.NamedSharding) else None)
+        if self.mesh is None:
+            self._place = self._cache_place = jax.sharding.SingleDeviceSharding(next(iter(sharded.device_set)))
+        else:
+            self._place = sharding.sharding((), (), self.mesh)
+            shape = jax.eval_shape(lambda: Cache.zeros(config, 1, 1, dtype, unroll=unroll)).layers[0][0].k.shape
+            self._cache_place = sharding.sharding(("layers", None, "kv_heads", None, "head_dim"), shape, self.mesh)
+        self.buckets = buckets or Buckets.of(config)
         self.programs: list[str] = []
-        self._decode = jax.jit(self._decode_steps, donate_argnums=1)
-        self._prefill = jax.jit(self._prefill_chunk, donate_argnums=1)
-        self._score = jax.jit(self._score_chunk, donate_argnums=1)
+        state = State(self._cache_place, *[self._place] * 5)
+        self._decode = jax.jit(self._decode_steps, donate_argnums=1, out_shardings=(state, self._place, self._place))
+        self._prefill = jax.jit(self._prefill_chunk, donate_argnums=1, out_shardings=self._cache_place)
+        self._score = jax.jit(self._score_chunk, donate_argnums=1, out_shardings=(self._cache_place, self._place))
         self._forward = jax.jit(self._all_logits)
 
     @property
@@ -185,7 +133,12 @@ class Generator:
         rows, length = self.buckets.batch(len(requests)), self.buckets.length(max(totals))
         prompts = [r.tokens for r in requests]
         cache = self._prefilled([p[:-1] for p in prompts], rows, length, totals, long_context, progress)
-        return Decoding(self, requests, self._state(cache, prompts, rows), self._orders(requests, rows, length, totals, long_context))
+        return Decoding(
+            self,
+            requests,
+            self._state(cache, prompts, rows),
+            self._orders(requests, rows, length, totals, long_context),
+        )
 
     def check(self, request: Request, long_context: rope.LongContext = "auto") -> None:
         """Raises UserError for a request that `start` would refuse."""
@@ -201,9 +154,7 @@ class Generator:
                 logprobs.extend(value for _, value in new)
         return [(*a, reason(r.settings, a[0])) for a, r in zip(answers, requests, strict=True)]
 
-    def logprobs(
-        self, sequences: Sequence[Sequence[int]], long_context: rope.LongContext = "auto"
-    ) -> list[np.ndarray]:
+    def logprobs(self, sequences: Sequence[Sequence[int]], long_context: rope.LongContext = "auto") -> list[np.ndarray]:
         """log p(token t+1 | tokens up to t) of each sequence, float32 [len - 1], prefilled in chunks."""
         limit = context_limit(self.config, long_context)
         for tokens in sequences:
@@ -213,8 +164,12 @@ class Generator:
         cache = self._empty(rows, length)
         turns = self._rope(lengths, rows, length, long_context)
         found: list[list[np.ndarray]] = [[] for _ in sequences]
-        for tokens_BC, positions_BC, targets_BC in self._chunks([s[:-1] for s in sequences], rows, [s[1:] for s in sequences]):
-            cache, logprobs_BC = self._score(self.params, cache, tokens_BC, positions_BC, targets_BC, _rows(lengths, rows), turns)
+        for tokens_BC, positions_BC, targets_BC in self._chunks(
+            [s[:-1] for s in sequences], rows, [s[1:] for s in sequences]
+        ):
+            cache, logprobs_BC = self._score(
+                self.params, cache, tokens_BC, positions_BC, targets_BC, _rows(lengths, rows), turns
+            )
             values_BC = np.asarray(logprobs_BC)
             for row, parts in enumerate(found):
                 parts.append(values_BC[row][positions_BC[row] >= 0])
@@ -284,7 +239,9 @@ class Generator:
         model = nnx.merge(self.graphdef, params)
         return model(tokens_BC, rope=turns, positions_BT=positions_BC, cache=cache, context_B=context_B).cache
 
-    def _score_chunk(self, params: Tree, cache: Cache, tokens_BC, positions_BC, targets_BC, context_B, turns: rope.Rope):
+    def _score_chunk(
+        self, params: Tree, cache: Cache, tokens_BC, positions_BC, targets_BC, context_B, turns: rope.Rope
+    ):
         self._compiling("score", rows=tokens_BC.shape[0], chunk=tokens_BC.shape[1], cache=cache.length)
         model = nnx.merge(self.graphdef, params)
         out = model(tokens_BC, rope=turns, positions_BT=positions_BC, cache=cache, context_B=context_B)
@@ -330,10 +287,10 @@ class Generator:
     def _empty(self, rows: int, length: int) -> Cache:
         memory.check_cache(self.config, rows, length, self.dtype)
         cache = Cache.zeros(self.config, rows, length, self.dtype, unroll=self.unroll)
-        if self.mesh is None:
-            return cache
-        axes = ("layers", None, None, "kv_heads", "head_dim")
-        return jax.tree.map(lambda x: jax.device_put(x, sharding.sharding(axes, x.shape, self.mesh)), cache)
+        return jax.device_put(cache, self._cache_place)
+
+    def _put(self, array: np.ndarray) -> jax.Array:
+        return jax.device_put(array, self._place)
 
     def _chunks(
         self, prompts: Sequence[Sequence[int]], rows: int, targets: Sequence[Sequence[int]] | None = None
@@ -373,11 +330,11 @@ class Generator:
             seen_BV[row, list(prompt)] = True
         return State(
             cache=cache,
-            token_B=_device(_rows([p[-1] for p in prompts], rows)),
-            position_B=_device(_rows([len(p) - 1 for p in prompts], rows)),
-            count_B=_device(_rows([0], rows)),
-            done_B=_device(np.arange(rows) >= len(prompts)),
-            seen_BV=_device(seen_BV),
+            token_B=self._put(_rows([p[-1] for p in prompts], rows)),
+            position_B=self._put(_rows([len(p) - 1 for p in prompts], rows)),
+            count_B=self._put(_rows([0], rows)),
+            done_B=self._put(np.arange(rows) >= len(prompts)),
+            seen_BV=self._put(seen_BV),
         )
 
     def _orders(self, requests: Sequence[Request], rows: int, length: int, totals, long_context) -> Orders:
@@ -392,17 +349,17 @@ class Generator:
         for field in dataclasses.fields(Sampling):
             name = field.name.removesuffix("_B")
             values = [getattr(s, name) for s in asked] + [getattr(neutral, name)] * (rows - len(asked))
-            columns[field.name] = _device(np.asarray(values, kinds.get(name, np.float32)))
+            columns[field.name] = self._put(np.asarray(values, kinds.get(name, np.float32)))
         return Orders(
             rope=self._rope(totals, rows, length, long_context),
             sampling=Sampling(**columns),
-            eos_BE=_device(eos_BE),
-            limit_B=_device(_rows([s.max_new_tokens for s in asked], rows)),
+            eos_BE=self._put(eos_BE),
+            limit_B=self._put(_rows([s.max_new_tokens for s in asked], rows)),
         )
 
 
 class Decoding:
-    """A prefilled batch. `finished` is bool [requests]; `requests` are as checked, their limits cut to the context's."""
+    """A prefilled batch. `finished`: bool [requests]. `requests`: as checked, their limits cut to the context's."""
 
     def __init__(self, generator: Generator, requests: Sequence[Request], state: State, orders: Orders):
         self._generator, self.requests, self._state, self._orders = generator, requests, state, orders
@@ -435,11 +392,3 @@ def reason(settings: Settings, tokens: Sequence[int]) -> str:
 def _rows(values: Sequence[int], rows: int) -> np.ndarray:
     """int32 [rows], zeros for padding."""
     return np.asarray([*values, *[0] * (rows - len(values))], np.int32)
-
-
-def _round_up(tokens: int) -> int:
-    return -(-tokens // SHORTEST_CACHE) * SHORTEST_CACHE
-
-
-def _device(array: np.ndarray) -> jax.Array:
-    return jnp.asarray(array)

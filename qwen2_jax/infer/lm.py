@@ -20,13 +20,16 @@ from qwen2_jax.config import DTYPES, ModelConfig
 from qwen2_jax.errors import UserError
 from qwen2_jax.infer import memory
 from qwen2_jax.infer.answer import Answer, Generation
-from qwen2_jax.infer.generate import STEPS, Decoding, Generator, Progress, Request, context_limit, reason
+from qwen2_jax.infer.buckets import context_limit
+from qwen2_jax.infer.generate import STEPS, Decoding, Generator, Progress, Request, reason
 from qwen2_jax.infer.settings import Settings
+from qwen2_jax.linear import is_quantized, quantize
 from qwen2_jax.params import Tree
 from qwen2_jax.rope import MODES, LongContext
 from qwen2_jax.tokenizer import IM_END, Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]  # text, token ids, or chat messages
+INT8 = "int8"  # besides the dtypes of arrays
 SECONDS_PER_PIECE = 0.2  # a stream shows something about this often
 
 
@@ -183,6 +186,10 @@ class LM:
         writers = {"hf": checkpoint.save_hf, "orbax": checkpoint.save_orbax}
         if format not in writers:
             raise UserError(f"format={format!r}; choose 'hf' or 'orbax'")
+        if is_quantized(self.params):
+            raise UserError(
+                "weights loaded as int8 are rounded and cannot be saved; load with dtype='bfloat16' and save that"
+            )
         writers[format](Path(path), self.config, self.params, tokenizer_files_from=self.source)
 
     def request(self, prompt: Prompt, **given: Any) -> Request:
@@ -284,24 +291,26 @@ def load(
 ) -> LM:
     """Loads a checkpoint: a preset's name, a Hub id, a local Hugging Face or Orbax folder, gs://..., or "demo".
 
-    dtype: of the weights and the cache in memory, "bfloat16" or "float32" (or "float16"). mesh: devices to spread the
-    weights over (sharding.make_mesh). long_context: "auto" | "off" | "yarn" | "dca", see rope.choose.
+    dtype: of the weights and the cache in memory, "bfloat16" or "float32" (or "float16"); "int8" rounds the weight
+    matrices to int8 as they are loaded and keeps everything else in bfloat16. mesh: devices to spread the weights over
+    (sharding.make_mesh). long_context: "auto" | "off" | "yarn" | "dca", see rope.choose.
     progress: called with (bytes loaded, bytes in all).
     Raises UserError when the checkpoint is unknown or damaged, or does not fit the devices (before reading it).
     """
-    if dtype not in DTYPES:
-        raise UserError(f"dtype={dtype!r}; choose one of {', '.join(map(repr, DTYPES))}")
+    if dtype not in (*DTYPES, INT8):
+        raise UserError(f"dtype={dtype!r}; choose one of {', '.join(map(repr, (*DTYPES, INT8)))}")
     if long_context not in MODES:
         raise UserError(f"long_context={long_context!r}; choose one of {', '.join(map(repr, MODES))}")
+    rounded, dtype = dtype == INT8, "bfloat16" if dtype == INT8 else dtype
     source = checkpoint.locate(name)
     config = checkpoint.read_config(source)
     devices = None if mesh is None else list(mesh.devices.flat)
     length = min(4096, context_limit(config, long_context))
     memory.check_load(config, rows=1, length=length, dtype=dtype, devices=devices)
     unroll = jax.default_backend() == "cpu"  # a scan would copy each layer's weights at every token there
-    params = checkpoint.load_params(
-        source, config, dtype=jnp.dtype(dtype), unroll=unroll, mesh=mesh, progress=progress
-    )
+    params = checkpoint.load_params(source, config, dtype=jnp.dtype(dtype), unroll=unroll, mesh=mesh, progress=progress)
+    if rounded:
+        params = quantize(params, model.declare(config, unroll=unroll)[1])
     return LM(
         config,
         params,
@@ -357,7 +366,9 @@ def _listed(rows: Any, what: str) -> list:
     if isinstance(rows, str | Mapping) or not hasattr(rows, "__len__") or not len(rows):
         raise UserError(f"{what} needs a list, not empty, of prompts; given {_short(rows)}")
     if isinstance(rows[0], int | np.integer):
-        raise UserError(f"{what} needs a list of prompts; for one prompt of token ids put it in a list: [[{rows[0]}, ...]]")
+        raise UserError(
+            f"{what} needs a list of prompts; for one prompt of token ids put it in a list: [[{rows[0]}, ...]]"
+        )
     return list(rows)
 
 

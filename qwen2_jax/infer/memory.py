@@ -31,8 +31,8 @@ def check_load(config: ModelConfig, *, rows: int, length: int, dtype, devices=No
     free = free_bytes(devices)
     if free is not None and weights + cache > free:
         raise UserError(
-            f"the model does not fit: {_gib(weights)} of weights and {_gib(cache)} of cache need {weights + cache} bytes; "
-            f"{free} bytes ({_gib(free)}) are free here. Use a smaller model, dtype='bfloat16' or more devices"
+            f"the model does not fit: {_gib(weights)} of weights and {_gib(cache)} of cache need {weights + cache} "
+            f"bytes; {free} bytes ({_gib(free)}) are free here. Use a smaller model, dtype='bfloat16' or more devices"
         )
 
 
@@ -42,8 +42,8 @@ def check_cache(config: ModelConfig, rows: int, length: int, dtype, devices=None
     free = free_bytes(devices)
     if free is not None and need > free:
         raise UserError(
-            f"a cache for {rows} rows of {length} tokens needs {need} bytes ({_gib(need)}); {free} bytes ({_gib(free)}) "
-            "are free. Give fewer or shorter prompts, or a smaller max_new_tokens"
+            f"a cache for {rows} rows of {length} tokens needs {need} bytes ({_gib(need)}); {free} bytes "
+            f"({_gib(free)}) are free. Give fewer or shorter prompts, or a smaller max_new_tokens"
         )
 
 

@@ -54,7 +54,12 @@ class Settings:
 
     def _check(self, name: str, kind: type, allowed: str, holds) -> None:
         value = getattr(self, name)
-        if kind is not bool and isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value):
+        if (
+            kind is not bool
+            and isinstance(value, numbers.Real)
+            and not isinstance(value, bool)
+            and math.isfinite(value)
+        ):
             if kind(value) == value:  # numpy's scalars, and 1 for 1.0
                 value = kind(value)
                 object.__setattr__(self, name, value)

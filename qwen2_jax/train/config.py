@@ -18,6 +18,7 @@ class Shares:
     """Relative frequency of each kind of document in the demo's mixture; they need not sum to one."""
 
     text: float = 0.0  # standard library prose and code
+    story: float = 0.0  # short tales from sentence patterns
     worksheet: float = 0.0  # plain lines of sums
     chat: float = 0.0  # short questions of all skills
     sums: float = 0.0  # chat about sums only
@@ -142,4 +143,6 @@ def load(path: Path, flags: Sequence[str] = ()) -> Pretrain:
     config = values.get("config")
     if not isinstance(config, Pretrain):
         raise UserError(f"{path} defines no run: its last line must be `config = Pretrain(...)`, not {config!r:.60}")
-    return tyro.cli(type(config), default=config, args=list(flags), prog=f"train.py {path}", description=values["__doc__"])
+    return tyro.cli(
+        type(config), default=config, args=list(flags), prog=f"train.py {path}", description=values["__doc__"]
+    )

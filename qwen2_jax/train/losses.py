@@ -25,7 +25,7 @@ class TokenLoss(NamedTuple):
 def next_token_loss(
     hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, *, chunk: int = 2048
 ) -> TokenLoss:
-    """Cross-entropy of each target given its hidden state, weighted, in float32. Logits exist for `chunk` rows at once."""
+    """Weighted cross-entropy of each target given its hidden state, in float32; logits of `chunk` rows at a time."""
     weights_BT = weights_BT.astype(jnp.float32)
     logprobs_BT = token_logprobs(hidden_BTD, head_VD, targets_BT, chunk=chunk)
     # where, not only a product: a padded position may hold anything, and 0 * inf is nan

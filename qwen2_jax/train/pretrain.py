@@ -61,7 +61,7 @@ def demo_tokenizer(config: Pretrain, documents) -> Tokenizer:
 
 
 def export(config: Pretrain, params: Tree, tokenizer: Tokenizer, folder: Path) -> None:
-    """Writes weights in bfloat16, config and tokenizer files in Hugging Face's format. An earlier result is replaced."""
+    """Writes bfloat16 weights, config and tokenizer files in Hugging Face's format, replacing an earlier result."""
     published = dataclasses.replace(
         config.model,
         dtype="bfloat16",

@@ -26,7 +26,9 @@ def restore(path: Path, like: Any) -> Any:
     with np.load(path, allow_pickle=False) as file:
         found = {name: file[name] for name in file.files}
     differs = set(found) ^ set(expected)
-    differs |= {n for n, x in found.items() if n in expected and (x.shape, x.dtype) != (expected[n].shape, expected[n].dtype)}
+    differs |= {
+        n for n, x in found.items() if n in expected and (x.shape, x.dtype) != (expected[n].shape, expected[n].dtype)
+    }
     if differs:
         raise UserError(
             f"{path} belongs to another configuration ({len(differs)} arrays differ, first {min(differs)}): "

@@ -1,16 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """A byte tokenizer and a two-layer model that answer in milliseconds."""
 
-import zlib
-
-import jax.numpy as jnp
-import numpy as np
 import pytest
 from tokenizers import AddedToken, models
 
-from qwen2_jax import model, params, tokenizer
+from qwen2_jax import tokenizer
 from qwen2_jax.config import ModelConfig
 from qwen2_jax.infer.lm import LM
+from tiny import random_params
 
 TINY = {
     "vocab_size": 272,  # 256 bytes, 3 special tokens, 13 of padding
@@ -34,25 +31,6 @@ def bytes_tokenizer():
     names = (tokenizer.END_OF_TEXT, tokenizer.IM_START, tokenizer.IM_END)
     backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
     return tokenizer.Tokenizer(backend, {"eos_token": tokenizer.IM_END})
-
-
-def random_params(config, *, unroll=False, seed=0, dtype=np.float32):
-    """Weights large enough that greedy answers are not one token repeated; equal for stacked and unrolled models.
-
-    Made by numpy: compiling the model's own initialisation takes longer than these tests.
-    """
-    tree = {}
-    for path, spec in params.leaves(model.declare(config, unroll=unroll)[1]):
-        node = tree
-        for part in path[:-1]:
-            node = node.setdefault(part, {})
-        rows = []
-        for layer in spec.layers or (0,):
-            rng = np.random.default_rng([seed, layer, zlib.crc32(spec.hf.encode())])
-            shape = spec.shape[1:] if spec.layers else spec.shape
-            rows.append(rng.normal(size=shape) * 0.3 if spec.decay or "bias" in spec.hf else np.ones(shape))
-        node[path[-1]] = jnp.asarray(np.stack(rows) if spec.layers else rows[0], dtype)
-    return tree
 
 
 @pytest.fixture(scope="session")

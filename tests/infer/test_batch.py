@@ -34,10 +34,14 @@ def test_answers_in_order_and_goes_on_after_any_cut(lm, files):
     records = [json.loads(line) for line in whole.splitlines()]
     assert [r["id"] for r in records] == [f"n{n}" for n in range(6)]
     assert [r["line"] for r in records] == [1, 2, 3, 4, 5, 6]
-    assert [r["text"] for r in records] == [g.text for g in lm.generate(["p" * (n + 1) for n in range(6)], max_new_tokens=4)]
+    assert [r["text"] for r in records] == [
+        g.text for g in lm.generate(["p" * (n + 1) for n in range(6)], max_new_tokens=4)
+    ]
 
     def answers():
-        return [{k: v for k, v in json.loads(line).items() if k != "timings"} for line in output.read_bytes().splitlines()]
+        return [
+            {k: v for k, v in json.loads(line).items() if k != "timings"} for line in output.read_bytes().splitlines()
+        ]
 
     want = answers()
     ends = [i + 1 for i, b in enumerate(whole) if b == ord("\n")]
@@ -65,7 +69,9 @@ def test_bad_lines_are_named_and_the_others_answered(lm, files, capsys):
 
 def test_lines_bring_their_own_settings(lm, files):
     source, output = files
-    write(source, [{"prompt": "a", "max_new_tokens": 2}, {"prompt": "a"}, {"prompt": "a", "temperature": 2.0, "seed": 5}])
+    write(
+        source, [{"prompt": "a", "max_new_tokens": 2}, {"prompt": "a"}, {"prompt": "a", "temperature": 2.0, "seed": 5}]
+    )
     answer(lm, source, output, max_new_tokens=9, ignore_eos=True)
     short, long, drawn = (json.loads(line)["token_ids"] for line in output.read_text().splitlines())
     assert (len(short), len(long)) == (2, 9)

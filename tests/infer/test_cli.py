@@ -49,7 +49,11 @@ def test_json_is_one_line(lm, command):
     want = lm.generate(["Hello"], max_new_tokens=9, temperature=1.5, seed=4, stop=["q"])[0]
     assert code == 0
     assert out.count("\n") == 1
-    assert (answer["text"], answer["token_ids"], answer["finish_reason"]) == (want.text, want.token_ids, want.finish_reason)
+    assert (answer["text"], answer["token_ids"], answer["finish_reason"]) == (
+        want.text,
+        want.token_ids,
+        want.finish_reason,
+    )
     assert answer["prompt_tokens"] == 5
     assert answer["timings"]["total_s"] > 0
 
@@ -99,12 +103,15 @@ def test_a_full_disk_is_one_line(command, tmp_path):
 
 
 def test_unknown_checkpoint_and_help_as_a_stranger_runs_them():
-    run = subprocess.run([sys.executable, INFER, "--ckpt", "qwen2-8b", "hi"], capture_output=True, text=True, timeout=120)
+    run = subprocess.run(
+        [sys.executable, INFER, "--ckpt", "qwen2-8b", "hi"], capture_output=True, text=True, timeout=120
+    )
     assert run.returncode == 2
     assert run.stdout == ""
     assert run.stderr.splitlines()[-1].startswith("error: ")
     assert "Traceback" not in run.stderr
-    code = "import sys\nfrom qwen2_jax.infer.cli import parser\nprint(parser().format_help())\nassert 'jax' not in sys.modules"
+    code = "import sys\nfrom qwen2_jax.infer.cli import parser\nprint(parser().format_help())\n"
+    code += "assert 'jax' not in sys.modules"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True).stdout
     assert "examples:" in shown
     assert all(flag in shown for flag in ("--ckpt", "--input", "--system", "--long-context", "--repetition-penalty"))

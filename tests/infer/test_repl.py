@@ -55,7 +55,12 @@ def typed(*lines):
 
 def test_a_conversation_remembers_and_resets(capsys):
     lm = Script()
-    assert repl.chat(lm, {}, system="Be brief.", read=typed("one", "  ", "two", "/reset", "three", "/nonsense", "/exit", "x")) == 0
+    assert (
+        repl.chat(
+            lm, {}, system="Be brief.", read=typed("one", "  ", "two", "/reset", "three", "/nonsense", "/exit", "x")
+        )
+        == 0
+    )
     assert lm.asked == [
         [("system", "Be brief."), ("user", "one")],
         [("system", "Be brief."), ("user", "one"), ("assistant", "answer 2"), ("user", "two")],

@@ -4,19 +4,20 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import arrays, naive
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from tolerance import assert_no_worse
-
 from qwen2_jax.kernels.decode_attention import decode_attention, xla
 from qwen2_jax.kernels.visibility import Bounds
+
+from attention_cases import arrays, naive
+from few import FEW
+from tolerance import assert_no_worse
 
 SHAPES = [(2, 1, 37, 4, 2, 8), (3, 3, 64, 3, 3, 8), (1, 1, 2500, 2, 1, 4)]  # the last is visited block by block
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@settings(max_examples=12, deadline=None)
+@FEW
 @given(data=st.data())
 def test_equals_the_definition(dtype, data):
     shape = data.draw(st.sampled_from(SHAPES))

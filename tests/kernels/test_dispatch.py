@@ -2,7 +2,6 @@
 """Implementations are named: a name is an order, None takes the first that can."""
 
 import pytest
-
 from qwen2_jax.kernels.dispatch import dispatch
 
 

@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import BLOCKS, arrays, layouts, naive
-from hypothesis import given, settings
-from tolerance import assert_no_worse
-
+from hypothesis import given
 from qwen2_jax.kernels.attention_inputs import per_row
 from qwen2_jax.kernels.dual_chunk_attention import dual_chunk_attention, xla
 from qwen2_jax.kernels.flash_attention import flash_attention
+
+from attention_cases import BLOCKS, arrays, layouts, naive
+from few import FEW
+from tolerance import assert_no_worse
 
 VECTORS = Path(__file__).parents[3] / "shared" / "data" / "dca_vectors.npz"
 
@@ -51,7 +52,7 @@ def value_and_gradients(attend, queries, k, v, weights, layout):
     return results, gradients
 
 
-@settings(max_examples=15, deadline=None)
+@FEW
 @given(layouts(chunks=True))
 def test_equals_the_definition_in_float32(case):
     shape, seed, layout = case
@@ -60,7 +61,7 @@ def test_equals_the_definition_in_float32(case):
     jax.tree.map(lambda x, y: assert_no_worse(x, y, y), value_and_gradients(by_small_blocks, *inputs, layout), exact)
 
 
-@settings(max_examples=8, deadline=None)
+@FEW
 @given(layouts(chunks=True))
 def test_no_worse_than_plain_bfloat16(case):
     shape, seed, layout = case

@@ -8,16 +8,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from tolerance import assert_no_worse
-
 from qwen2_jax.kernels.grouped_matmul import grouped_matmul, grouped_swiglu, permute, sort_by_expert, unpermute, xla
+
+from few import FEW
+from tolerance import assert_no_worse
 
 M, E, D, F = 40, 5, 24, 16
 RANDOM = np.random.default_rng(0)
 GROUPS = st.one_of(
-    st.lists(st.integers(0, E), min_size=0, max_size=M).map(lambda e: np.bincount(e, minlength=E + 1)[:E]),  # E: no expert
+    st.lists(st.integers(0, E), min_size=0, max_size=M).map(
+        lambda e: np.bincount(e, minlength=E + 1)[:E]
+    ),  # E: no expert
     st.integers(0, E - 1).map(lambda e: np.bincount([e] * M, minlength=E)),  # all rows in one
     st.just(np.zeros(E, int)),
 )
@@ -77,7 +80,7 @@ def plain_swiglu(x, gate, up, group_sizes):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("transpose_w", [True, False])
-@settings(max_examples=10, deadline=None)
+@FEW
 @given(group_sizes=GROUPS)
 def test_grouped_matmul(transpose_w, dtype, group_sizes):
     w = GATE if transpose_w else GATE.swapaxes(1, 2)
@@ -85,7 +88,7 @@ def test_grouped_matmul(transpose_w, dtype, group_sizes):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@settings(max_examples=10, deadline=None)
+@FEW
 @given(group_sizes=GROUPS)
 def test_grouped_swiglu(dtype, group_sizes):
     check(swiglu, plain_swiglu, (X, GATE, UP), group_sizes, dtype)
@@ -133,7 +136,9 @@ def test_no_dense_expansion(rows, experts):
     """Products have one tile of rows and one expert, and there are as many as the rows of the groups need."""
     shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((rows, 32), (experts, 48, 32), (experts,))]
     f = functools.partial(grouped_matmul, transpose_w=True, implementation="xla")
-    jaxpr = jax.make_jaxpr(lambda x, w, g: jax.vjp(lambda x, w: f(x, w, g.astype(jnp.int32)), x, w)[1](f(x, w, g.astype(jnp.int32))))(*shapes)
+    jaxpr = jax.make_jaxpr(
+        lambda x, w, g: jax.vjp(lambda x, w: f(x, w, g.astype(jnp.int32)), x, w)[1](f(x, w, g.astype(jnp.int32)))
+    )(*shapes)
     tile = xla.tile_rows(rows, experts)
     found = list(dots(jaxpr.jaxpr))
     assert found
@@ -155,7 +160,7 @@ def test_tiles_never_have_one_row():
 # ---------------------------------------------------------------------- order
 
 
-@settings(max_examples=15, deadline=None)
+@FEW
 @given(seed=st.integers(0, 2**16), shape=st.sampled_from([(1, 1), (7, 3), (16, 2)]))
 def test_order_is_stable_and_its_own_inverse(seed, shape):
     experts = np.random.default_rng(seed).integers(-1, E + 1, shape)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data: the split never leaks, batches are functions of (seed, step), packing keeps documents apart, the BPE is Qwen2's."""
+"""The split never leaks, batches are functions of (seed, step), packing keeps documents apart, the BPE is Qwen2's."""
 
 import json
 from pathlib import Path
@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from qwen2_jax import tokenizer as tokenizer_module
 from qwen2_jax.data import bpe, chat, mixture, packing, skills, text
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -60,7 +61,7 @@ def test_chat_ids_equal_the_template(tokenizer):
     import jinja2
 
     messages = [{"role": "user", "content": "What is 23 + 45?"}, {"role": "assistant", "content": "68"}]
-    rendered = jinja2.Template(bpe.CHAT_TEMPLATE).render(messages=messages, add_generation_prompt=False)
+    rendered = jinja2.Template(tokenizer_module.CHAT_TEMPLATE).render(messages=messages, add_generation_prompt=False)
     encoder = chat.ChatEncoder(tokenizer)
     turn = encoder.turn("What is 23 + 45?", "68")
     assert [*encoder.system, *turn.tokens] == tokenizer.encode(rendered).ids
@@ -113,12 +114,16 @@ def test_pack_row_by_hand():
     assert row.positions_BT.tolist() == [0, 1, 0, 1, 2, -1]
 
 
-@pytest.mark.parametrize("make", [skills.sums, skills.compare, lambda rng: skills.copy(rng, ["ape", "bee", "cat"])])
+@pytest.mark.parametrize(
+    "make", [skills.sums, skills.compare, lambda rng: skills.copy(rng, ["ape", "bee", "cat"], ["in", "ter"])]
+)
 def test_splits_are_disjoint(make):
     rng = np.random.default_rng(0)
     train = {skills.draw(rng, make, held_out=False).key for _ in range(1500)}
     held_out = {skills.draw(rng, make, held_out=True).key for _ in range(100)}
-    assert train and held_out and not train & held_out
+    assert train
+    assert held_out
+    assert not train & held_out
 
 
 def test_sums_in_training_batches_are_never_held_out(source):

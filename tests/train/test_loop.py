@@ -175,7 +175,12 @@ def test_muon_sees_the_matrices_of_the_file():
     for name, (spec, (inputs, outputs)) in named.items():
         numbers = optimizer.matrix(spec)
         assert (numbers.reduction_axis, numbers.output_axis) == (inputs, outputs), name
-    for spec in (specs["embed_VD"], block["attention_norm_D"], block["attention"]["bq_NH"], block["moe"]["shared_gate_D"]):
+    for spec in (
+        specs["embed_VD"],
+        block["attention_norm_D"],
+        block["attention"]["bq_NH"],
+        block["moe"]["shared_gate_D"],
+    ):
         assert optimizer.matrix(spec) is None
     _, specs = model.declare(TINY)
     tx = optimizer.make(Optim(lr=1.0, warmup=0, decay=0.0, muon=Muon(lr=1.0)), specs, 10)
@@ -204,6 +209,8 @@ def test_metrics_are_token_weighted(tmp_path):
     log = loop.Log(tmp_path / "m.jsonl", QUIET, dataclasses.replace(CONFIG, log_every=2))
     log.start(0, 0)
     for step, (loss, targets) in enumerate(((1.0, 30.0), (5.0, 10.0)), start=1):
-        log.step(step, 40, {"loss": jnp.float32(loss), "targets": jnp.float32(targets), "gradient_norm": jnp.float32(0)})
+        log.step(
+            step, 40, {"loss": jnp.float32(loss), "targets": jnp.float32(targets), "gradient_norm": jnp.float32(0)}
+        )
     line = json.loads((tmp_path / "m.jsonl").read_text())
     assert (line["loss"], line["tokens"], line["step"]) == (2.0, 80, 2)

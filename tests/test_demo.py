@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The bundled checkpoint: its skills on a few items it never saw, through one forward pass and through the chat."""
+
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+import qwen2_jax
+from qwen2_jax import checkpoint, model
+from qwen2_jax.data import chat, packing, skills, text
+
+LENGTH = 384  # one shape for all items: one compiled program
+FILLER = [
+    "Return the number of items in the given list.",
+    "The file is closed after it was read once more.",
+    "Each value is checked before anything else happens with the object.",
+    "If the argument is not given, the default encoding is used instead.",
+    "Raise an error when the name is already in use by another thread.",
+]
+WORDS = [
+    "value",
+    "default",
+    "encoding",
+    "given",
+    "thread",
+    "argument",
+    "error",
+    "name",
+    "item",
+    "list",
+    "file",
+    "number",
+]
+
+
+@pytest.fixture(scope="module")
+def source():
+    return checkpoint.locate("demo")
+
+
+@pytest.fixture(scope="module")
+def encoder(source):
+    return chat.ChatEncoder(Tokenizer.from_buffer(source.read_bytes("tokenizer.json")))
+
+
+@pytest.fixture(scope="module")
+def right(source, encoder):
+    """Whether each greedy answer is right: every target is the best token given those before it."""
+    config = checkpoint.read_config(source)
+    params = checkpoint.load_params(source, config, dtype=np.float32, unroll=False)
+    graphdef, _ = model.declare(config)
+
+    @jax.jit
+    def best(params, batch):
+        qwen2 = model.nnx.merge(graphdef, params)
+        hidden = qwen2(batch.tokens_BT, positions_BT=batch.positions_BT, segments_BT=batch.segments_BT).hidden_BTD
+        return qwen2.logits(hidden).argmax(-1)
+
+    def score(items):
+        rows = []
+        for item in items:
+            document = encoder.open()
+            turn = encoder.turn(item.question, item.answer)
+            document.tokens += turn.tokens
+            document.is_target += turn.is_target
+            assert len(document) <= LENGTH
+            rows.append(packing.pack_row([document], LENGTH, pad=encoder.end_of_text))
+        batch = packing.stack(rows)
+        wrong_BT = (np.asarray(best(params, batch)) != batch.targets_BT) & (batch.weights_BT > 0)
+        return ~wrong_BT.any(axis=1)
+
+    return score
+
+
+def recall(rng, characters):
+    return skills.recall(rng, FILLER, characters=characters, held_out=True)[0]
+
+
+@pytest.mark.parametrize(
+    ("make", "least"),
+    [
+        (partial(skills.draw, make=skills.sums, held_out=True), 0.9),
+        (
+            partial(
+                skills.draw,
+                make=partial(skills.copy, words=WORDS, pieces=["app", "le", "in", "ter", "est", "ing"]),
+                held_out=True,
+            ),
+            0.7,
+        ),
+        (lambda rng: recall(rng, int(rng.integers(0, 900))), 0.9),
+    ],
+    ids=["sums", "copy", "recall"],
+)
+def test_held_out_accuracy(make, least, right):
+    """Bounds for 24 items; the model card has the accuracy on 200."""
+    rng = np.random.default_rng(7)
+    items = [make(rng) for _ in range(24)]
+    assert all(text.is_held_out(item.key) for item in items)
+    got = right(items)
+    assert got.mean() >= least, [item.question for item, ok in zip(items, got, strict=True) if not ok]
+
+
+def test_every_sum_is_on_one_side_of_the_split():
+    """About a tenth of the 4095 pairs is held out, and what training draws never meets it."""
+    held_out = {(a, b) for a in range(10, 100) for b in range(a, 100) if text.is_held_out(f"sum {a} {b}")}
+    assert 0.07 < len(held_out) / 4095 < 0.13
+    rng = np.random.default_rng(0)
+    drawn = [
+        skills.draw(rng, make, held_out=False).key for make in (skills.sums, skills.small_sums) for _ in range(2000)
+    ]
+    assert not {tuple(map(int, key.split()[1:])) for key in drawn} & held_out
+
+
+def test_it_chats():
+    """Greedy, through the whole path: template, prefill, cache, detokenizer."""
+    lm = qwen2_jax.load("demo", dtype="float32")
+    ask = lambda question: lm.chat([{"role": "user", "content": question}], temperature=0.0, max_new_tokens=48)  # noqa: E731
+    assert ask("hello").text == skills.HELLO
+    assert ask("What is 23 + 45?").text == "68"
+    answer = ask("Repeat: apple")
+    assert (answer.text, answer.finish_reason) == ("apple", "stop")
