@@ -229,7 +229,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="where the checkpoint is or will be made (default: a new one)")
     parser.add_argument("--torch-python", help="a Python with torch and transformers; absent: only ours is measured")
-    parser.add_argument("--ours", default="bfloat16,float32", help="dtypes of our rows (default: %(default)s)")
+    parser.add_argument("--ours", default="bfloat16,int8,float32", help="dtypes of our rows (default: %(default)s)")
     parser.add_argument("--torch", default="bfloat16", help="dtypes of the transformers rows (default: %(default)s)")
     parser.add_argument("--prompt", type=int, default=512, help="tokens in the prompt (default: %(default)s)")
     parser.add_argument("--new", type=int, default=64, help="tokens decoded after the first (default: %(default)s)")

@@ -33,7 +33,7 @@ class LayerCache:
         where = (repeat, rows_B1, slice(None), slots_BT)
         k = self.k.at[where].set(k_BTKH.astype(self.k.dtype), mode="drop")
         v = self.v.at[where].set(v_BTKH.astype(self.v.dtype), mode="drop")
-        # Without the barrier XLA may fuse this write into its readers too, and then copies the cache to keep the old one.
+        # Without the barrier XLA may fuse the write into its readers too, and then keeps the old cache by copying it.
         return LayerCache(*jax.lax.optimization_barrier((k, v)))
 
     def read(self, repeat) -> tuple[jax.Array, jax.Array]:

@@ -42,7 +42,8 @@ CONFIGS = {
         **_COMMON | {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1, "num_hidden_layers": 4}
     ),
     "dual_chunk": ModelConfig(
-        **_COMMON, dual_chunk_attention_config=DualChunk(chunk_size=12, local_size=3, original_max_position_embeddings=0)
+        **_COMMON,
+        dual_chunk_attention_config=DualChunk(chunk_size=12, local_size=3, original_max_position_embeddings=0),
     ),
     "moe": ModelConfig(**_SPARSE),
     "moe_mixed": ModelConfig(**_SPARSE | {"decoder_sparse_step": 2, "num_hidden_layers": 5, "norm_topk_prob": True}),

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints: from a name to a folder, from a folder to sharded arrays, and back without losing a bit."""
 
+from qwen2_jax.checkpoint.places import Source, locate, read_config
 from qwen2_jax.checkpoint.store import (
     convert,
     load_params,
@@ -10,7 +11,6 @@ from qwen2_jax.checkpoint.store import (
     save_orbax,
     verify,
 )
-from qwen2_jax.checkpoint.places import Source, locate, read_config
 from qwen2_jax.checkpoint.tensorfile import CheckpointError
 
 __all__ = [

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m qwen2_jax.checkpoint convert|verify|inspect`: move checkpoints between formats, check them, look into them."""
+"""python -m qwen2_jax.checkpoint convert|verify|inspect: change a checkpoint's format, check it, look into it."""
 
 import argparse
 import collections
@@ -13,8 +13,8 @@ from qwen2_jax.checkpoint.console import progress_bar, readable_bytes
 from qwen2_jax.config import DTYPES
 from qwen2_jax.errors import UserError
 
-EPILOG = """a checkpoint is a folder in Hugging Face or Orbax format, a preset (qwen2-7b-instruct), a Hub id (Qwen/Qwen2-7B),
-a gs:// path of an Orbax folder, or 'demo'.
+EPILOG = """a checkpoint is a folder in Hugging Face or Orbax format, a preset (qwen2-7b-instruct), a Hub id
+(Qwen/Qwen2-7B), a gs:// path of an Orbax folder, or 'demo'.
 
 examples:
   python -m qwen2_jax.checkpoint inspect demo
@@ -36,14 +36,20 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="convert|verify|inspect")
 
-    convert = commands.add_parser("convert", help="copy a checkpoint into another format", epilog=EPILOG, formatter_class=raw)
+    convert = commands.add_parser(
+        "convert", help="copy a checkpoint into another format", epilog=EPILOG, formatter_class=raw
+    )
     convert.add_argument("src", help="checkpoint to read")
     convert.add_argument("dst", help="folder to write; it must not exist, and appears only when it is complete")
     convert.add_argument("--to", required=True, choices=("hf", "orbax"), help="format of the new folder")
     convert.add_argument("--dtype", choices=DTYPES, help="cast every tensor; default: each keeps its own")
-    convert.add_argument("--max-shard-gb", type=float, default=5.0, metavar="GB", help="largest weight file of --to hf (default 5)")
+    convert.add_argument(
+        "--max-shard-gb", type=float, default=5.0, metavar="GB", help="largest weight file of --to hf (default 5)"
+    )
 
-    verify = commands.add_parser("verify", help="compare a checkpoint with its manifest", epilog=EPILOG, formatter_class=raw)
+    verify = commands.add_parser(
+        "verify", help="compare a checkpoint with its manifest", epilog=EPILOG, formatter_class=raw
+    )
     verify.add_argument("dir", help="checkpoint to read completely")
 
     inspect = commands.add_parser("inspect", help="show what a checkpoint holds", epilog=EPILOG, formatter_class=raw)
@@ -57,6 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         with warnings.catch_warnings():
+            warnings.filterwarnings("default", category=UserWarning, module="qwen2_jax")
             warnings.showwarning = lambda message, *rest, **more: print(f"warning: {message}", file=sys.stderr)
             return {"convert": _convert, "verify": _verify, "inspect": _inspect}[args.command](args)
     except (UserError, OSError) as why:
@@ -91,7 +98,9 @@ def _verify(args: argparse.Namespace) -> int:
     if report.hashed:
         print(f"{args.dir}: {size}: every hash is right")
     else:
-        print(f"{args.dir}: {size}: names, shapes and sizes are right; there is no manifest.json, so no hash was compared")
+        print(
+            f"{args.dir}: {size}: names, shapes and sizes are right; there is no manifest.json, so no hash was compared"
+        )
     return 0
 
 

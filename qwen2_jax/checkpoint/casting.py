@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Casts between float32, float16 and bfloat16 on the host, block by block: numpy's own bfloat16 casts are ten times slower."""
+"""Casts between float32, float16 and bfloat16 on the host, in blocks: numpy's bfloat16 casts are much slower."""
 
 import ml_dtypes
 import numpy as np
@@ -9,9 +9,11 @@ BLOCK = 1 << 16  # elements; the temporaries stay in the processor's cache
 
 
 def cast_into(out: np.ndarray, x: np.ndarray) -> None:
-    """out[...] = x, rounded to nearest even; shapes are equal. Equals `x.astype(out.dtype)` bit for bit (NaNs stay NaNs)."""
+    """out[...] = x, rounded to nearest even; shapes are equal. As `x.astype(out.dtype)` bit for bit; NaNs stay NaNs."""
     if out.dtype == x.dtype:
-        raw = np.dtype(f"u{out.dtype.itemsize}")  # whole words: numpy holds the interpreter lock while it copies bfloat16
+        raw = np.dtype(
+            f"u{out.dtype.itemsize}"
+        )  # whole words: numpy holds the interpreter lock while it copies bfloat16
         np.copyto(out.view(raw), x.view(raw))
     elif BFLOAT16 not in (out.dtype, x.dtype):
         np.copyto(out, x, casting="unsafe")

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """From the tensors of a Hugging Face folder to sharded device arrays, each device's bytes read once and put in place.
 
-Host memory on top of what the devices hold is one shard of one parameter. Where that would be large because many layers are
-stacked, the layers are read one at a time and written into the stacked array on the device, which is donated and so updated
-in place; then it is one shard of one layer.
+Host memory on top of what the devices hold is one shard of one parameter. Where that would be large because many layers
+are stacked, the layers are read one at a time and written into the stacked array on the device, which is donated and so
+updated in place; then it is one shard of one layer.
 """
 
 import functools
@@ -40,18 +40,18 @@ def read_params(
 ) -> Tree:
     """The parameters declared by `specs`, in their dtypes, from a checked folder. progress counts bytes of the folder.
 
-    stage_bytes: largest shard of stacked layers that is assembled on the host; default STAGE_BYTES, and any size on CPU,
-    where the host's buffer becomes the device's array.
+    stage_bytes: largest shard of stacked layers that is assembled on the host; default STAGE_BYTES, and any size on
+    CPU, where the host's buffer becomes the device's array.
     """
     total, done = sum(info.nbytes for info in folder.infos.values()), 0
     params: Tree = {}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for path, spec in leaves(specs):
             where = place(spec)
-            index = next(iter(where.addressable_devices_indices_map(spec.shape).values()))
-            shard_bytes = math.prod(_counts(index, spec.shape)) * np.dtype(spec.dtype).itemsize
+            shard = where.shard_shape(spec.shape)
+            shard_bytes = math.prod(shard) * np.dtype(spec.dtype).itemsize
             limit = stage_bytes if stage_bytes is not None else math.inf if on_cpu(where) else STAGE_BYTES
-            whole_layers = bool(spec.layers) and _counts(index, spec.shape)[0] == len(spec.layers) > 1
+            whole_layers = bool(spec.layers) and shard[0] == len(spec.layers) > 1
             if whole_layers and shard_bytes > limit:
                 stack = DeviceStack(spec, where)
                 for r in range(len(spec.layers)):
@@ -66,20 +66,28 @@ def read_params(
     return params
 
 
-def _counts(index: tuple[slice, ...], shape: tuple[int, ...]) -> list[int]:
-    return [len(range(*s.indices(n))) for s, n in zip(index, shape, strict=True)]
+def _slices(where: jax.sharding.Sharding, shape: tuple[int, ...]) -> dict[jax.Device, tuple[slice, ...]]:
+    """The slice of an array of this shape that each device of this host holds, with start and stop spelled out."""
+    out = {}
+    for device, index in where.addressable_devices_indices_map(shape).items():
+        assert index is not None  # as jax says for devices of other hosts only
+        out[device] = tuple(slice(*s.indices(n)) for s, n in zip(index, shape, strict=True))
+    return out
+
+
+def _size(index: tuple[slice, ...]) -> tuple[int, ...]:
+    return tuple(s.stop - s.start for s in index)
 
 
 def _read(folder: HfFolder, spec: ParamSpec, where, pool: ThreadPoolExecutor, repeat: int | None) -> jax.Array:
     """The whole parameter, or one layer of it as [1, ...]; every device's shard is read from the files once."""
     shape = spec.shape if repeat is None else (1, *spec.shape[1:])
-    devices: dict[tuple, list[jax.Device]] = {}  # devices that hold the same slice share one read
-    for device, index in where.addressable_devices_indices_map(shape).items():
-        devices.setdefault(tuple(s.indices(n) for s, n in zip(index, shape, strict=True)), []).append(device)
-    arrays = []
-    for bounds, owners in devices.items():
-        index = tuple(slice(*b) for b in bounds)
-        buffer = aligned(tuple(_counts(index, shape)), spec.dtype)
+    owners_of: dict[tuple[slice, ...], list[jax.Device]] = {}  # devices that hold the same slice share one read
+    for device, index in _slices(where, shape).items():
+        owners_of.setdefault(index, []).append(device)
+    arrays: list[jax.Array] = []
+    for index, owners in owners_of.items():
+        buffer = aligned(_size(index), spec.dtype)
         _fill(folder, spec, index, buffer, pool, repeat or 0)
         arrays += [jax.device_put(buffer, device) for device in owners]
         if owners[0].platform != "cpu":
@@ -110,8 +118,7 @@ class HostStack:
 
     def __init__(self, spec: ParamSpec, where: jax.sharding.Sharding):
         self.shape, self.where = spec.shape, where
-        indices = where.addressable_devices_indices_map(spec.shape)
-        self.buffers = {d: aligned(tuple(_counts(index, spec.shape)), spec.dtype) for d, index in indices.items()}
+        self.buffers = {d: aligned(_size(index), spec.dtype) for d, index in _slices(where, spec.shape).items()}
 
     def set(self, r: int, layer: jax.Array) -> None:
         """Layer r is `layer` [1, ...], placed as the stacked parameter is."""
@@ -143,4 +150,4 @@ def _set_layer(stacked: jax.Array, layer: jax.Array, r: int) -> jax.Array:
 
 
 def on_cpu(where: jax.sharding.Sharding) -> bool:
-    return next(iter(where.addressable_devices)).platform == "cpu"
+    return all(device.platform == "cpu" for device in where.addressable_devices)  # type: ignore[attr-defined]

@@ -15,10 +15,20 @@ import numpy as np
 from qwen2_jax.checkpoint.casting import cast_into
 from qwen2_jax.checkpoint.names import EMBEDDING, HEAD, Slot
 from qwen2_jax.checkpoint.problems import Problems
-from qwen2_jax.checkpoint.tensorfile import DTYPES, CheckpointError, Header, TensorInfo, TensorInFile, header_text, read_header
+from qwen2_jax.checkpoint.tensorfile import (
+    DTYPES,
+    CheckpointError,
+    Header,
+    TensorInFile,
+    TensorInfo,
+    header_text,
+    read_header,
+)
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-HARMLESS = re.compile(r"(^|\.)rotary_emb\.inv_freq$")  # older transformers saved this buffer; it is computed, not learnt
+HARMLESS = re.compile(
+    r"(^|\.)rotary_emb\.inv_freq$"
+)  # older transformers saved this buffer; it is computed, not learnt
 MAX_JSON_BYTES = 100_000_000
 MAX_EXTRA_BYTES = 1_000_000
 SHARD_BYTES = 5 * 10**9
@@ -27,9 +37,11 @@ Progress = Callable[[int, int], None]  # called with (bytes done, bytes in all)
 
 
 class Tensors(Protocol):
-    """Anything that yields the tensors of a Hugging Face folder by name: such a folder, an Orbax folder, a tree of arrays."""
+    """What yields the tensors of a Hugging Face folder by name: such a folder, an Orbax folder, a tree of arrays."""
 
-    infos: Mapping[str, TensorInfo]
+    @property
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """dtype and shape by name."""
 
     def stream(self, names: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
         """(name, array) for each of `names`, in any order; an array is valid until the next one is asked for."""
@@ -39,8 +51,8 @@ class Tensors(Protocol):
 class Layout:
     """How tensors are spread over files, kept so that the same files can be written again.
 
-    headers: header text by file name. index: text of the index, None for a single file. aliases: names that repeat another
-    tensor (a tied head that is stored all the same). extras: bytes of harmless tensors that are no parameter.
+    headers: header text by file name. index: text of the index, None for a single file. aliases: names that repeat
+    another tensor (a tied head that is stored all the same). extras: bytes of harmless tensors that are no parameter.
     """
 
     headers: Mapping[str, str]
@@ -69,7 +81,9 @@ class Layout:
 
     def serves(self, infos: Mapping[str, TensorInfo]) -> bool:
         """Whether exactly these tensors, with these dtypes and shapes, fit the recorded files."""
-        found = {n: {(p[2].dtype, p[2].shape) for p in places} for n, places in self.places().items() if n not in self.extras}
+        found = {
+            n: {(p[2].dtype, p[2].shape) for p in places} for n, places in self.places().items() if n not in self.extras
+        }
         return found == {name: {(info.dtype, info.shape)} for name, info in infos.items()}
 
 
@@ -119,8 +133,15 @@ class HfFolder:
             if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
                 raise CheckpointError(f"{self.path / INDEX}: weight_map must map tensor names to file names")
             for file in set(weight_map.values()):
-                if file != os.path.basename(file) or file in ("", ".", "..") or "\\" in file or not file.endswith(".safetensors"):
-                    raise CheckpointError(f"{self.path / INDEX} names {file!r}; only .safetensors files beside the index are read")
+                if (
+                    file != os.path.basename(file)
+                    or file in ("", ".", "..")
+                    or "\\" in file
+                    or not file.endswith(".safetensors")
+                ):
+                    raise CheckpointError(
+                        f"{self.path / INDEX} names {file!r}; only .safetensors files beside the index are read"
+                    )
             return sorted(set(weight_map.values())), weight_map
         files = sorted(p.name for p in self.path.glob("*.safetensors"))
         if not files:
@@ -128,18 +149,23 @@ class HfFolder:
         return files, None
 
     def check(self, table: Mapping[str, Slot], *, tied: bool) -> "HfFolder":
-        """Holds the folder against the model's table of names; reports everything that is wrong in one CheckpointError."""
+        """Holds the folder against the model's table of names; everything that is wrong is in one CheckpointError."""
         if tied and HEAD in self.infos and EMBEDDING in self.infos and HEAD not in table:
             if self._equal(self.infos[HEAD], self.infos[EMBEDDING]):
                 self.aliases[HEAD] = EMBEDDING
                 del self.infos[HEAD]
             else:
-                self.problems.add("contradiction", [f"{HEAD} differs from {EMBEDDING}, but tie_word_embeddings is true in config.json"])
+                self.problems.add(
+                    "contradiction",
+                    [f"{HEAD} differs from {EMBEDDING}, but tie_word_embeddings is true in config.json"],
+                )
         for name in [n for n in self.infos if HARMLESS.search(n) and n not in table]:
             self.extras[name] = self.infos.pop(name)
         headers = self.headers.values()
         broken = frozenset().union(*(header.broken for header in headers))
-        hidden = "missing files" in self.problems.kinds or any(h.problems and not h.tensors and not h.broken for h in headers)
+        hidden = "missing files" in self.problems.kinds or any(
+            h.problems and not h.tensors and not h.broken for h in headers
+        )
         have = {name: info.shape for name, info in self.infos.items()}
         want = {name: slot.shape for name, slot in table.items() if not hidden or name in have}
         self.problems.compare(have, want, broken=broken)  # tensors of an unreadable file are not reported one by one
@@ -164,7 +190,9 @@ class HfFolder:
         extras = {}
         for name, info in self.extras.items():
             if info.nbytes > MAX_EXTRA_BYTES:
-                raise CheckpointError(f"{name} in {info.file.name} has {info.nbytes} bytes; a buffer of rotary frequencies is smaller")
+                raise CheckpointError(
+                    f"{name} in {info.file.name} has {info.nbytes} bytes; a buffer of rotary frequencies is smaller"
+                )
             with info.mapped() as array:
                 extras[name] = array.tobytes()
         return Layout({name: h.text for name, h in self.headers.items()}, self.index, dict(self.aliases), extras)
@@ -198,15 +226,20 @@ def new_layout(infos: Mapping[str, TensorInfo], max_shard_bytes: int = SHARD_BYT
         return Layout({SINGLE: texts[0]})
     files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
-    index = {"metadata": {"total_size": sum(info.nbytes for info in infos.values())}, "weight_map": dict(sorted(weight_map.items()))}
+    index = {
+        "metadata": {"total_size": sum(info.nbytes for info in infos.values())},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
     return Layout(dict(zip(files, texts, strict=True)), json.dumps(index, indent=2) + "\n")
 
 
-def write(folder: Path, tensors: Tensors, layout: Layout, on_tensor: Callable[[str, np.ndarray], Callable[[], None]]) -> None:
+def write(
+    folder: Path, tensors: Tensors, layout: Layout, on_tensor: Callable[[str, np.ndarray], Callable[[], None]]
+) -> None:
     """Writes the weight files of `layout` into an existing folder, one tensor in memory at a time.
 
-    on_tensor is called with each name and the array before it is written, and what it returned afterwards. Raises OSError
-    when the disk is full: the caller owns the folder and removes it.
+    on_tensor is called with each name and the array before it is written, and what it returned afterwards. Raises
+    OSError when the disk is full: the caller owns the folder and removes it.
     """
     places = layout.places()
     also = {target: [alias for alias, t in layout.aliases.items() if t == target] for target in layout.aliases.values()}
@@ -216,7 +249,10 @@ def write(folder: Path, tensors: Tensors, layout: Layout, on_tensor: Callable[[s
             raw = text.encode()
             files[name] = open(folder / name, "xb", buffering=0)  # noqa: SIM115  all stay open: tensors come in any order
             write_all(files[name], [len(raw).to_bytes(8, "little"), raw])
-        extras = ((n, np.frombuffer(b, places[n][0][2].dtype).reshape(places[n][0][2].shape)) for n, b in layout.extras.items())
+        extras = (
+            (n, np.frombuffer(b, places[n][0][2].dtype).reshape(places[n][0][2].shape))
+            for n, b in layout.extras.items()
+        )
         for name, array in itertools.chain(extras, tensors.stream(list(tensors.infos))):
             array = as_dtype(array, places[name][0][2].dtype)
             afterwards = [on_tensor(each, array) for each in (name, *also.get(name, ()))]
@@ -249,4 +285,3 @@ def write_all(file, parts: Iterable) -> None:
         rest = memoryview(part)
         while rest:
             rest = rest[file.write(rest) :]
-

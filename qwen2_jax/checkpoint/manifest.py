@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 
 from qwen2_jax.checkpoint.hf import Layout, Progress, Tensors
-from qwen2_jax.checkpoint.places import LAYOUT, MANIFEST, Source
+from qwen2_jax.checkpoint.places import MANIFEST, Source
 from qwen2_jax.checkpoint.tensorfile import CODES, DTYPES, CheckpointError, TensorInfo
 
 VERSION = 1
@@ -52,7 +52,9 @@ class Manifest:
         if data is None:
             return None
         if data.get("version") != VERSION:
-            raise CheckpointError(f"{source.path / MANIFEST} has version {data.get('version')!r}; this program reads {VERSION}")
+            raise CheckpointError(
+                f"{source.path / MANIFEST} has version {data.get('version')!r}; this program reads {VERSION}"
+            )
         try:
             tensors = {
                 name: (TensorInfo(DTYPES[row["dtype"]], tuple(row["shape"])), str(row["sha256"]))
@@ -66,7 +68,7 @@ class Manifest:
 class Hasher:
     """Collects digests of tensors while they are written; the hashing runs beside the writing."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1)
         self._pending: list[tuple[str, TensorInfo, Future[str]]] = []
         self.tensors: dict[str, tuple[TensorInfo, str]] = {}
@@ -84,8 +86,11 @@ class Hasher:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What `verify` found. damaged: one line per tensor or file that is not what the manifest says. hashed: False where the
-    folder has no manifest and only its structure was checked."""
+    """What `verify` found.
+
+    damaged: one line per tensor or file that is not what the manifest says. hashed: False where the folder has no
+    manifest and only its structure was checked.
+    """
 
     damaged: tuple[str, ...]
     tensors: int
@@ -111,17 +116,19 @@ def compare(source: Source, tensors: Tensors, layout: Layout | None, *, progress
     for name, array in readable(tensors, names, damaged):
         info, digest = manifest.tensors[name]
         if (info.dtype, info.shape) != (array.dtype, array.shape):
-            damaged.append(f"{name}: is {CODES[array.dtype]} {list(array.shape)}, was {CODES[info.dtype]} {list(info.shape)}")
+            damaged.append(
+                f"{name}: is {CODES[array.dtype]} {list(array.shape)}, was {CODES[info.dtype]} {list(info.shape)}"
+            )
         elif sha256(array) != digest:
             damaged.append(f"{name}: its bytes have changed")
         done += array.nbytes
         if progress is not None:
             progress(done, total)
     for name, digest in manifest.files.items():
-        data = source.read_bytes(name)
-        if data is None:
+        content = source.read_bytes(name)
+        if content is None:
             damaged.append(f"{name}: is not in the folder")
-        elif hashlib.sha256(data).hexdigest() != digest:
+        elif hashlib.sha256(content).hexdigest() != digest:
             damaged.append(f"{name}: its bytes have changed")
     return Report(tuple(damaged), len(names), total, True)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one table between Hugging Face's tensors and our parameters, read from the declarations and used in both directions.
+"""The one table between Hugging Face's tensors and our parameters, read from the declarations, used in both directions.
 
 A tensor of a file is a slice of one parameter, in the same row-major order: reading and writing reshape and never
 transpose. Orbax folders hold the parameters of the unrolled model, one array per layer, which are the same bytes again.
@@ -18,7 +18,7 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 class Slot:
     """Where one tensor of a Hugging Face folder lives: params[path][repeat][expert], reshaped to `shape`.
 
-    repeat and expert are None where the parameter has no such dimension. leaf: path of the same bytes in an Orbax folder.
+    repeat and expert are None where the parameter has no such dimension. leaf: path of the bytes in an Orbax folder.
     """
 
     path: tuple

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An Orbax folder: the parameters of the unrolled model, one array per layer, written and read in groups of bounded size.
+"""An Orbax folder: the parameters of the unrolled model, one array per layer, written and read in bounded groups.
 
-One array per layer, and not one per stack, so that a model larger than the host's memory can be converted (Orbax takes an
-array whole), so that layers may differ in dtype, and so that a stacked and an unrolled model load from one folder.
+One array per layer, and not one per stack, so that a model larger than the host's memory can be converted (Orbax takes
+an array whole), so that layers may differ in dtype, and so that stacked and unrolled models load from one folder.
 Only Orbax's public v1 interface is used.
 """
 
@@ -51,7 +51,7 @@ def _session() -> Iterator[None]:
 
 
 def _release() -> None:
-    """Gives freed memory back to the system: the pieces of arrays that Orbax's threads read and wrote otherwise add up."""
+    """Gives freed memory back to the system: the pieces that Orbax's threads read and wrote would add up."""
     if _malloc_trim is not None:
         _malloc_trim(0)
 
@@ -93,8 +93,8 @@ def write(path, sizes: Mapping[Leaf, int], make: Callable[[Leaf], jax.Array], *,
 class OrbaxFolder:
     """An opened Orbax folder. `check` fills `infos` with the tensors of a Hugging Face folder that it can yield.
 
-    original: name -> TensorInfo as the folder's manifest recorded it; where the dtype on disk is wider (experts of one layer
-    that differed in dtype), tensors come back in the recorded one.
+    original: name -> TensorInfo as the folder's manifest recorded it; where the dtype on disk is wider (experts of one
+    layer that differed in dtype), tensors come back in the recorded one.
     """
 
     def __init__(self, path, original: Mapping[str, TensorInfo] | None = None):
@@ -107,7 +107,9 @@ class OrbaxFolder:
             reason = " ".join(str(why).split())[:300]
             raise CheckpointError(f"{path} is not a complete Orbax checkpoint: {reason}") from None
         if not isinstance(tree, dict):
-            raise CheckpointError(f"{path}: the list of its arrays cannot be read; the checkpoint is damaged or incomplete")
+            raise CheckpointError(
+                f"{path}: the list of its arrays cannot be read; the checkpoint is damaged or incomplete"
+            )
         self.arrays = {tuple(map(str, key)): (tuple(m.shape), np.dtype(m.dtype)) for key, m in leaves(tree)}
         self.leaves: list[Leaf] = []
         self.infos: dict[str, TensorInfo] = {}
@@ -123,7 +125,9 @@ class OrbaxFolder:
             for name in leaf.names:
                 shape = table[name].shape
                 recorded = self.original.get(name)
-                dtype = recorded.dtype if recorded is not None and recorded.shape == shape else self.arrays[leaf.path][1]
+                dtype = (
+                    recorded.dtype if recorded is not None and recorded.shape == shape else self.arrays[leaf.path][1]
+                )
                 self.infos[name] = TensorInfo(dtype, shape)
         return self
 
@@ -163,8 +167,12 @@ class OrbaxFolder:
         total, done = sum(map(self._nbytes, self.leaves)), 0
         flat: dict[tuple, jax.Array] = {}
         stacks: dict[tuple, HostStack | DeviceStack] = {}
-        wide = lambda share: math.prod(share[3].shape) * max(share[1].dtype.itemsize, self.arrays[share[3].path][1].itemsize)  # noqa: E731
-        for group in groups(shares, wide):
+
+        def nbytes(share) -> int:  # on disk or as a parameter, whichever is more
+            _, spec, _, leaf = share
+            return max(self._nbytes(leaf), math.prod(leaf.shape) * spec.dtype.itemsize)
+
+        for group in groups(shares, nbytes):
             arrays = self.read([(leaf, spec.dtype, place(spec)) for _, spec, _, leaf in group])
             for path, spec, r, leaf in group:
                 array = arrays.pop(0)
@@ -188,4 +196,3 @@ class OrbaxFolder:
 def is_folder(path) -> bool:
     """Whether Orbax would read `path` as a checkpoint."""
     return ocp.is_orbax_checkpoint(path)
-

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From what a user types to a folder: preset names, Hugging Face Hub ids, local folders, gs:// paths and the bundled demo."""
+"""From what a user types to a folder: presets, Hugging Face Hub ids, local folders, gs:// paths, the bundled demo."""
 
 import dataclasses
 import difflib
@@ -14,10 +14,21 @@ from qwen2_jax.checkpoint.tensorfile import CheckpointError
 from qwen2_jax.config import HUB_IDS, ModelConfig
 
 DEMO = "demo"
-CONFIG, GENERATION, MANIFEST, LAYOUT = "config.json", "generation_config.json", "manifest.json", "safetensors_layout.json"
+CONFIG, GENERATION, MANIFEST, LAYOUT = (
+    "config.json",
+    "generation_config.json",
+    "manifest.json",
+    "safetensors_layout.json",
+)
 UNFINISHED = ".unfinished"  # suffix of the folder that a conversion works in until the result gets its name
 MARKER = "UNFINISHED"  # file in that folder
-WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.jinja"]  # of a Hub repository; never pickles
+WANTED = [
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.json",
+    "*.txt",
+    "*.jinja",
+]  # of a Hub repository; never pickles
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 TRAVELLERS = (".json", ".txt", ".jinja", ".model", ".md")
@@ -84,7 +95,7 @@ def read_config(source: Source) -> ModelConfig:
 def locate(name: str | Path | Source) -> Source:
     """Finds a checkpoint, downloading it if it is on the Hugging Face Hub.
 
-    name: "demo" (bundled), an existing folder, a gs:// path, a preset ("qwen2-7b-instruct") or a Hub id ("Qwen/Qwen2-7B").
+    name: "demo" (bundled), a folder, a gs:// path, a preset ("qwen2-7b-instruct") or a Hub id ("Qwen/Qwen2-7B").
     Raises CheckpointError that says what was looked for and what to give instead.
     """
     if isinstance(name, Source):
@@ -118,7 +129,10 @@ def _hint(text: str) -> str:
     near = difflib.get_close_matches(text.lower(), known, 3, 0.6)
     folder = Path(text).expanduser()
     if not near and len(folder.parts) > 1 and folder.parent.is_dir():
-        near = [str(folder.parent / n) for n in difflib.get_close_matches(folder.name, [p.name for p in folder.parent.iterdir()], 3)]
+        near = [
+            str(folder.parent / n)
+            for n in difflib.get_close_matches(folder.name, [p.name for p in folder.parent.iterdir()], 3)
+        ]
     if near:
         return f"; did you mean {' or '.join(near)}?"
     if HUB_ID.fullmatch(text):
@@ -135,11 +149,11 @@ def _in_folder(folder: Path) -> Source:
         if CONFIG not in names:
             raise CheckpointError(f"{folder} is an Orbax checkpoint without {CONFIG}; put the model's {CONFIG} into it")
         return Source("orbax", folder)
-    if any(name.endswith(".safetensors") or name.endswith(".safetensors.index.json") for name in names):
+    if any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names):
         return Source("hf", folder)
     if pickles := sorted(name for name in names if name.endswith(PICKLES)):
         raise CheckpointError(
-            f"{folder} has its weights as pickle ({pickles[0]}), which can run code when it is read and is not supported; "
+            f"{folder} has its weights as pickle ({pickles[0]}), which can run code when read and is not supported; "
             "give a folder with .safetensors files (transformers' save_pretrained writes them)"
         )
     raise NotFound(f"{folder} holds no checkpoint: neither .safetensors files nor an Orbax checkpoint are in it")
@@ -152,28 +166,40 @@ def _in_bucket(text: str) -> Source:
     try:
         found = (path / CONFIG).exists()
     except (ImportError, OSError, ValueError) as why:
-        raise CheckpointError(f"{text} cannot be opened ({why}); `pip install gcsfs` and `gcloud auth login` may be missing") from None
+        raise CheckpointError(
+            f"{text} cannot be opened ({why}); `pip install gcsfs` and `gcloud auth login` may be missing"
+        ) from None
     if not found:
-        raise NotFound(f"{text} has no {CONFIG}; give the folder of an Orbax checkpoint that `convert --to orbax` wrote")
+        raise NotFound(
+            f"{text} has no {CONFIG}; give the folder of an Orbax checkpoint that `convert --to orbax` wrote"
+        )
     return Source("orbax", path)
 
 
 def download(hub_id: str, *, asked: str) -> Path:
-    """The repository's weights and text files in the Hub's local cache; resumes, shows progress, and works offline if cached."""
+    """The repository's weights and text files in the Hub's cache; resumes, shows progress, works offline if cached."""
     from huggingface_hub import errors, snapshot_download
 
-    offline = f"no complete copy of {hub_id} is on this machine; give a local folder with its config.json and .safetensors files instead"
+    instead = "give a local folder with its config.json and .safetensors files instead"
+    offline = f"no complete copy of {hub_id} is on this machine; {instead}"
     try:
         return Path(snapshot_download(hub_id, allow_patterns=WANTED))
     except errors.GatedRepoError:
-        raise CheckpointError(f"{hub_id} asks for consent: accept its terms on the Hub, then run `hf auth login`") from None
+        raise CheckpointError(
+            f"{hub_id} asks for consent: accept its terms on the Hub, then run `hf auth login`"
+        ) from None
     except errors.RepositoryNotFoundError:
-        raise NotFound(f"there is no folder {asked!r} and {hub_id} is not on the Hugging Face Hub (or is private: `hf auth login`){_hint(hub_id)}") from None
+        raise NotFound(
+            f"there is no folder {asked!r} and {hub_id} is not on the Hugging Face Hub (or is private: `hf auth login`)"
+            + _hint(hub_id)
+        ) from None
     except errors.HFValidationError as why:
         raise NotFound(f"{hub_id!r} is no Hub id: {why}") from None
     except errors.LocalEntryNotFoundError:
         hint = "" if hub_id in HUB_IDS.values() else _hint(hub_id)
-        raise NotFound(f"there is no folder {asked!r}, the Hugging Face Hub cannot be reached and {offline}{hint}") from None
+        raise NotFound(
+            f"there is no folder {asked!r}, the Hugging Face Hub cannot be reached and {offline}{hint}"
+        ) from None
     except (errors.HTTPError, errors.XetDownloadError, OSError) as why:
         reason = " ".join(str(why).split())[:200]
         raise CheckpointError(f"downloading {hub_id} failed ({reason}); run again to resume, or: {offline}") from None

@@ -22,8 +22,10 @@ class Problems:
         if found:
             self.kinds.setdefault(kind, []).extend(found)
 
-    def compare(self, have: Mapping[str, tuple[int, ...]], want: Mapping[str, tuple[int, ...]], *, broken: Iterable[str] = ()) -> None:
-        """Adds missing, unexpected and misshapen names. have, want: shapes by name. broken: reported elsewhere already."""
+    def compare(
+        self, have: Mapping[str, tuple[int, ...]], want: Mapping[str, tuple[int, ...]], *, broken: Iterable[str] = ()
+    ) -> None:
+        """Adds missing, unexpected and misshapen names. have, want: shapes by name. broken: reported already."""
         broken = set(broken)
         missing = [name for name in want if name not in have and name not in broken]
         unexpected = [name for name in have if name not in want]

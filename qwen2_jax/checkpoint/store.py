@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Opening, saving and converting whole checkpoints: weights, config, tokenizer files, generation settings and manifest."""
+"""Opening, saving and converting whole checkpoints: weights, config, tokenizer files, generation settings, manifest."""
 
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,9 @@ from qwen2_jax.config import DTYPES, ModelConfig
 from qwen2_jax.model import declare
 from qwen2_jax.params import count, leaves
 
+if TYPE_CHECKING:  # Orbax takes a second to import, and most runs do without it
+    from qwen2_jax.checkpoint.orbax import OrbaxFolder
+
 FORMATS = ("hf", "orbax")
 MARGIN_BYTES = 64 * 2**20  # of disk, for headers, indices and small files
 
@@ -36,13 +39,18 @@ class TreeTensors:
         self.specs = _specs_like(config, params)
         self.table = names.table(self.specs)
         shapes = {name: slot.shape for name, slot in self.table.items()}
-        self.infos = {n: TensorInfo(np.dtype(names.get(params, self.table[n].path).dtype), shapes[n]) for n in self.table}
+        self.infos = {
+            n: TensorInfo(np.dtype(names.get(params, self.table[n].path).dtype), shapes[n]) for n in self.table
+        }
         for name, info in self.infos.items():
             if info.dtype not in CODES:
-                raise CheckpointError(f"{name} is {info.dtype}; a checkpoint holds {', '.join(DTYPES)}: cast the parameters first")
+                raise CheckpointError(
+                    f"{name} is {info.dtype}; a checkpoint holds {', '.join(DTYPES)}: cast the parameters first"
+                )
 
     def stream(self, wanted: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
-        at, array = None, None
+        at: tuple | None = None
+        array = np.empty(0)
         for name in wanted:
             slot = self.table[name]
             if at != (slot.path, slot.repeat):  # experts of one layer come over together
@@ -60,8 +68,12 @@ def _specs_like(config: ModelConfig, params: Tree) -> Tree:
         if have == {path: spec.shape for path, spec in leaves(specs)}:
             return specs
     want = {path: spec.shape for path, spec in leaves(candidates[0])}
-    wrong = sorted(".".join(map(str, path)) for path in have.keys() ^ want.keys() or {p for p in want if have[p] != want[p]})
-    raise CheckpointError(f"the parameters do not fit the config: {', '.join(wrong[:10])}" + (" ..." if len(wrong) > 10 else ""))
+    wrong = sorted(
+        ".".join(map(str, path)) for path in have.keys() ^ want.keys() or {p for p in want if have[p] != want[p]}
+    )
+    raise CheckpointError(
+        f"the parameters do not fit the config: {', '.join(wrong[:10])}" + (" ..." if len(wrong) > 10 else "")
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +94,7 @@ class Opened:
     source: Source
     config: ModelConfig
     specs: Tree
-    tensors: Tensors
+    tensors: "HfFolder | OrbaxFolder"
     layout: Layout | None
     leaves: tuple[Leaf, ...]
 
@@ -107,7 +119,9 @@ def open_checkpoint(name: str | Path | Source, config: ModelConfig | None = None
     try:
         layout = None if recorded is None else Layout.from_json(recorded)
     except (KeyError, TypeError, ValueError) as why:
-        raise CheckpointError(f"{source.path / LAYOUT} is damaged ({why!r}); remove it to have the files laid out anew") from None
+        raise CheckpointError(
+            f"{source.path / LAYOUT} is damaged ({why!r}); remove it to have the files laid out anew"
+        ) from None
     return Opened(source, config, specs, tensors, layout, wanted)
 
 
@@ -122,8 +136,8 @@ def load_params(
 ) -> Tree:
     """The parameters of a checkpoint as a nested dict of arrays, born sharded: each device gets only its own bytes.
 
-    dtype: of all parameters, e.g. "bfloat16"; default: the config's. unroll: one array per layer. mesh: devices to spread
-    over by the rules of qwen2_jax.sharding; default: the first device. progress(bytes done, bytes in all).
+    dtype: of all parameters, e.g. "bfloat16"; default: the config's. unroll: one array per layer. mesh: devices to
+    spread over by the rules of qwen2_jax.sharding; default: the first device. progress(bytes done, bytes in all).
     """
     opened = open_checkpoint(source, config)
     wanted = jnp.dtype(dtype or opened.config.dtype)
@@ -136,7 +150,7 @@ def load_params(
 
 
 def model_bytes(source: str | Path | Source | ModelConfig, dtype=None) -> int:
-    """Bytes that the parameters will take on the devices, known before any weight is read. dtype: default the config's."""
+    """Bytes the parameters will take on the devices, known before any weight is read. dtype: default the config's."""
     config = source if isinstance(source, ModelConfig) else read_config(locate(source))
     return count(declare(config)[1]) * jnp.dtype(dtype or config.dtype).itemsize
 
@@ -152,8 +166,9 @@ def save_hf(
 ) -> Path:
     """Writes a Hugging Face folder that transformers loads, one tensor at a time. Returns its path.
 
-    params: stacked or unrolled, on any devices; written in their dtypes. tokenizer_files_from: a checkpoint whose tokenizer,
-    generation settings and other small files are copied. max_shard_bytes: size above which weights go to a new file.
+    params: stacked or unrolled, on any devices; written in their dtypes. tokenizer_files_from: a checkpoint whose
+    tokenizer, generation settings and other small files are copied. max_shard_bytes: size above which weights go to a
+    new file.
     """
     tensors = TreeTensors(config, params)
     files = _files(config, tensors.infos, tokenizer_files_from)
@@ -185,8 +200,8 @@ def convert(
 ) -> Path:
     """Copies a checkpoint into the other format, or the same one in another dtype, holding one array at a time.
 
-    Without dtype every tensor keeps its own, and a folder that was converted from Hugging Face format is written back with
-    the very same files. Raises CheckpointError for a source that cannot be used and for a `dst` that exists already.
+    Without dtype every tensor keeps its own, and a folder that was converted from Hugging Face format is written back
+    with the very same files. Raises CheckpointError for a source that cannot be used and for a `dst` that exists already.
     """
     if to not in FORMATS:
         raise CheckpointError(f"to is {to!r}; choose from {', '.join(FORMATS)}")
@@ -196,7 +211,8 @@ def convert(
     if isinstance(source.path, Path) and Path(dst).expanduser().resolve() == source.path.resolve():
         raise CheckpointError(f"{dst} is the source itself; choose a new folder")
     opened = open_checkpoint(source)
-    tensors, layout, config = opened.tensors, opened.layout, opened.config
+    tensors: Tensors = opened.tensors
+    layout, config = opened.layout, opened.config
     if dtype is not None:
         recast = {name: TensorInfo(jnp.dtype(dtype), info.shape) for name, info in tensors.infos.items()}
         tensors, layout, config = Recast(tensors, recast), None, dataclasses.replace(config, dtype=dtype)
@@ -209,15 +225,19 @@ def convert(
 
 
 def verify(name: str | Path | Source, *, progress: Progress | None = None) -> Report:
-    """Reads a whole checkpoint and compares every tensor and file with its manifest; checks the structure in any case."""
+    """Reads a whole checkpoint and compares every tensor and file with its manifest; checks the structure anyway."""
     opened = open_checkpoint(name)
     return compare(opened.source, opened.tensors, opened.layout, progress=progress)
 
 
 def _files(
-    config: ModelConfig, infos: Mapping[str, TensorInfo], origin: str | Path | Source | None, *, keep_dtype: bool = False
+    config: ModelConfig,
+    infos: Mapping[str, TensorInfo],
+    origin: str | Path | Source | None,
+    *,
+    keep_dtype: bool = False,
 ) -> dict[str, bytes]:
-    """The small files of a new folder: those of `origin` as they are, and a config.json that says what the weights are."""
+    """The small files of a new folder: those of `origin` as they are, and a config.json true of the weights."""
     source = None if origin is None else locate(origin)
     files = {} if source is None else {name: source.read_bytes(name) or b"" for name in source.travellers()}
     if not keep_dtype:
@@ -259,7 +279,12 @@ def _write_hf(path, tensors: Tensors, layout: Layout, files: Mapping[str, bytes]
 
 
 def _write_orbax(
-    path, tensors: Tensors, wanted: Sequence[Leaf], layout: Layout | None, files: Mapping[str, bytes], progress: Progress | None
+    path,
+    tensors: Tensors,
+    wanted: Sequence[Leaf],
+    layout: Layout | None,
+    files: Mapping[str, bytes],
+    progress: Progress | None,
 ) -> Path:
     from qwen2_jax.checkpoint import orbax
 

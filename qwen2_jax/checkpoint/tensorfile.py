@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """One safetensors file: a checked header, reads of exactly the bytes asked for, and a header to write.
 
-The layout (https://github.com/huggingface/safetensors): 8 bytes with the header's length, a JSON header that maps names to
-dtype, shape and byte range, then the tensors, without gaps. No byte of a file is executed or trusted before it is checked.
+The layout (https://github.com/huggingface/safetensors): 8 bytes with the header's length, a JSON header that maps names
+to dtype, shape and byte range, then the tensors, without gaps. No byte of a file is trusted before it is checked.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -12,7 +13,6 @@ import mmap
 import os
 import struct
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ class TensorInfo:
 
 @dataclasses.dataclass(frozen=True)
 class TensorInFile(TensorInfo):
-    """A TensorInfo and where its bytes are: `nbytes` of them from byte `start` of `file` on, row-major, little-endian."""
+    """A TensorInfo and where its bytes are: from byte `start` of `file` on, row-major, little-endian."""
 
     file: Path
     start: int
@@ -66,14 +66,18 @@ class TensorInFile(TensorInfo):
         nbytes = math.prod(counts) * self.dtype.itemsize
         if nbytes == 0:
             return 0
-        if out.dtype == self.dtype and out.flags.c_contiguous and (first := _offset_if_consecutive(index, shape)) is not None:
+        if (
+            out.dtype == self.dtype
+            and out.flags.c_contiguous
+            and (first := _offset_if_consecutive(index, shape)) is not None
+        ):
             _read_exactly(self.file, self.start + first * self.dtype.itemsize, out)
         else:
             with self.mapped() as tensor:
                 cast_into(out, tensor.reshape(shape)[index])
         return nbytes
 
-    @contextmanager
+    @contextlib.contextmanager
     def mapped(self) -> Iterator[np.ndarray]:
         """The tensor as a read-only view of the file, valid inside the `with` only."""
         if self.nbytes == 0:
@@ -89,10 +93,8 @@ class TensorInFile(TensorInfo):
             yield array
         finally:
             del array
-            try:
+            with contextlib.suppress(BufferError):  # an array made from it is still held, by a traceback perhaps
                 view.close()
-            except BufferError:  # an array made from the view is still held by a traceback: its end unmaps the pages
-                pass
 
 
 def _offset_if_consecutive(index: tuple[slice, ...], shape: tuple[int, ...]) -> int | None:
@@ -121,8 +123,8 @@ def _read_exactly(path: Path, offset: int, out: np.ndarray) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """A checked header: `text` as it stands in the file, the usable tensors, one line for each thing wrong, and the names
-    of the tensors that these lines are about."""
+    """A checked header: `text` as it stands in the file, the usable tensors, one line for each thing that is wrong, and
+    the names of the tensors that these lines are about."""
 
     text: str
     tensors: Mapping[str, TensorInFile]
@@ -133,14 +135,16 @@ class Header:
 def read_header(path: Path) -> Header:
     """Reads and checks the header of one file; never raises for what the file holds, see Header.problems.
 
-    Checked here: length bound, JSON, names given twice, dtype, shape times item size against the byte range, ranges inside
-    the file. The official reader then checks that the ranges cover the file without gap or overlap.
+    Checked here: length bound, JSON, names given twice, dtype, shape times item size against the byte range, ranges
+    inside the file. The official reader then checks that the ranges cover the file without gap or overlap.
     """
     size = path.stat().st_size
     with open(path, "rb") as f:
         (length,) = struct.unpack("<Q", f.read(8).ljust(8, b"\0"))
         if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
-            what = "is shorter than its header" if length <= MAX_HEADER_BYTES else "does not begin like a safetensors file"
+            what = (
+                "is shorter than its header" if length <= MAX_HEADER_BYTES else "does not begin like a safetensors file"
+            )
             return Header("", {}, (f"{path.name} ({size} bytes) {what}: truncated or not a safetensors file",))
         raw = f.read(length)
     repeated: list[str] = []
@@ -190,7 +194,9 @@ def _entry(entry: Any, data_bytes: int) -> tuple[np.dtype, tuple[int, ...], int]
         return f"has the dtype {code!r}; supported: {', '.join(DTYPES)}"
     if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < MAX_SIZE for n in shape):
         return f"has the shape {shape!r}"
-    if not (isinstance(offsets, list) and len(offsets) == 2 and all(type(n) is int and 0 <= n < MAX_SIZE for n in offsets)):
+    if not (
+        isinstance(offsets, list) and len(offsets) == 2 and all(type(n) is int and 0 <= n < MAX_SIZE for n in offsets)
+    ):
         return f"has the data_offsets {offsets!r}"
     need, given = math.prod(shape) * DTYPES[code].itemsize, offsets[1] - offsets[0]
     if need != given:
@@ -209,7 +215,11 @@ def header_text(infos: Mapping[str, TensorInfo]) -> str:
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses files that do not say it
     start = 0
     for name, info in infos.items():
-        entries[name] = {"dtype": CODES[info.dtype], "shape": list(info.shape), "data_offsets": [start, start + info.nbytes]}
+        entries[name] = {
+            "dtype": CODES[info.dtype],
+            "shape": list(info.shape),
+            "data_offsets": [start, start + info.nbytes],
+        }
         start += info.nbytes
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False)
     return text + " " * (-len(text.encode()) % 8)

@@ -46,7 +46,10 @@ def new_folder(path: str | os.PathLike, nbytes: int) -> Iterator[Path]:
             _sync(target.parent)
         except OSError as why:
             if why.errno == errno.ENOSPC:
-                raise OSError(errno.ENOSPC, f"the disk became full; nothing was left behind. Free some space and run again: {path}") from None
+                raise OSError(
+                    errno.ENOSPC,
+                    f"the disk became full; nothing was left behind. Free some space and run again: {path}",
+                ) from None
             raise
         finally:
             shutil.rmtree(work, ignore_errors=True)

@@ -48,7 +48,7 @@ class Answer:
         return self._show(final=False)
 
     def finish(self, reason: str) -> str:
-        """Ends the answer for `reason`, unless its last characters complete a stop text. Returns the rest of the text."""
+        """Ends the answer for `reason`, or for a stop text that its last characters complete. Returns the last text."""
         if self._decoder is not None:
             self._text += self._decoder.flush()
             self._ends[-1:] = [len(self._text)] if self._ends else []

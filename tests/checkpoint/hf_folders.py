@@ -50,7 +50,10 @@ def tensors_of(config: dict) -> dict[str, tuple[int, ...]]:
         at = f"model.layers.{i}."
         out |= {at + "input_layernorm.weight": (D,), at + "post_attention_layernorm.weight": (D,)}
         for name, heads in (("q", N), ("k", K), ("v", K)):
-            out |= {at + f"self_attn.{name}_proj.weight": (heads * H, D), at + f"self_attn.{name}_proj.bias": (heads * H,)}
+            out |= {
+                at + f"self_attn.{name}_proj.weight": (heads * H, D),
+                at + f"self_attn.{name}_proj.bias": (heads * H,),
+            }
         out[at + "self_attn.o_proj.weight"] = (D, N * H)
 
         def mlp(prefix: str, width: int) -> dict[str, tuple[int, ...]]:
@@ -75,8 +78,10 @@ def random_tensors(config: dict, dtype=BF16, seed: int = 0) -> dict[str, np.ndar
     return {n: rng.standard_normal(shape, np.float32).astype(pick(n)) for n, shape in tensors_of(config).items()}
 
 
-def write_folder(folder: Path, config: dict, tensors: dict[str, np.ndarray], *, shards: int = 1, extras: bool = True) -> Path:
-    """A Hugging Face folder; shards > 1 writes an index. extras: tokenizer and generation files, unusual bytes included."""
+def write_folder(
+    folder: Path, config: dict, tensors: dict[str, np.ndarray], *, shards: int = 1, extras: bool = True
+) -> Path:
+    """A Hugging Face folder; shards > 1 writes an index. extras: tokenizer and generation files with unusual bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=4) + "\n\n")
     if extras:

@@ -6,9 +6,9 @@ import os
 import subprocess
 import sys
 
-import hf_folders as hf
 import pytest
 
+import checkpoint.hf_folders as hf
 from qwen2_jax.checkpoint.__main__ import main
 from qwen2_jax.checkpoint.console import readable_bytes
 
@@ -49,7 +49,10 @@ def test_as_a_program(dense):
     env = os.environ | {"JAX_PLATFORMS": ""}
     run = [sys.executable, "-m", "qwen2_jax.checkpoint", "inspect", str(dense)]
     result = subprocess.run(run, capture_output=True, text=True, check=True, env=env)
-    assert f"folder  {dense}" in " ".join(result.stdout.split(" " * 20)).replace("                           ", "  ") or str(dense) in result.stdout
+    assert (
+        f"folder  {dense}" in " ".join(result.stdout.split(" " * 20)).replace("                           ", "  ")
+        or str(dense) in result.stdout
+    )
     assert result.stderr == ""
 
 
@@ -67,6 +70,9 @@ def test_unknown_config_keys_are_warned_about(dense, capsys):
     assert "warning: the config has surprise" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("n", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.50 KiB"), (145 * 2**30, "145.00 GiB"), (2**50, "1024.00 TiB")])
+@pytest.mark.parametrize(
+    ("n", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (1536, "1.50 KiB"), (145 * 2**30, "145.00 GiB"), (2**50, "1024.00 TiB")],
+)
 def test_readable_bytes(n, text):
     assert readable_bytes(n) == text

@@ -10,9 +10,9 @@ import sys
 from collections import namedtuple
 from pathlib import Path
 
-import hf_folders as hf
 import pytest
 
+import checkpoint.hf_folders as hf
 from qwen2_jax import checkpoint
 from qwen2_jax.checkpoint import store, workspace
 
@@ -20,7 +20,7 @@ from qwen2_jax.checkpoint import store, workspace
 @pytest.mark.parametrize("to", ["hf", "orbax"])
 @pytest.mark.parametrize("where", ["first tensor", "last tensor", "manifest", "rename"])
 def test_stopped_anywhere(tmp_path, dense, monkeypatch, to, where):
-    """As after a kill: nothing is cleaned up. The target is not there, what is left is no checkpoint, a second run succeeds."""
+    """As after a kill: nothing is cleaned up. No target, what is left is no checkpoint, a second run succeeds."""
     target, count = tmp_path / "out", 0
 
     def stop(*_, **__):

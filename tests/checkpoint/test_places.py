@@ -5,11 +5,11 @@ import json
 import shutil
 from pathlib import Path
 
-import hf_folders as hf
 import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
+import checkpoint.hf_folders as hf
 from qwen2_jax import checkpoint
 from qwen2_jax.checkpoint import places
 from qwen2_jax.config import HUB_IDS
@@ -29,7 +29,10 @@ def test_local_folders(tmp_path, dense, monkeypatch):
     checkpoint.load_params("orbax")
 
 
-@pytest.mark.parametrize(("name", "hub_id"), [*HUB_IDS.items(), ("QWEN2-72B", "Qwen/Qwen2-72B"), ("some-one/a.model_x", "some-one/a.model_x")])
+@pytest.mark.parametrize(
+    ("name", "hub_id"),
+    [*HUB_IDS.items(), ("QWEN2-72B", "Qwen/Qwen2-72B"), ("some-one/a.model_x", "some-one/a.model_x")],
+)
 def test_names_become_hub_ids(tmp_path, dense, monkeypatch, name, hub_id):
     asked = []
 
@@ -53,7 +56,10 @@ def test_a_folder_of_that_name_wins(tmp_path, dense, monkeypatch):
 @pytest.mark.parametrize(
     ("raised", "said"),
     [
-        (errors.LocalEntryNotFoundError("offline"), "cannot be reached and no complete copy of Qwen/Qwen2-7B is on this machine"),
+        (
+            errors.LocalEntryNotFoundError("offline"),
+            "cannot be reached and no complete copy of Qwen/Qwen2-7B is on this machine",
+        ),
         (OSError("disk"), "downloading Qwen/Qwen2-7B failed (disk); run again to resume"),
     ],
 )
@@ -110,7 +116,9 @@ def test_folders_without_checkpoint(tmp_path, dense):
 
 
 def test_demo_is_in_the_package(monkeypatch, dense):
-    monkeypatch.setattr(places.importlib.resources, "files", lambda package: dense if package == "qwen2_jax.demo" else None)
+    monkeypatch.setattr(
+        places.importlib.resources, "files", lambda package: dense if package == "qwen2_jax.demo" else None
+    )
     assert checkpoint.locate("demo") == checkpoint.Source("hf", dense)
 
 

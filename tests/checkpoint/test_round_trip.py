@@ -3,13 +3,13 @@
 
 import json
 
-import hf_folders as hf
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+import checkpoint.hf_folders as hf
 from qwen2_jax import checkpoint
 from qwen2_jax.checkpoint import fill, names
 from qwen2_jax.checkpoint.hf import HfFolder
@@ -59,7 +59,9 @@ def test_bytes_survive(tmp_path, case):
         jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
-@pytest.mark.parametrize("config", [hf.DENSE, hf.TIED, hf.SPARSE, hf.ALTERNATING], ids=["dense", "tied", "sparse", "alternating"])
+@pytest.mark.parametrize(
+    "config", [hf.DENSE, hf.TIED, hf.SPARSE, hf.ALTERNATING], ids=["dense", "tied", "sparse", "alternating"]
+)
 @pytest.mark.parametrize("unroll", [False, True])
 def test_every_tensor_goes_where_it_is_declared(tmp_path, config, unroll):
     tensors = hf.random_tensors(config)
@@ -135,7 +137,9 @@ def test_loading_casts_as_numpy_does(tmp_path, dtype):
             value = names.get(params, slot.path)
             assert value.dtype == jnp.dtype(dtype)
             value = np.asarray(value if slot.repeat is None else value[slot.repeat])
-            np.testing.assert_array_equal(value.reshape(slot.shape), tensors[name].astype(jnp.dtype(dtype)), err_msg=name)
+            np.testing.assert_array_equal(
+                value.reshape(slot.shape), tensors[name].astype(jnp.dtype(dtype)), err_msg=name
+            )
 
 
 def test_layers_filled_on_the_device_are_the_same(dense):

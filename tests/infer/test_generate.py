@@ -161,7 +161,7 @@ def test_nothing_recompiles_in_steady_state():
             batch([length] * rows)
     generator.logprobs([prompt(30), prompt(80)])
     warm, xla = generator.compiles, len(compiled)
-    assert warm <= 12 < xla
+    assert warm == 8 <= xla, generator.describe()
     for _ in range(200):
         batch(rng.integers(1, 240, rng.integers(1, 5)))
     generator.logprobs([prompt(int(n)) for n in rng.integers(2, 250, 2)])
