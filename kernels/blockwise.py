@@ -95,7 +95,7 @@ def _key_unblocks(x_JBKYH, S):
 
 
 def _token_blocks(tokens: Tokens, block, repeats=1):
-    """Positions and segments as [blocks, B, tokens of a block * repeats]; what is filled up is padding (position -1)."""
+    """Positions and segments as [blocks, B, tokens of a block * repeats]; filling is padding (position -1)."""
 
     def cut(x, fill):
         B = x.shape[0]

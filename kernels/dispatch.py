@@ -17,7 +17,7 @@ def dispatch(table: Mapping[str, Callable[..., Any]], implementation: str | None
 
     Raises:
         ValueError: the name is not in the table.
-        NotImplementedError: the named implementation, or with None every one, refuses the inputs; the text has the reasons.
+        NotImplementedError: the named implementation, or with None every one, refuses the inputs; the text says why.
     """
     if implementation is not None:
         if implementation not in table:

@@ -5,7 +5,7 @@ A token is known by its position in its sequence and by the segment (document) i
 anywhere: packing, padding, chunked prefill, cached decode and sliding windows are all the same three comparisons.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,8 +41,8 @@ class Bounds(NamedTuple):
 
     low: jax.Array
     high: jax.Array
-    first_segment: jax.Array | None
-    last_segment: jax.Array | None
+    first_segment: Any  # an array; None where there are no segments
+    last_segment: Any
 
 
 def bounds(positions, segments=None) -> Bounds:

@@ -9,9 +9,7 @@ from qwen2_jax.linear import Weight, linear
 # B batch  T query  D model  V vocabulary  C rows of one chunk
 
 
-def token_logprobs(
-    hidden_BTD: jax.Array, head_VD: Weight, targets_BT: jax.Array, *, chunk: int = 1024
-) -> jax.Array:
+def token_logprobs(hidden_BTD: jax.Array, head_VD: Weight, targets_BT: jax.Array, *, chunk: int = 1024) -> jax.Array:
     """log p(target | hidden) in nats, float32 [B, T].
 
     Logits exist for `chunk` rows at a time, [chunk, V] float32, in the forward and in the backward pass (which

@@ -70,9 +70,7 @@ class Stack(nnx.Module):
         period = len(plan.kinds)
         layers = [tuple(plan.first + r * period + j for r in range(plan.repeats)) for j in range(period)]
         declare = partial(Declare, key, dtype=dtype, std=config.initializer_range)
-        self.blocks = nnx.List(
-            [Block(config, kind, declare(layers=layers[j])) for j, kind in enumerate(plan.kinds)]
-        )
+        self.blocks = nnx.List([Block(config, kind, declare(layers=layers[j])) for j, kind in enumerate(plan.kinds)])
         self.repeats = plan.repeats
         self.windows_RJ = tuple(tuple(config.windows[layers[j][r]] for j in range(period)) for r in range(plan.repeats))
 

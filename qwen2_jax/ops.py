@@ -20,7 +20,15 @@ except ModuleNotFoundError as missing:
         "run `pip install -e .` in the clone"
     ) from missing
 
-__all__ = ["attention", "cached_attention", "grouped_matmul", "grouped_swiglu", "permute", "sort_by_expert", "unpermute"]
+__all__ = [
+    "attention",
+    "cached_attention",
+    "grouped_matmul",
+    "grouped_swiglu",
+    "permute",
+    "sort_by_expert",
+    "unpermute",
+]
 
 # B batch  T query  S key  N query heads  K kv heads  H head width
 FEW_QUERIES = 8  # up to this many queries per row, attention over a cache is a decode step, not a prefill
@@ -36,9 +44,7 @@ def attention(
     """
     if len(queries) == 1:
         return _flash_attention(*queries, k_BSKH, v_BSKH, implementation=implementation, **masks)
-    return _dual_chunk_attention(
-        *queries, k_BSKH, v_BSKH, chunk_len=chunk_len, implementation=implementation, **masks
-    )
+    return _dual_chunk_attention(*queries, k_BSKH, v_BSKH, chunk_len=chunk_len, implementation=implementation, **masks)
 
 
 def cached_attention(

@@ -50,7 +50,9 @@ class Declare:
     def __init__(self, key: jax.Array, *, dtype, std: float, layers: tuple[int, ...] = ()):
         self.key, self.dtype, self.std, self.layers = key, dtype, std, layers
 
-    def __call__(self, *dims: tuple[str, int], hf: str, hf_shape: tuple[int, ...] = (), init: str = "normal") -> nnx.Param:
+    def __call__(
+        self, *dims: tuple[str, int], hf: str, hf_shape: tuple[int, ...] = (), init: str = "normal"
+    ) -> nnx.Param:
         """dims: (logical name, size) per dimension. init: "normal" (with the config's std), "ones" or "zeros"."""
         axes, shape = zip(*dims, strict=True)
         key = jax.random.fold_in(self.key, zlib.crc32(hf.encode()))

@@ -28,7 +28,7 @@ from qwen2_jax.errors import UserError
 
 # A rotations  B batch (1 serves every row)  T query  N heads  H head width  F = H / 2 frequencies
 LongContext = Literal["auto", "off", "yarn", "dca"]
-MODES = ("auto", "off", "yarn", "dca")
+MODES: tuple[LongContext, ...] = ("auto", "off", "yarn", "dca")
 
 
 @jax.tree_util.register_dataclass

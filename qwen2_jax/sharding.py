@@ -27,7 +27,7 @@ def make_mesh(**axes: int) -> Mesh:
     """A mesh with the given axes, e.g. make_mesh(fsdp=4, tensor=2). Axes are Auto: XLA places the collectives."""
     sizes, devices = math.prod(axes.values()), len(jax.devices())
     if sizes != devices:
-        raise UserError(f"mesh {axes} needs {sizes} devices; {devices} are here: choose sizes whose product is {devices}")
+        raise UserError(f"mesh {axes} needs {sizes} devices; {devices} are here: the sizes' product must be {devices}")
     return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
 
 
@@ -54,5 +54,5 @@ def sharding(names: Sequence[str | None], shape: Sequence[int], mesh: Mesh, rule
         if size % parts:
             divisors = [d for d in range(1, size + 1) if size % d == 0]
             shown = ", ".join(map(str, divisors[:12])) + (", ..." if len(divisors) > 12 else "")
-            raise UserError(f"dimension {name} = {size} cannot be split over {axes}={parts}; sizes that divide: {shown}")
+            raise UserError(f"dimension {name} = {size} cannot be split over {axes}={parts}; these divide: {shown}")
     return NamedSharding(mesh, partition)

@@ -78,7 +78,7 @@ def naive(
     What the tolerance is measured with. Returns (out, lse).
     """
     B, T, N, H = queries[0].shape
-    S, K = k.shape[1:3]
+    K = k.shape[2]
     as_row = lambda x: None if x is None else jnp.broadcast_to(x, (B,))[:, None, None]
     rows, keys = (lambda x: None if x is None else x[:, :, None]), (lambda x: None if x is None else x[:, None, :])
     seen = visible(

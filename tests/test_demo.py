@@ -118,7 +118,7 @@ def test_every_sum_is_on_one_side_of_the_split():
 def test_it_chats():
     """Greedy, through the whole path: template, prefill, cache, detokenizer."""
     lm = qwen2_jax.load("demo", dtype="float32")
-    ask = lambda question: lm.chat([{"role": "user", "content": question}], temperature=0.0, max_new_tokens=48)  # noqa: E731
+    ask = lambda question: lm.chat([{"role": "user", "content": question}], temperature=0.0, max_new_tokens=48)
     assert ask("hello").text == skills.HELLO
     assert ask("What is 23 + 45?").text == "68"
     answer = ask("Repeat: apple")

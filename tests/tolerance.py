@@ -7,7 +7,7 @@ import numpy as np
 def assert_no_worse(got, naive, exact, *, factor=2.0, floor=1e-5):
     """`got` may err at most `factor` times as much as plain code in the same dtype, both measured against `exact`.
 
-    `floor`, in units of the largest exact value (or 1), is what float32 may differ by when plain code happens to be exact.
+    `floor`, in units of the largest exact value (or 1), is what float32 may differ by where plain code is exact.
     """
     got, naive, exact = (np.asarray(x, np.float32) for x in (got, naive, exact))
     assert got.shape == exact.shape, f"shape {got.shape} instead of {exact.shape}"

@@ -13,7 +13,7 @@ IMPLEMENTATIONS = {"xla": xla.decode_attention, "reference": reference.decode_at
 def decode_attention(
     q, q_succ, q_inter, k, v, *, chunk_len=None, q_positions_BT, window=None, scale=None, implementation=None
 ):
-    """Attention of q [B, T, N, H], T small, over a cache k, v [B, S, K, H] in which slot s holds the token at position s.
+    """Attention of q [B, T, N, H], T small, over a cache k, v [B, S, K, H] whose slot s holds position s.
 
     A query sees slot s iff s <= its position and position - s < window; slots above every position are never read, so
     they may hold anything finite, and the work follows the largest position rather than S. A query at a negative
@@ -27,7 +27,7 @@ def decode_attention(
     Returns out [B, T, N, H] in q's dtype; softmax in float32. Made for inference: no gradient is promised.
 
     Raises:
-        ValueError: shapes do not fit, only some of q_succ, q_inter and chunk_len are given, or an unknown implementation.
+        ValueError: shapes do not fit, only some of q_succ, q_inter, chunk_len are given, or an unknown implementation.
     """
     chunked = [x is not None for x in (q_succ, q_inter, chunk_len)]
     if any(chunked) and not all(chunked):

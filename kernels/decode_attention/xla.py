@@ -81,7 +81,7 @@ def _by_region(s_ABKXY, at_BX, slot_Y, chunk_len_B):
 
 
 def _score(q_ABKXH, k_BYKH, at_BX, at: Bounds, slot_Y, chunk_len_B):
-    """q.k in float32, [B, K, X, Y], with the rotation of each slot's region; one product where one rotation serves all."""
+    """q.k in float32, [B, K, X, Y], with the rotation of each slot's region; one product where one serves all."""
     if chunk_len_B is None:
         return _query_key(q_ABKXH[0], k_BYKH)
     block = Bounds(slot_Y[0], slot_Y[-1], None, None)

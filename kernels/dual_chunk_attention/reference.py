@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dual Chunk Attention from its definition, in float32: three tables of logits, each entry taken from the one of its region.
+"""Dual Chunk Attention from its definition, in float32: three tables of logits, each entry from the one of its region.
 
 An et al. 2024, "Training-Free Long-Context Scaling of Large Language Models" (arXiv:2402.17463). The sequence is cut
 into chunks of `chunk_len` positions. Keys carry their position inside their chunk; the query carries one of three

@@ -26,7 +26,7 @@ def dual_chunk_attention(
     block_q=None,
     block_k=None,
 ):
-    """Returns (out [B, T, N, H] in q's dtype, lse float32 [B, T, N]). Block sizes are chosen from T and S if not given."""
+    """Returns (out [B, T, N, H] in q's dtype, lse float32 [B, T, N]). Block sizes follow T and S if not given."""
     return attend(
         (q, q_succ, q_inter),
         k,

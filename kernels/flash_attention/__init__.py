@@ -34,13 +34,13 @@ def flash_attention(
         q_segments_BT, kv_segments_BS: int segment ids, or None for one segment.
         window: how many tokens back a query sees, itself included; a number or one per batch row, None for all.
         scale: factor on the dot products, a number or one per batch row; None for 1 / sqrt(H).
-        return_lse: return (out, lse) with lse float32 [B, T, N], the natural log of the sum of exp of the visible scaled
-            logits, -inf where nothing is visible.
+        return_lse: return (out, lse) with lse float32 [B, T, N], the natural log of the sum of exp of the visible
+            scaled logits, -inf where nothing is visible.
         implementation: "xla" (by blocks, O(T + S) memory), "reference" (from the definition), or None for the first
             that takes the inputs.
 
-    Returns out [B, T, N, H] in q's dtype; logits, softmax and sums are float32. Both results are differentiable in q, k,
-    v and scale.
+    Returns out [B, T, N, H] in q's dtype; logits, softmax and sums are float32. Both results are differentiable in q,
+    k, v and scale.
 
     Raises:
         ValueError: shapes do not fit, or an unknown implementation.

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Matrix products of a mixture of experts: rows sorted by expert, each group times its own expert's matrix.
 
-    order = sort_by_expert(experts_TK, num_experts)
-    x_MD = permute(x_TD, order)
-    h_MF = grouped_swiglu(x_MD, gate_EFD, up_EFD, order.group_sizes_E)
-    y_MD = grouped_matmul(h_MF, down_EDF, order.group_sizes_E, transpose_w=True)
-    y_TD = unpermute(y_MD, weights_TK, order)
+order = sort_by_expert(experts_TK, num_experts)
+x_MD = permute(x_TD, order)
+h_MF = grouped_swiglu(x_MD, gate_EFD, up_EFD, order.group_sizes_E)
+y_MD = grouped_matmul(h_MF, down_EDF, order.group_sizes_E, transpose_w=True)
+y_TD = unpermute(y_MD, weights_TK, order)
 """
 
 from ..dispatch import dispatch
@@ -38,7 +38,7 @@ def grouped_matmul(x_MD, w, group_sizes_E, *, transpose_w=False, implementation=
 
 
 def grouped_swiglu(x_MD, gate_EFD, up_EFD, group_sizes_E, *, implementation=None):
-    """silu(x gate^T) * (x up^T) with each row's own expert: [M, F] in x's dtype. Everything else as in grouped_matmul."""
+    """silu(x gate^T) * (x up^T) with each row's own expert: [M, F] in x's dtype. The rest as in grouped_matmul."""
     _check(x_MD, group_sizes_E, True, gate_EFD=gate_EFD, up_EFD=up_EFD)
     if gate_EFD.shape != up_EFD.shape:
         raise ValueError(f"gate_EFD {gate_EFD.shape} and up_EFD {up_EFD.shape} must have one shape")

@@ -58,8 +58,8 @@ def _products(pairs, group_sizes_E, *, transpose_w, tile, finish, results):
     (M, D), dtype = pairs[0][0].shape, pairs[0][0].dtype
     out_dim = 1 if transpose_w else 2
     F = pairs[0][1].shape[out_dim]
-    # XLA copies an expert's matrix out of the stack before the product. With many rows that does not matter; with few it
-    # would cost as much as the product, so the copy is made in panels that are still in cache when they are read.
+    # XLA copies an expert's matrix out of the stack before the product. With many rows that does not matter; with few
+    # it would cost as much as the product, so the copy is made in panels that are still in cache when they are read.
     panel = F if tile > 8 else min(F, max(64, PANEL // D))
     dims = (((1,), (1 if transpose_w else 0,)), ((), ()))
     order_E, count = active_experts(group_sizes_E)
@@ -100,7 +100,7 @@ def _products(pairs, group_sizes_E, *, transpose_w, tile, finish, results):
 
 def _weight_gradient(left_MA, right_MC, group_sizes_E, dtype, tile):
     """left^T right within each expert's rows: [E, A, C] in `dtype`, zeros for an expert without rows."""
-    tile = min(max(2 * tile, 16), TILE)  # each tile costs a pass over the [A, C] sums, so a little larger is better here
+    tile = min(max(2 * tile, 16), TILE)  # a tile costs a pass over the [A, C] sums: larger is better here
     E, A, C = len(group_sizes_E), left_MA.shape[1], right_MC.shape[1]
     order_E, count = active_experts(group_sizes_E)
     first_E, tiles_E = jnp.cumsum(group_sizes_E) - group_sizes_E, tiles_of(group_sizes_E, tile)
@@ -131,9 +131,7 @@ def _dot(x, y, dims):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _matmul(transpose_w, tile, x_MD, w, group_sizes_E):
     pairs = ((x_MD, w),)
-    return _products(
-        pairs, group_sizes_E, transpose_w=transpose_w, tile=tile, finish=lambda y: (y,), results=1
-    )[0]
+    return _products(pairs, group_sizes_E, transpose_w=transpose_w, tile=tile, finish=lambda y: (y,), results=1)[0]
 
 
 def _matmul_forward(transpose_w, tile, x_MD, w, group_sizes_E):

@@ -201,7 +201,7 @@ def convert(
     """Copies a checkpoint into the other format, or the same one in another dtype, holding one array at a time.
 
     Without dtype every tensor keeps its own, and a folder that was converted from Hugging Face format is written back
-    with the very same files. Raises CheckpointError for a source that cannot be used and for a `dst` that exists already.
+    with the very same files. Raises CheckpointError for a source that cannot be used and a `dst` that exists.
     """
     if to not in FORMATS:
         raise CheckpointError(f"to is {to!r}; choose from {', '.join(FORMATS)}")

@@ -24,7 +24,11 @@ def train(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
         ]
     )
     tokenizer.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel(add_prefix_space=True, trim_offsets=True, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel(
+        add_prefix_space=True,
+        trim_offsets=True,
+        use_regex=True,  # type: ignore[call-arg]  # the stub lacks them
+    )
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from tokenizers import Tokenizer
 
 from qwen2_jax.data.bpe import SYSTEM
+from qwen2_jax.errors import UserError
 from qwen2_jax.tokenizer import END_OF_TEXT, IM_END, IM_START
 
 
@@ -30,11 +31,16 @@ class ChatEncoder:
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = Tokenizer.from_str(tokenizer.to_str())  # its own, because of the next line
         self.tokenizer.encode_special_tokens = True  # what looks like a special token in text stays text
-        self.start, self.end = tokenizer.token_to_id(IM_START), tokenizer.token_to_id(IM_END)
-        self.end_of_text = tokenizer.token_to_id(END_OF_TEXT)
+        self.start, self.end, self.end_of_text = map(self._special, (IM_START, IM_END, END_OF_TEXT))
         self.newline = self.encode("\n")
         self.assistant = [self.start, *self.encode("assistant\n")]
         self.system = [self.start, *self.encode(f"system\n{SYSTEM}"), self.end, *self.newline]
+
+    def _special(self, name: str) -> int:
+        found = self.tokenizer.token_to_id(name)
+        if found is None:
+            raise UserError(f"this tokenizer has no {name}; chats need a tokenizer with Qwen2's special tokens")
+        return found
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids

@@ -3,7 +3,7 @@
 
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import numpy as np
@@ -67,7 +67,7 @@ class DemoMixture:
 
     def held_out(self, seed: int, *, rows: int, length: int) -> dict[str, Batch]:
         """One batch [rows, length] of held-out items per kind, to watch a run by."""
-        kinds = {
+        kinds: dict[str, Callable[..., Sequence | None]] = {
             **{k: partial(self.conversation, kinds=(k,), held_out=True) for k in ("sums", "copy")},
             "recall": partial(self.recall, named=False, held_out=True),
             "text": partial(self.text_chunk, held_out=True),
@@ -125,12 +125,12 @@ class DemoMixture:
             return skills.small_talk(rng, self.words)
         if kind == "sums" and not held_out and rng.random() < 0.12:
             return skills.draw(rng, skills.small_sums, held_out=False)
-        make = {
+        make: dict[str, Callable[[np.random.Generator], skills.Item]] = {
             "sums": skills.sums,
             "compare": skills.compare,
             "copy": partial(skills.copy, words=self.words, pieces=self.pieces),
-        }[kind]
-        return skills.draw(rng, make, held_out=held_out)
+        }
+        return skills.draw(rng, make[kind], held_out=held_out)
 
     def recall(self, rng: np.random.Generator, room: int, *, named: bool, held_out: bool = False) -> Sequence | None:
         """A long text with hidden codes, then the questions."""
@@ -153,7 +153,7 @@ class DemoMixture:
         return True
 
 
-KINDS = {
+KINDS: dict[str, Callable[..., Sequence | None]] = {
     "text": DemoMixture.text_chunk,
     "story": DemoMixture.story,
     "worksheet": DemoMixture.worksheet,

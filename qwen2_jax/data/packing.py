@@ -2,7 +2,7 @@
 """Packs documents into rows: segment ids keep them apart, positions start again in each."""
 
 from collections.abc import Sequence as Seq
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -10,13 +10,13 @@ from qwen2_jax.data.chat import Sequence
 
 
 class Batch(NamedTuple):
-    """One training batch; every field is [B, T]. Padding has segment -1, position -1 and weight 0."""
+    """One training batch; every field is an array [B, T]. Padding has segment -1, position -1 and weight 0."""
 
-    tokens_BT: np.ndarray  # int32, inputs
-    targets_BT: np.ndarray  # int32, the next token of the same document
-    weights_BT: np.ndarray  # float32, weight of each target in the loss; 0 = not a target
-    segments_BT: np.ndarray  # int32, document number within the row
-    positions_BT: np.ndarray  # int32, position within the document
+    tokens_BT: Any  # int32, inputs
+    targets_BT: Any  # int32, the next token of the same document
+    weights_BT: Any  # float32, weight of each target in the loss; 0 = not a target
+    segments_BT: Any  # int32, document number within the row
+    positions_BT: Any  # int32, position within the document
 
 
 def pack_row(documents: Seq[Sequence], length: int, *, pad: int) -> Batch:

@@ -154,7 +154,7 @@ def recall(
         needle = f"The code of {name} is {code}." if named else f"The secret code is {code}."
         filler.insert(int(rng.integers(len(filler) + 1)), needle)
     text = " ".join(filler)
-    items = []
+    items: list[Item] = []
     for i in rng.permutation(count):
         question = pick(rng, NAMED_QUESTIONS).format(name=names[i]) if named else pick(rng, RECALL_QUESTIONS)
         question = question if items else f"{text}\n{question}"

@@ -7,7 +7,9 @@ python -m qwen2_jax.eval.skills --ckpt demo --items 200
 import json
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import tyro
@@ -38,7 +40,7 @@ class HeldOut:
         if skill not in SKILLS:
             raise UserError(f"unknown skill {skill!r}; choose from {', '.join(SKILLS)}")
         rng = np.random.default_rng([seed, SKILLS.index(skill)])
-        make = {
+        make: dict[str, Callable[[np.random.Generator], skills.Item]] = {
             "sums": skills.sums,
             "compare": skills.compare,
             "copy": partial(skills.copy, words=self.words, pieces=self.pieces),
@@ -60,7 +62,7 @@ class HeldOut:
         return [*self.encoder.system, *self.encoder.prompt(item.question)]
 
 
-def measure(lm: LM, held_out: HeldOut, count: int, *, batch: int = 32, seed: int = 0) -> dict[str, dict[str, float]]:
+def measure(lm: LM, held_out: HeldOut, count: int, *, batch: int = 32, seed: int = 0) -> dict[str, dict[str, Any]]:
     """Skill -> {accuracy, items, wrong}: greedy answers of a loaded checkpoint, right when equal to the last letter."""
     results = {}
     for skill in SKILLS:

@@ -50,7 +50,7 @@ class Buckets:
         return sizes
 
     def __str__(self) -> str:
-        lengths = []
+        lengths: list[int] = []
         while not lengths or lengths[-1] < self.limit:
             lengths.append(self.length((lengths[-1] if lengths else 0) + 1))
         rows = ", ".join(str(self.rows * 2**n) for n in range(4))

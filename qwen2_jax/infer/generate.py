@@ -14,6 +14,7 @@ Rows of padding have position -1, are done from the start, and are never looked 
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -99,16 +100,20 @@ class Generator:
         # Everything a program returns is fed to the next call. Were it born elsewhere than it is returned, the second
         # call would compile again.
         sharded = jax.tree.leaves(params)[0].sharding
-        self.mesh = mesh or (sharded.mesh if isinstance(sharded, jax.sharding.NamedSharding) else None)
-        if self.mesh is None:
+        if mesh is None and isinstance(sharded, jax.sharding.NamedSharding):
+            mesh = cast(jax.sharding.Mesh, sharded.mesh)
+        self.mesh = mesh
+        self._place: jax.sharding.Sharding
+        self._cache_place: jax.sharding.Sharding
+        if mesh is None:
             self._place = self._cache_place = jax.sharding.SingleDeviceSharding(next(iter(sharded.device_set)))
         else:
-            self._place = sharding.sharding((), (), self.mesh)
+            self._place = sharding.sharding((), (), mesh)
             shape = jax.eval_shape(lambda: Cache.zeros(config, 1, 1, dtype, unroll=unroll)).layers[0][0].k.shape
-            self._cache_place = sharding.sharding(("layers", None, "kv_heads", None, "head_dim"), shape, self.mesh)
+            self._cache_place = sharding.sharding(("layers", None, "kv_heads", None, "head_dim"), shape, mesh)
         self.buckets = buckets or Buckets.of(config)
         self.programs: list[str] = []
-        state = State(self._cache_place, *[self._place] * 5)
+        state: Any = State(*cast(Any, [self._cache_place, *[self._place] * 5]))
         self._decode = jax.jit(self._decode_steps, donate_argnums=1, out_shardings=(state, self._place, self._place))
         self._prefill = jax.jit(self._prefill_chunk, donate_argnums=1, out_shardings=self._cache_place)
         self._score = jax.jit(self._score_chunk, donate_argnums=1, out_shardings=(self._cache_place, self._place))
@@ -254,7 +259,9 @@ class Generator:
 
     # From requests to arrays.
 
-    def _check(self, tokens: Sequence[int], limit: int, long_context: str, what: str = "the input") -> None:
+    def _check(
+        self, tokens: Sequence[int], limit: int, long_context: rope.LongContext, what: str = "the input"
+    ) -> None:
         if not len(tokens):
             raise UserError(f"{what} is empty; give at least one token")
         low, high = min(tokens), max(tokens)
@@ -266,7 +273,7 @@ class Generator:
             hint = f" ({longest} with long_context='auto')" if long_context == "off" and longest > limit else ""
             raise UserError(f"{what} has {len(tokens)} tokens; this model takes at most {limit}{hint}: shorten it")
 
-    def _clipped(self, request: Request, limit: int, long_context: str) -> Request:
+    def _clipped(self, request: Request, limit: int, long_context: rope.LongContext) -> Request:
         """The request, checked, with no more new tokens than the limit leaves room for (at least one)."""
         self._check(request.tokens, limit - 1, long_context, "the prompt")
         settings = request.settings

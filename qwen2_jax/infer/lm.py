@@ -200,7 +200,7 @@ class LM:
         if isinstance(prompt, Sequence) and len(prompt) and isinstance(prompt[0], Mapping):
             if self.tokenizer is None:
                 raise UserError("this checkpoint has no tokenizer; give token ids instead of messages")
-            ids = self.tokenizer.chat_ids(prompt)
+            ids = self.tokenizer.chat_ids(prompt)  # type: ignore[arg-type]  # a Mapping first means all are
             turn_end = self.tokenizer.token_id(IM_END)  # ends a turn even where the checkpoint does not list it
             if turn_end is not None and turn_end not in settings.eos_ids:
                 settings = dataclasses.replace(settings, eos_ids=(*settings.eos_ids, turn_end))
@@ -373,11 +373,11 @@ def _listed(rows: Any, what: str) -> list:
 
 
 def _seeds(seed: int | Sequence[int] | None, prompts: Sequence) -> list:
-    if seed is None or not hasattr(seed, "__len__"):
+    if seed is None or isinstance(seed, int | np.integer):
         return [seed] * len(prompts)
     if len(seed) != len(prompts):
         raise UserError(f"{len(seed)} seeds for {len(prompts)} prompts; give one seed, or one per prompt")
-    return list(seed)
+    return [*seed]
 
 
 def _short(value: Any) -> str:

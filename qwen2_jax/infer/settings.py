@@ -5,7 +5,7 @@ import dataclasses
 import math
 import numbers
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from qwen2_jax.errors import UserError
 
@@ -53,7 +53,7 @@ class Settings:
         self._check("ignore_eos", bool, "true or false", lambda x: True)
 
     def _check(self, name: str, kind: type, allowed: str, holds) -> None:
-        value = getattr(self, name)
+        value: Any = getattr(self, name)
         if (
             kind is not bool
             and isinstance(value, numbers.Real)
@@ -63,7 +63,7 @@ class Settings:
             if kind(value) == value:  # numpy's scalars, and 1 for 1.0
                 value = kind(value)
                 object.__setattr__(self, name, value)
-        if type(value) is not kind or not math.isfinite(value) or not holds(value):
+        if type(value) is not kind or not math.isfinite(cast(float, value)) or not holds(value):
             raise UserError(f"{name}={value!r}; it must be {allowed}")
 
     @classmethod

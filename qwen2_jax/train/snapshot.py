@@ -16,7 +16,7 @@ def save(path: Path, state: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     leaves = {_name(i, keys): np.asarray(leaf) for i, (keys, leaf) in enumerate(jax.tree.leaves_with_path(state))}
     half = path.with_suffix(".partial.npz")
-    np.savez(half, **leaves)
+    np.savez(half, allow_pickle=False, **leaves)
     os.replace(half, path)
 
 

@@ -78,7 +78,7 @@ def test_typed_special_tokens_stay_text(tokenizer):
 
 def test_batches_depend_on_seed_and_step_alone(source):
     shares = dict.fromkeys(mixture.KINDS, 1.0)
-    make = lambda seed, step: source.batch(seed, step, rows=3, length=96, shares=shares)  # noqa: E731
+    make = lambda seed, step: source.batch(seed, step, rows=3, length=96, shares=shares)
     first = make(0, 5)
     for a, b in zip(first, make(0, 5), strict=True):
         np.testing.assert_array_equal(a, b)

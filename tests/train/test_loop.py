@@ -144,7 +144,7 @@ def test_decay_shrinks_matrices_and_nothing_else():
         params = jax.tree.map(jnp.ones_like, model.init(TINY))
         tx = optimizer.make(Optim(lr=0.1, warmup=0, decay=0.5, muon=muon), specs, 10)
         updates = first_update(tx, jax.tree.map(jnp.zeros_like, params), params)
-        is_spec = lambda leaf: hasattr(leaf, "decay")  # noqa: E731
+        is_spec = lambda leaf: hasattr(leaf, "decay")
         moved = jax.tree.map(lambda s, u: bool((u != 0).all()) == s.decay, specs, updates, is_leaf=is_spec)
         assert all(jax.tree.leaves(moved)), moved
 

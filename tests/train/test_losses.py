@@ -42,7 +42,7 @@ def test_padding_is_neither_loss_nor_gradient(case):
     hidden, head, targets, weights = case
     wild = hidden.copy()
     wild[weights == 0] = 1e4
-    loss = lambda h: losses.next_token_loss(h, head, targets, weights).mean()  # noqa: E731
+    loss = lambda h: losses.next_token_loss(h, head, targets, weights).mean()
     np.testing.assert_allclose(loss(wild), loss(hidden), rtol=1e-6)
     grad = np.asarray(jax.grad(loss)(jnp.asarray(wild)))
     assert np.isfinite(grad).all()
