@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen2_jax.errors import UserError
+from qwen2_jax.infer.exchange import phrase
 
 if TYPE_CHECKING:
     from qwen2_jax.infer.generate import Request
@@ -151,7 +152,6 @@ def digest(line: bytes) -> str:
 
 def _request(lm, line: bytes, given, defaults, system: str | None, raw: bool) -> tuple[dict[str, Any], "Request"]:
     """({"id": ...} or nothing, the request) of one input line. Raises UserError that says what is wrong with it."""
-    from qwen2_jax.infer import cli
 
     try:
         data = json.loads(line)
@@ -173,7 +173,7 @@ def _request(lm, line: bytes, given, defaults, system: str | None, raw: bool) ->
         return head, lm.request(messages, **{**defaults(lm, dict(given), chat=True), **own})
     prompt = data["prompt"]
     if isinstance(prompt, str) and prompt:
-        prompt = cli.phrase(lm, prompt, system=system, raw=raw)
+        prompt = phrase(lm, prompt, system=system, raw=raw)
     chat = isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], dict)
     if chat and not isinstance(data["prompt"], str):
         raise UserError('"prompt" must be text or token ids; conversations go into "messages"')

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from qwen2_jax.errors import UserError
-from qwen2_jax.infer import cli
+from qwen2_jax.infer.exchange import summary
 
 if TYPE_CHECKING:
     from qwen2_jax.infer.lm import LM
@@ -51,7 +51,7 @@ def _answer(lm: "LM", messages: list[dict[str, str]], given: Mapping[str, Any]) 
             for piece in stream:
                 print(piece, end="", flush=True)
             print(flush=True)
-            print(cli.summary(stream), file=sys.stderr)
+            print(summary(stream), file=sys.stderr)
         except KeyboardInterrupt:
             print(flush=True)
             print("stopped", file=sys.stderr)

@@ -2,6 +2,7 @@
 """flash_attention: values and gradients against the definition, any layout of tokens; what it skips; what it stores."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +40,7 @@ def value_and_gradients(attend, q, k, v, weights, layout):
         return (out * weights[0]).sum(dtype=jnp.float32) + jnp.where(finite, lse * weights[1], 0).sum(), (out, lse)
 
     gradients, results = jax.grad(total, argnums=(0, 1, 2, 3), has_aux=True)(q, k, v, scale)
-    return results, gradients
+    return results, (*gradients[:-1], gradients[-1] / math.prod(k.shape[1:]))  # the scale's is a sum over everything
 
 
 @FEW
