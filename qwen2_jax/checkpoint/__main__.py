@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     convert.add_argument("--to", required=True, choices=("hf", "orbax"), help="format of the new folder")
     convert.add_argument("--dtype", choices=DTYPES, help="cast every tensor; default: each keeps its own")
     convert.add_argument(
-        "--max-shard-gb", type=float, default=5.0, metavar="GB", help="largest weight file of --to hf (default 5)"
+        "--max-shard-gb", type=float, metavar="GB", help="largest weight file of --to hf; default: as they were, else 5"
     )
 
     verify = commands.add_parser(
@@ -78,7 +78,7 @@ def _convert(args: argparse.Namespace) -> int:
     from qwen2_jax.checkpoint import convert
 
     with progress_bar("converting") as progress:
-        shard = int(args.max_shard_gb * 1e9)
+        shard = None if args.max_shard_gb is None else int(args.max_shard_gb * 1e9)
         convert(args.src, args.dst, args.to, dtype=args.dtype, max_shard_bytes=shard, progress=progress)
     print(f"wrote {args.dst} ({args.to}); `verify {args.dst}` checks it")
     return 0

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import logging
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ from qwen2_jax.checkpoint.tensorfile import CheckpointError, TensorInfo
 from qwen2_jax.params import ParamSpec, leaves
 
 # glibc keeps what many threads have freed; its trim gives it back. None elsewhere.
-_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
 GROUP_BYTES = 128 * 2**20
 CHUNK_BYTES = 32 * 2**20  # pieces of an array on disk: a device reads the pieces that its shard touches
 

@@ -195,13 +195,14 @@ def convert(
     to: str,
     *,
     dtype: str | None = None,
-    max_shard_bytes: int = SHARD_BYTES,
+    max_shard_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Copies a checkpoint into the other format, or the same one in another dtype, holding one array at a time.
 
     Without dtype every tensor keeps its own, and a folder that was converted from Hugging Face format is written back
-    with the very same files. Raises CheckpointError for a source that cannot be used and a `dst` that exists.
+    with the very same files, unless max_shard_bytes asks for other ones (default 5 GB where they are not known).
+    Raises CheckpointError for a source that cannot be used and a `dst` that exists.
     """
     if to not in FORMATS:
         raise CheckpointError(f"to is {to!r}; choose from {', '.join(FORMATS)}")
@@ -217,11 +218,13 @@ def convert(
         recast = {name: TensorInfo(jnp.dtype(dtype), info.shape) for name, info in tensors.infos.items()}
         tensors, layout, config = Recast(tensors, recast), None, dataclasses.replace(config, dtype=dtype)
     if layout is not None and not layout.serves(tensors.infos):
-        layout = None
+        layout = None  # the weights were changed since
     files = _files(config, tensors.infos, source, keep_dtype=dtype is None)
     if to == "orbax":
         return _write_orbax(dst, tensors, opened.leaves, layout, files, progress)
-    return _write_hf(dst, tensors, layout or hf.new_layout(tensors.infos, max_shard_bytes), files, progress)
+    if layout is None or max_shard_bytes is not None:
+        layout = hf.new_layout(tensors.infos, SHARD_BYTES if max_shard_bytes is None else max_shard_bytes)
+    return _write_hf(dst, tensors, layout, files, progress)
 
 
 def verify(name: str | Path | Source, *, progress: Progress | None = None) -> Report:

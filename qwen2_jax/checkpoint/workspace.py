@@ -3,11 +3,15 @@
 
 import contextlib
 import errno
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # not on Windows: two writers of one folder then go unnoticed
+    fcntl = None  # type: ignore[assignment]
 
 from qwen2_jax.checkpoint.places import MARKER, UNFINISHED
 from qwen2_jax.checkpoint.tensorfile import CheckpointError
@@ -31,7 +35,8 @@ def new_folder(path: str | os.PathLike, nbytes: int) -> Iterator[Path]:
     work.mkdir(parents=True, exist_ok=True)
     with open(work / MARKER, "w") as marker:
         try:
-            fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl is not None:
+                fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise CheckpointError(f"{path} is being written by another process") from None
         folder = work / "checkpoint"
@@ -72,6 +77,8 @@ def _need_space(folder: Path, nbytes: int) -> None:
 
 
 def _sync(folder: Path) -> None:
+    if os.name != "posix":
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

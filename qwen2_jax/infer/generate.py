@@ -51,7 +51,7 @@ class State:
     """A batch between two calls of the decode loop. Donated to each call.
 
     token_B: the next token to feed. position_B: its position. count_B: tokens drawn so far. done_B: bool.
-    seen_BV: bool, ids in prompt and answer, for the repetition penalty.
+    seen_BV: bool, ids in prompt and answer, for the repetition penalty; None where the whole batch is greedy.
     """
 
     cache: Cache
@@ -59,16 +59,17 @@ class State:
     position_B: jax.Array
     count_B: jax.Array
     done_B: jax.Array
-    seen_BV: jax.Array
+    seen_BV: jax.Array | None
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Orders:
-    """What the rows asked for. eos_BE: ids that end a row, padded with -1. limit_B: tokens to draw at most."""
+    """What the rows asked for. sampling: None where all are greedy. eos_BE: ids that end a row, padded with -1.
+    limit_B: tokens to draw at most."""
 
     rope: rope.Rope
-    sampling: Sampling
+    sampling: Sampling | None
     eos_BE: jax.Array
     limit_B: jax.Array
 
@@ -138,12 +139,8 @@ class Generator:
         rows, length = self.buckets.batch(len(requests)), self.buckets.length(max(totals))
         prompts = [r.tokens for r in requests]
         cache = self._prefilled([p[:-1] for p in prompts], rows, length, totals, long_context, progress)
-        return Decoding(
-            self,
-            requests,
-            self._state(cache, prompts, rows),
-            self._orders(requests, rows, length, totals, long_context),
-        )
+        orders = self._orders(requests, rows, length, totals, long_context)
+        return Decoding(self, requests, self._state(cache, prompts, rows, orders.sampling is None), orders)
 
     def check(self, request: Request, long_context: rope.LongContext = "auto") -> None:
         """Raises UserError for a request that `start` would refuse."""
@@ -206,7 +203,7 @@ class Generator:
     def _decode_steps(self, params: Tree, state: State, orders: Orders, cancel_B, steps):
         """Up to `steps` tokens (at most K) for the rows that are not done. Returns (state, tokens, logprobs) [K, B]."""
         B = state.token_B.shape[0]
-        self._compiling("decode", rows=B, cache=state.cache.length)
+        self._compiling("greedy" if orders.sampling is None else "sample", rows=B, cache=state.cache.length)
         model = nnx.merge(self.graphdef, params)
         state = dataclasses.replace(state, done_B=state.done_B | cancel_B)
 
@@ -230,7 +227,7 @@ class Generator:
                 position_B=state.position_B + live_B,
                 count_B=state.count_B + live_B,
                 done_B=state.done_B | ended_B,
-                seen_BV=state.seen_BV.at[jnp.arange(B), token_B].max(live_B),
+                seen_BV=None if state.seen_BV is None else state.seen_BV.at[jnp.arange(B), token_B].max(live_B),
             )
             tokens_KB = tokens_KB.at[step].set(jnp.where(live_B, token_B, -1))
             return step + 1, state, tokens_KB, logprobs_KB.at[step].set(logprob_B)
@@ -296,9 +293,6 @@ class Generator:
         cache = Cache.zeros(self.config, rows, length, self.dtype, unroll=self.unroll)
         return jax.device_put(cache, self._cache_place)
 
-    def _put(self, array: np.ndarray) -> jax.Array:
-        return jax.device_put(array, self._place)
-
     def _chunks(
         self, prompts: Sequence[Sequence[int]], rows: int, targets: Sequence[Sequence[int]] | None = None
     ) -> Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]:
@@ -331,18 +325,14 @@ class Generator:
                 progress(done, total)
         return cache
 
-    def _state(self, cache: Cache, prompts: Sequence[Sequence[int]], rows: int) -> State:
-        seen_BV = np.zeros((rows, self.config.vocab_size), bool)
+    def _state(self, cache: Cache, prompts: Sequence[Sequence[int]], rows: int, greedy: bool) -> State:
+        seen_BV = None if greedy else np.zeros((rows, self.config.vocab_size), bool)
         for row, prompt in enumerate(prompts):
-            seen_BV[row, list(prompt)] = True
-        return State(
-            cache=cache,
-            token_B=self._put(_rows([p[-1] for p in prompts], rows)),
-            position_B=self._put(_rows([len(p) - 1 for p in prompts], rows)),
-            count_B=self._put(_rows([0], rows)),
-            done_B=self._put(np.arange(rows) >= len(prompts)),
-            seen_BV=self._put(seen_BV),
-        )
+            if seen_BV is not None:
+                seen_BV[row, list(prompt)] = True
+        token_B, position_B = _rows([p[-1] for p in prompts], rows), _rows([len(p) - 1 for p in prompts], rows)
+        done_B = np.arange(rows) >= len(prompts)
+        return State(cache, *jax.device_put((token_B, position_B, _rows([0], rows), done_B, seen_BV), self._place))
 
     def _orders(self, requests: Sequence[Request], rows: int, length: int, totals, long_context) -> Orders:
         asked = [r.settings for r in requests]
@@ -350,19 +340,10 @@ class Generator:
         for row, settings in enumerate(asked):
             if not settings.ignore_eos:
                 eos_BE[row, : len(settings.eos_ids)] = settings.eos_ids
-        kinds = {"top_k": np.int32, "seed": np.uint32}
-        neutral = Settings()
-        columns = {}
-        for field in dataclasses.fields(Sampling):
-            name = field.name.removesuffix("_B")
-            values = [getattr(s, name) for s in asked] + [getattr(neutral, name)] * (rows - len(asked))
-            columns[field.name] = self._put(np.asarray(values, kinds.get(name, np.float32)))
-        return Orders(
-            rope=self._rope(totals, rows, length, long_context),
-            sampling=Sampling(**columns),
-            eos_BE=self._put(eos_BE),
-            limit_B=self._put(_rows([s.max_new_tokens for s in asked], rows)),
-        )
+        sampling = Sampling.of([*asked, *[Settings()] * (rows - len(asked))])
+        limit_B = _rows([s.max_new_tokens for s in asked], rows)
+        turns = self._rope(totals, rows, length, long_context)
+        return Orders(*jax.device_put((turns, sampling, eos_BE, limit_B), self._place))
 
 
 class Decoding:

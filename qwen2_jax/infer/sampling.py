@@ -11,9 +11,14 @@ there is no search in the vocabulary and no noise for all of it.
 """
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from qwen2_jax.infer.settings import Settings
 
 # B rows  V vocabulary  C candidates, best first
 WINDOW = 65
@@ -35,23 +40,43 @@ class Sampling:
     repetition_penalty_B: jax.Array
     seed_B: jax.Array
 
+    @classmethod
+    def of(cls, rows: Sequence[Settings]) -> "Sampling | None":
+        """The rows' settings as numpy arrays. None where all are greedy and without penalty: such a batch takes a
+        program that has no sampling in it, which compiles faster."""
+        if all(s.temperature == 0 and s.repetition_penalty == 1 for s in rows):
+            return None
+        kinds = {"top_k_B": np.int32, "seed_B": np.uint32}
+        names = [field.name for field in dataclasses.fields(cls)]
+        columns = {n: np.asarray([getattr(s, n[:-2]) for s in rows], kinds.get(n, np.float32)) for n in names}
+        return cls(**cast(Any, columns))
+
 
 def sample(
-    logits_BV: jax.Array, seen_BV: jax.Array, count_B: jax.Array, settings: Sampling, *, vocab_size: int
+    logits_BV: jax.Array,
+    seen_BV: jax.Array | None,
+    count_B: jax.Array,
+    settings: Sampling | None,
+    *,
+    vocab_size: int,
 ) -> tuple[jax.Array, jax.Array]:
     """Draws one token per row.
 
-    logits_BV: float32. seen_BV: bool, ids in the row's prompt and answer so far. count_B: int32, tokens generated so
-    far. vocab_size: ids from here on are padding of the embedding and are never drawn.
+    logits_BV: float32. seen_BV: bool, ids in the row's prompt and answer so far; None together with settings. count_B:
+    int32, tokens generated so far. settings: None is greedy for every row. vocab_size: ids from here on are padding of
+    the embedding and are never drawn.
     Returns (tokens int32 [B], logprobs float32 [B]): the log-softmax of the unfiltered logits at the drawn token.
     """
     ids_V = jnp.arange(logits_BV.shape[-1])
     scores_BV = jnp.where(ids_V < vocab_size, logits_BV, -jnp.inf)
-    penalty_B = settings.repetition_penalty_B
-    scores_BV = jax.lax.cond(jnp.any(penalty_B != 1), _penalise, lambda s, *_: s, scores_BV, seen_BV, penalty_B)
-    tokens_B = jax.lax.cond(
-        jnp.any(settings.temperature_B > 0), _draw, lambda s, *_: _greedy(s), scores_BV, count_B, settings
-    )
+    if settings is None:
+        tokens_B = _greedy(scores_BV)
+    else:
+        penalty_B = settings.repetition_penalty_B
+        scores_BV = jax.lax.cond(jnp.any(penalty_B != 1), _penalise, lambda s, *_: s, scores_BV, seen_BV, penalty_B)
+        tokens_B = jax.lax.cond(
+            jnp.any(settings.temperature_B > 0), _draw, lambda s, *_: _greedy(s), scores_BV, count_B, settings
+        )
     chosen_B = jnp.take_along_axis(logits_BV, tokens_B[:, None], axis=-1)[:, 0]
     return tokens_B, chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hugging Face -> Orbax -> Hugging Face gives the very same files, and both load to the same parameters."""
 
+import itertools
 import json
 
 import jax
@@ -14,7 +15,7 @@ from qwen2_jax import checkpoint
 from qwen2_jax.checkpoint import fill, names
 from qwen2_jax.checkpoint.hf import HfFolder
 from qwen2_jax.config import ModelConfig
-from qwen2_jax.model import declare, init
+from qwen2_jax.model import declare
 from qwen2_jax.params import leaves
 
 
@@ -89,7 +90,8 @@ def test_unrolled_declarations_are_those_of_the_unrolled_model(config):
 @pytest.mark.parametrize("unroll", [False, True])
 def test_saved_parameters_come_back(tmp_path, to, unroll):
     config = ModelConfig.from_hf(hf.ALTERNATING)
-    params = init(config, 3, unroll=unroll)
+    source = hf.write_folder(tmp_path / "source", hf.ALTERNATING, hf.random_tensors(hf.ALTERNATING, hf.F32))
+    params = checkpoint.load_params(source, dtype="float32", unroll=unroll)
     save = {"hf": checkpoint.save_hf, "orbax": checkpoint.save_orbax}[to]
     assert save(tmp_path / "a", config, params) == tmp_path / "a"
     again = checkpoint.load_params(tmp_path / "a", unroll=unroll)
@@ -126,12 +128,11 @@ def test_dtype_is_cast_on_the_way(tmp_path, dense, to):
     assert checkpoint.verify(tmp_path / "a").damaged == ()
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_loading_casts_as_numpy_does(tmp_path, dtype):
+def test_loading_casts_as_numpy_does(tmp_path):
     tensors = hf.random_tensors(hf.TIED, by_layer)
     hf.write_folder(tmp_path / "a", hf.TIED, tensors)
     checkpoint.convert(tmp_path / "a", tmp_path / "b", "orbax")
-    for folder in "ab":
+    for folder, dtype in itertools.product("ab", ["bfloat16", "float16", "float32"]):
         params = checkpoint.load_params(tmp_path / folder, dtype=dtype)
         for name, slot in names.table(declare(ModelConfig.from_hf(hf.TIED))[1]).items():
             value = names.get(params, slot.path)
@@ -199,3 +200,10 @@ def test_progress_counts_to_the_end(tmp_path, dense):
         checkpoint.convert(dense, tmp_path / to, to, progress=lambda done, total: calls.append((done, total)))
         assert calls[-1] == (size, size)
     assert HfFolder(dense).bytes_read == 0
+
+
+def test_files_can_be_cut_anew(tmp_path, dense):
+    checkpoint.convert(dense, tmp_path / "a", "hf", max_shard_bytes=30_000)
+    assert len(list((tmp_path / "a").glob("*.safetensors"))) == 2
+    checkpoint.convert(tmp_path / "a", tmp_path / "b", "hf", max_shard_bytes=10**9)
+    jax.tree.map(np.testing.assert_array_equal, *(checkpoint.load_params(f) for f in (dense, tmp_path / "b")))
