@@ -3,6 +3,8 @@
 
 import numpy as np
 
+BFLOAT16 = 2.0**-8  # a floor: what rounding a result once to bfloat16 may cost
+
 
 def assert_no_worse(got, naive, exact, *, factor=2.0, floor=1e-5):
     """`got` may err at most `factor` times as much as plain code in the same dtype, both measured against `exact`.

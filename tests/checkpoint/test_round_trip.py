@@ -204,6 +204,6 @@ def test_progress_counts_to_the_end(tmp_path, dense):
 
 def test_files_can_be_cut_anew(tmp_path, dense):
     checkpoint.convert(dense, tmp_path / "a", "hf", max_shard_bytes=30_000)
-    assert len(list((tmp_path / "a").glob("*.safetensors"))) == 2
+    assert len(list((tmp_path / "a").glob("*.safetensors"))) > 1
     checkpoint.convert(tmp_path / "a", tmp_path / "b", "hf", max_shard_bytes=10**9)
     jax.tree.map(np.testing.assert_array_equal, *(checkpoint.load_params(f) for f in (dense, tmp_path / "b")))
