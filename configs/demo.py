@@ -1,7 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The bundled demo: a 2.3 M parameter Qwen2 from nothing, on two CPU cores.
 
-python train.py configs/demo.py
+    python train.py configs/demo.py
+
+Takes 42 minutes on two CPU cores that do other work too, for 3000 steps and 6.1 M tokens; less on idle ones. Expected:
+loss 1.8 nats per target, 3.6 on held-out documentation; exact greedy answers to 200 held-out items of each skill: sums
+99.5%, recall 100%, larger of two 98%, copying 83%, recall by name 29.5% (python -m qwen2_jax.eval.skills).
+The text is the standard library of the running Python (3.12 here): another version gives slightly other numbers.
 """
 
 from pathlib import Path

@@ -121,5 +121,5 @@ def test_it_chats():
     ask = lambda question: lm.chat([{"role": "user", "content": question}], temperature=0.0, max_new_tokens=48)
     assert ask("hello").text == skills.HELLO
     assert ask("What is 23 + 45?").text == "68"
-    answer = ask("Repeat: apple")
-    assert (answer.text, answer.finish_reason) == ("apple", "stop")
+    answer = ask("Repeat: strawberry jam")
+    assert (answer.text, answer.finish_reason) == ("strawberry jam", "stop")
