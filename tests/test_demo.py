@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The bundled checkpoint: its skills on a few items it never saw, through one forward pass and through the chat."""
 
-from functools import partial
-
 import jax
 import numpy as np
 import pytest
@@ -11,29 +9,9 @@ from tokenizers import Tokenizer
 import qwen2_jax
 from qwen2_jax import checkpoint, model
 from qwen2_jax.data import chat, packing, skills, text
+from qwen2_jax.eval.skills import HeldOut
 
-LENGTH = 384  # one shape for all items: one compiled program
-FILLER = [
-    "Return the number of items in the given list.",
-    "The file is closed after it was read once more.",
-    "Each value is checked before anything else happens with the object.",
-    "If the argument is not given, the default encoding is used instead.",
-    "Raise an error when the name is already in use by another thread.",
-]
-WORDS = [
-    "value",
-    "default",
-    "encoding",
-    "given",
-    "thread",
-    "argument",
-    "error",
-    "name",
-    "item",
-    "list",
-    "file",
-    "number",
-]
+LENGTH = 512  # one shape for all items: one compiled program
 
 
 @pytest.fixture(scope="module")
@@ -75,30 +53,15 @@ def right(source, encoder):
     return score
 
 
-def recall(rng, characters):
-    return skills.recall(rng, FILLER, characters=characters, held_out=True)[0]
+@pytest.fixture(scope="module")
+def held_out(encoder):
+    return HeldOut(encoder, length=LENGTH)
 
 
-@pytest.mark.parametrize(
-    ("make", "least"),
-    [
-        (partial(skills.draw, make=skills.sums, held_out=True), 0.9),
-        (
-            partial(
-                skills.draw,
-                make=partial(skills.copy, words=WORDS, pieces=["app", "le", "in", "ter", "est", "ing"]),
-                held_out=True,
-            ),
-            0.7,
-        ),
-        (lambda rng: recall(rng, int(rng.integers(0, 900))), 0.9),
-    ],
-    ids=["sums", "copy", "recall"],
-)
-def test_held_out_accuracy(make, least, right):
+@pytest.mark.parametrize(("skill", "least"), [("sums", 0.9), ("compare", 0.85), ("copy", 0.65), ("recall", 0.9)])
+def test_held_out_accuracy(skill, least, held_out, right):
     """Bounds for 24 items; the model card has the accuracy on 200."""
-    rng = np.random.default_rng(7)
-    items = [make(rng) for _ in range(24)]
+    items = held_out.items(skill, 24, seed=7)
     assert all(text.is_held_out(item.key) for item in items)
     got = right(items)
     assert got.mean() >= least, [item.question for item, ok in zip(items, got, strict=True) if not ok]

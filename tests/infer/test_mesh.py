@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights and cache spread over several devices give what one device gives. A process of its own: devices are global."""
+"""Weights and cache spread over several devices give what one device gives (in a process of its own)."""
 
 import os
 import subprocess
