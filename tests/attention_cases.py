@@ -21,12 +21,12 @@ def arrays(seed, shape, dtype=jnp.float32, rotations=1):
 
 
 @st.composite
-def layouts(draw, chunks=False):
+def layouts(draw, shapes=SHAPES, chunks=False):
     """(shape, seed, keyword arguments): padding, packed documents or a cache in use; windows and scales per row.
 
     Every argument is always an array, so that a shape is compiled once.
     """
-    shape = draw(st.sampled_from(SHAPES))
+    shape = draw(st.sampled_from(shapes))
     seed = draw(st.integers(0, 2**16))
     B, T, S, *_ = shape
     random = np.random.default_rng(seed)

@@ -14,7 +14,8 @@ from attention_cases import arrays, naive
 from few import FEW
 from tolerance import BFLOAT16, assert_no_worse
 
-SHAPES = [(2, 1, 37, 4, 2, 8), (3, 3, 64, 3, 3, 8), (1, 1, 2500, 2, 1, 4)]  # the last is visited block by block
+# B, T, S, N, K, H: one row per key head, which takes a path of its own; and a cache that is visited block by block.
+SHAPES = [(2, 1, 37, 3, 3, 8), (2, 2, 2500, 4, 2, 4)]
 
 
 @jax.jit
@@ -31,10 +32,10 @@ def three_ways(queries, k, v, at, chunk):
     )
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(("dtype", "chunked"), [(jnp.float32, False), (jnp.float32, True), (jnp.bfloat16, True)])
 @FEW
-@given(shape=st.sampled_from(SHAPES), seed=st.integers(0, 2**16), windowed=st.booleans(), chunked=st.booleans())
-def test_equals_the_definition(dtype, shape, seed, windowed, chunked):
+@given(shape=st.sampled_from(SHAPES), seed=st.integers(0, 2**16), windowed=st.booleans())
+def test_equals_the_definition(dtype, chunked, shape, seed, windowed):
     B, T, S, *_ = shape
     random = np.random.default_rng(seed)
     queries, k, v, _ = arrays(seed, shape, dtype, rotations=3 if chunked else 1)

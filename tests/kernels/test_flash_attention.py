@@ -12,7 +12,7 @@ from hypothesis import given
 from qwen2_jax.kernels.attention_inputs import per_row
 from qwen2_jax.kernels.flash_attention import flash_attention, xla
 
-from attention_cases import BLOCKS, arrays, layouts, naive
+from attention_cases import BLOCKS, SHAPES, arrays, layouts, naive
 from few import FEW
 from tolerance import BFLOAT16, assert_no_worse
 
@@ -58,7 +58,7 @@ def test_equals_the_definition_in_float32(case):
 
 
 @FEW
-@given(layouts())
+@given(layouts(SHAPES[:1]))
 def test_no_worse_than_plain_bfloat16(case):
     shape, seed, layout = case
     queries, k, v, weights = arrays(seed, shape, jnp.bfloat16)
@@ -83,8 +83,8 @@ def test_rows_that_see_nothing_are_zero_in_value_and_gradient(implementation):
         return_lse=True,
         implementation=implementation,
     )
-    out, lse = attend(q, k, v)
-    dq, dk, dv = jax.grad(lambda *x: (attend(*x)[0] * weights).sum(), argnums=(0, 1, 2))(q, k, v)
+    (out, lse), pull = jax.vjp(jax.jit(attend), q, k, v)
+    dq, dk, dv = pull((weights, jnp.zeros_like(lse)))
     seen = np.asarray(positions) >= 0
     for x in (out, dq, dk, dv):
         assert (np.asarray(x)[~seen] == 0).all()
@@ -94,7 +94,7 @@ def test_rows_that_see_nothing_are_zero_in_value_and_gradient(implementation):
 
 
 def test_one_query_and_lengths_that_are_no_multiple_of_anything():
-    for shape in [(1, 1, 1, 1, 1, 8), (2, 1, 150, 4, 2, 8), (1, 131, 131, 2, 1, 8)]:
+    for shape in [(2, 1, 1, 1, 1, 8), (1, 131, 150, 2, 1, 8)]:
         B, T, S, *_ = shape
         (q,), k, v, _ = arrays(1, shape)
         layout = {
