@@ -15,9 +15,9 @@ def decode_attention(
 ):
     """Attention of q [B, T, N, H], T small, over a cache k, v [B, S, K, H] whose slot s holds position s.
 
-    A query sees slot s iff s <= its position and position - s < window; slots above every position are never read, so
-    they may hold anything finite, and the work follows the largest position rather than S. A query at a negative
-    position sees nothing and returns zeros.
+    A query sees slot s iff s <= its position and position - s < window. Slots above every position count for nothing
+    and may hold anything finite; in a long cache they are not even read: the work follows the largest position, not S.
+    A query at a negative position sees nothing and returns zeros.
 
     Args:
         q_succ, q_inter, chunk_len: Dual Chunk Attention as in dual_chunk_attention; all None for ordinary attention.

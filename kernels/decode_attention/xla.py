@@ -29,7 +29,6 @@ def decode_attention(q, q_succ, q_inter, k, v, *, chunk_len_B, q_positions_BT, w
     at = bounds(q_positions_BT)
     scale, window = scale_B[:, None, None, None], None if window_B is None else window_B[:, None, None]
     block = S if S <= WHOLE else BLOCK
-
     score = _score_whole if block == S else _score
 
     def visit(j, carry):
