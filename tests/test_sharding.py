@@ -29,7 +29,7 @@ def test_sizes_that_do_not_divide_name_those_that_do():
 
 
 def test_mesh_must_use_every_device():
-    with pytest.raises(UserError, match="product is"):
+    with pytest.raises(UserError, match="product must be"):
         make_mesh(tensor=len(jax.devices()) + 1)
 
 
