@@ -20,8 +20,8 @@ MANY_ROWS = 256  # from here on XLA:CPU is faster with a product's inputs conver
 class Int8:
     """A weight as int8 with one float32 scale per output: weight = values * scale.
 
-    values: int8 [*out, *in]; scale: float32 [*out]. Half the bytes of bfloat16, and about twice its decoding speed on
-    a CPU. The rounding error is at most 1/254 of the largest weight of each output.
+    values: int8 [*out, *in]; scale: float32 [*out]. Half the bytes of bfloat16, and 1.5 times its decoding speed on
+    a CPU (benchmarks/RESULTS.md). The rounding error is at most 1/254 of the largest weight of each output.
     """
 
     values: jax.Array
