@@ -61,12 +61,17 @@ def modules(config: ModelConfig, target: str) -> tuple[str, ...]:
     return found
 
 
+def all_modules(config: ModelConfig, lora: Lora) -> tuple[str, ...]:
+    """The modules of a layer that all targets together mean, sorted: equal for settings that adapt the same."""
+    return tuple(sorted({name for target in lora.targets for name in modules(config, target)}))
+
+
 def declare(config: ModelConfig, lora: Lora, *, unroll: bool = False) -> Tree:
     """The adapters' declarations: a nested dict of ParamSpec, as model.declare gives them for the parameters.
 
     Like those they serve optimizer, sharding and checkpoints. unroll: for parameters that are one array per layer.
     """
-    chosen = {name for target in lora.targets for name in modules(config, target)}
+    chosen = all_modules(config, lora)
 
     def below(specs: Tree) -> Tree:
         tree: Tree = {}

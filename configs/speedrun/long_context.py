@@ -37,6 +37,7 @@ config = Pretrain(
     evaluation=Evaluation(
         sources=tuple(Source(path=f"{DATA}/held_out/{kind}.jsonl") for kind in ("prose", "sums", "copy", "recall")),
         every=100,
+        first=True,
     ),
     checkpoints=Checkpointing(every_steps=100),
     out=Path("runs/speedrun/long_context"),

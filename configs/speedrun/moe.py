@@ -3,7 +3,9 @@
 
     python train.py configs/speedrun/moe.py
 
-configs/speedrun/dense.py trains the dense model on the same tokens, for comparison.
+For comparison the dense model trains on the same tokens; only start and folder differ:
+
+    python train.py configs/speedrun/moe.py --start.checkpoint runs/speedrun/long_context/hf --out runs/speedrun/dense
 """
 
 from pathlib import Path
@@ -36,6 +38,7 @@ config = Pretrain(
     evaluation=Evaluation(
         sources=tuple(Source(path=f"{DATA}/held_out/{kind}.jsonl") for kind in ("prose", "sums", "copy", "recall")),
         every=100,
+        first=True,
     ),
     checkpoints=Checkpointing(every_steps=100),
     out=Path("runs/speedrun/moe"),

@@ -29,6 +29,7 @@ config = Sft(
     evaluation=Evaluation(
         sources=tuple(Source(path=f"{DATA}/held_out/{kind}.jsonl") for kind in ("prose", "sums", "copy", "recall")),
         every=100,
+        first=True,
     ),
     checkpoints=Checkpointing(every_steps=100),
     out=Path("runs/speedrun/sft"),

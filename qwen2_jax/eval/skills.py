@@ -68,13 +68,20 @@ def measure(lm: LM, held_out: HeldOut, count: int, *, batch: int = 32, seed: int
 
 
 def main(
-    *, ckpt: str = "demo", items: int = 200, seed: int = 0, dtype: str = "float32", show_wrong: bool = False
+    *,
+    ckpt: str = "demo",
+    items: int = 200,
+    length: int | None = None,
+    seed: int = 0,
+    dtype: str = "float32",
+    show_wrong: bool = False,
 ) -> int:
     """Prints one JSON line per skill.
 
     Args:
         ckpt: a checkpoint that chats: a folder, a name, or "demo".
         items: held-out items per skill.
+        length: tokens up to which texts with a hidden code reach; None: what the model was trained for.
         seed: another seed draws other items.
         dtype: in which the model computes.
         show_wrong: print a few of the wrong answers.
@@ -82,7 +89,7 @@ def main(
     lm = load(ckpt, dtype=dtype)
     if lm.tokenizer is None:
         raise UserError(f"{ckpt} has no tokenizer; the skills are asked in text")
-    held_out = HeldOut(lm.tokenizer, length=lm.config.trained_length)
+    held_out = HeldOut(lm.tokenizer, length=length or lm.config.trained_length)
     start = time.perf_counter()
     for skill, result in measure(lm, held_out, items, seed=seed).items():
         wrong = result.pop("wrong")

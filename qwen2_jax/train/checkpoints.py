@@ -52,10 +52,11 @@ class Checkpointing:
     every_minutes: float | None = 15.0  # save when the last one is older; None: never by time
     keep_last: int = 2  # newest ones to keep; the others are removed when a new one is complete
     keep_every: int | None = None  # checkpoints of these steps (multiples) are kept for ever
+    export_every: int | None = None  # steps between copies of the weights as Hugging Face folders, out/hf-STEP
     verify: bool = True  # fingerprint every array before saving and after restoring
 
     def __post_init__(self):
-        check.number(self, "checkpoints", ("every_steps", "keep_every"), int, 1, none=True)
+        check.number(self, "checkpoints", ("every_steps", "keep_every", "export_every"), int, 1, none=True)
         check.number(self, "checkpoints", ("every_minutes",), float, 0.0, none=True)
         check.number(self, "checkpoints", ("keep_last",), int, 1)
         check.number(self, "checkpoints", ("verify",), bool)
@@ -230,6 +231,10 @@ class Checkpoints:
         if jax.process_count() > 1:
             late = bool(multihost_utils.broadcast_one_to_all(np.array(late)))
         return late
+
+    def export_due(self, step: int) -> bool:
+        """Whether the weights after `step` steps are also wanted as a Hugging Face folder."""
+        return self.config.export_every is not None and step % self.config.export_every == 0
 
     def save(self, step: int, state: Any, extras: dict[str, Any] | None = None) -> None:
         """Starts saving; returns when the state was copied from the devices, whose buffers may then be donated.

@@ -34,6 +34,7 @@ class Start:
     checkpoint: str  # name, Hub id, Hugging Face folder or Orbax folder
     rope_theta: float | None = None  # a new rotary base, as in a long-context phase (1e4 -> 1e6 for Qwen2)
     max_position_embeddings: int | None = None  # a new context length
+    adapter: str | None = None  # folder in PEFT's format with the adapters that `lora` trains on
 
     def __post_init__(self):
         check.number(self, "start", ("rope_theta",), float, 1.0, none=True)
@@ -126,6 +127,7 @@ class Evaluation:
 
     sources: tuple[Source, ...] = ()
     every: int = 250  # steps; the end of the run is always one
+    first: bool = False  # also before the first step
     batches: int = 8  # of each source, at most
 
     def __post_init__(self):
@@ -188,6 +190,8 @@ class Run:
             raise UserError(f"ema is {self.ema}; a decay is below 1, such as 0.999")
         if self.lora is not None and self.start is None:
             raise UserError("lora trains adapters of a checkpoint: give start instead of model")
+        if self.lora is None and self.start is not None and self.start.adapter is not None:
+            raise UserError("start.adapter goes together with lora, whose rank and targets must be the adapter's")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 
 import dataclasses
 import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from qwen2_jax.train import curve, dry_run
 from qwen2_jax.train.checkpoints import Checkpoints
 from qwen2_jax.train.config import Run, Sft
 from qwen2_jax.train.job import Job, prepare
+from qwen2_jax.train.lock import alone
 from qwen2_jax.train.preemption import Preemption
 from qwen2_jax.train.step import State, Trainer, abstract
 
@@ -36,6 +38,12 @@ def run(config: Run, console: Console | None = None) -> Path | None:
     if config.dry_run:
         _tell(job, trainer, console)
         return None
+    with alone(config.out):
+        return _run(job, trainer, console)
+
+
+def _run(job: Job, trainer: Trainer, console: Console) -> Path | None:
+    config = job.run
     start, frozen = _weights(job, trainer)
     console.print(
         f"{count(trainer.model_specs) / 1e6:,.2f} M parameters"
@@ -103,6 +111,9 @@ def _train(job: Job, trainer: Trainer, state: State, done: int, frozen, saved: C
     run = job.run
     batches = job.data.batches(run.rows, start=done, host=(jax.process_index(), jax.process_count()))
     health = None
+    if job.held_out and run.evaluation.first and not done:
+        with recorder.goodput("evaluation"):
+            recorder.evaluation(done, evaluate(job, trainer, state, frozen))
     while done < job.steps:
         with recorder.goodput("data", behind=recorder.newest):
             batch = next(batches)
@@ -121,6 +132,9 @@ def _train(job: Job, trainer: Trainer, state: State, done: int, frozen, saved: C
             _check(run, health, done, saved)
             with recorder.goodput("save"):
                 saved.save(done, state, {"recorder": recorder.state()})
+        if not last and saved.export_due(done):
+            with recorder.goodput("save"):
+                export(job, trainer, state, frozen, run.out / f"hf-{done}")
         if leave:
             break
     with recorder.goodput("save"):
@@ -167,19 +181,35 @@ def _weights(job: Job, trainer: Trainer):
     load = partial(checkpoint.load_params, job.source, job.config, dtype=dtype, mesh=job.mesh)
     if run.lora is None:
         return lambda: trainer.init(load()), None
+    adapters = _adapters(job)
     frozen = load()
     if run.lora_base == "int8":
         # The layers' matrices, as in QLoRA: embedding and head stay, they are what the loss goes through.
         frozen["stacks"] = linear.quantize(frozen["stacks"], trainer.model_specs["stacks"])
-    make = jax.jit(partial(lora.init, job.config, run.lora))
-    return lambda: trainer.init(make(jax.random.key(run.seed))), frozen
+    return lambda: trainer.init(adapters()), frozen
+
+
+def _adapters(job: Job) -> Callable[[], Tree]:
+    """The function that gives the adapters to train: new ones, or those of the folder the run starts from."""
+    run = job.run
+    assert run.lora is not None
+    assert run.start is not None
+    if run.start.adapter is None:
+        make = jax.jit(partial(lora.init, job.config, run.lora))
+        return lambda: make(jax.random.key(run.seed))
+    settings, adapters = peft.load_peft(run.start.adapter, job.config, mesh=job.mesh)
+    # A folder may name its modules in full or in part: what they mean is compared.
+    meant = [dataclasses.replace(s, targets=lora.all_modules(job.config, s)) for s in (settings, run.lora)]
+    if meant[0] != meant[1]:
+        raise UserError(f"start.adapter {run.start.adapter} is of {settings}, and the run asks for {run.lora}")
+    return lambda: adapters
 
 
 def export(job: Job, trainer: Trainer, state: State, frozen: Tree | None, folder: Path) -> None:
     """Writes the trained weights as a Hugging Face folder in place of an earlier one, and adapters as PEFT's files."""
     run = job.run
     if run.lora is not None and run.start is not None:
-        adapters = run.out / "adapter"
+        adapters = folder.with_name(folder.name.replace("hf", "adapter"))
         shutil.rmtree(adapters, ignore_errors=True)
         params = state.params if state.ema is None else state.ema
         peft.save_peft(adapters, job.config, params, run.lora, base_name=run.start.checkpoint)

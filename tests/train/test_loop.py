@@ -24,6 +24,7 @@ from qwen2_jax.errors import UserError
 from qwen2_jax.observe import Logging
 from qwen2_jax.observe.lines import read
 from qwen2_jax.train import Checkpointing, Evaluation, Guard, Lora, Optim, Pretrain, Sft, Start, loop
+from qwen2_jax.train.lock import alone
 
 ROOT = Path(__file__).parents[2]
 MODEL = ModelConfig(
@@ -229,6 +230,44 @@ def test_lora_leaves_the_weights_alone(base, corpus, straight, tmp_path):
     losses = [line["loss"] for line in lines_of(tmp_path)]
     assert all(np.isfinite(losses))
     assert (tmp_path / "hf").exists() == (base != "int8")
+
+
+def test_lora_goes_on_from_an_adapter(corpus, straight, tmp_path):
+    """The second run's first loss is what the first one came to, and other settings than the folder's are refused."""
+    lora = {"lora": Lora(rank=4, alpha=8.0), "lora_base": "float32"}
+    first = sft(corpus, straight, tmp_path / "first", optim=Optim(lr=3e-2, schedule="constant"), **lora)
+    run(first)
+    start = dataclasses.replace(first.start, adapter=str(tmp_path / "first" / "adapter"))
+    run(dataclasses.replace(first, start=start, out=tmp_path / "second"))
+    began, went_on = (lines_of(tmp_path / name)[0]["loss"] for name in ("first", "second"))
+    assert went_on < began - 0.05
+    other = dataclasses.replace(first, start=start, out=tmp_path / "third", lora=Lora(rank=8, alpha=8.0))
+    with pytest.raises(UserError, match=r"adapter is of Lora\(rank=4.*asks for Lora\(rank=8"):
+        run(other)
+    with pytest.raises(UserError, match="together with lora"):
+        dataclasses.replace(first, start=start, lora=None)
+
+
+def test_weights_are_exported_on_the_way(corpus, tmp_path):
+    """Folders of single steps, and an evaluation before the first step when asked for."""
+    config = pretrain(corpus, tmp_path, checkpoints=Checkpointing(every_steps=None, export_every=4))
+    run(dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, first=True)))
+    assert sorted(path.name for path in tmp_path.glob("hf*")) == ["hf", "hf-4"]
+    halfway, end = (qwen2_jax.load(tmp_path / name, dtype="float32") for name in ("hf-4", "hf"))
+    ids = np.arange(16)[None]
+    assert np.abs(halfway.logits(ids) - end.logits(ids)).max() > 1e-3
+    assert [line["step"] for line in read(tmp_path / "metrics.jsonl") if "held_out" in line] == [0, 4, 8]
+
+
+def test_a_folder_serves_one_run_at_a_time(corpus, tmp_path):
+    with (
+        alone(tmp_path),
+        pytest.raises(UserError, match=rf"{tmp_path.name} is in use by another run, process {os.getpid()} on .*--out"),
+    ):
+        run(pretrain(corpus, tmp_path))
+    assert not (tmp_path / "checkpoints").exists()
+    with alone(tmp_path):  # free again
+        pass
 
 
 def test_a_dry_run_prints_and_writes_nothing(corpus, tmp_path):

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One run at a time in a run folder: a second one would write over the first one's lines and checkpoints."""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+
+from qwen2_jax.errors import UserError
+
+NAME = ".lock"
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Holds the folder until the block ends, or the process does, however it ends: the system lets go of the lock.
+
+    Of several hosts' processes the first one holds it. Raises UserError when another run has it.
+    """
+    if jax.process_index() != 0:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / NAME).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(
+                f"{folder} is in use by another run, {file.read().strip() or 'of an unknown process'}; wait for it, "
+                "stop it, or choose another --out"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
+        file.flush()
+        yield
