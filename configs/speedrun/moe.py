@@ -19,12 +19,12 @@ config = Pretrain(
     start=Start(checkpoint="runs/speedrun/upcycle/hf"),
     data=Data(
         sources=(
-            Source(path=f"{DATA}/text/prose.jsonl", weight=0.25),
-            Source(path=f"{DATA}/text/code.jsonl", weight=0.1),
+            Source(path=f"{DATA}/text/prose.jsonl", weight=0.1),
+            Source(path=f"{DATA}/text/code.jsonl", weight=0.4),  # the only text that was not read before, or hardly
             Source(path=f"{DATA}/text/stories.jsonl", weight=0.05),
             Source(path=f"{DATA}/sums.jsonl", weight=0.1),
-            Source(path=f"{DATA}/chats.jsonl", weight=0.3),
-            Source(path=f"{DATA}/recall.jsonl", weight=0.2, max_tokens=1024),
+            Source(path=f"{DATA}/chats.jsonl", weight=0.2),
+            Source(path=f"{DATA}/recall.jsonl", weight=0.15, max_tokens=1024),
         ),
         packing="best_fit",
         too_long="cut",
@@ -36,7 +36,9 @@ config = Pretrain(
     dtype="float32",
     remat=None,
     evaluation=Evaluation(
-        sources=tuple(Source(path=f"{DATA}/held_out/{kind}.jsonl") for kind in ("prose", "sums", "copy", "recall")),
+        sources=tuple(
+            Source(path=f"{DATA}/held_out/{kind}.jsonl") for kind in ("code", "prose", "sums", "copy", "recall")
+        ),
         every=100,
         first=True,
     ),

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Speedrun, stage 5: fine-tuning on chats, answers only.
 
-python train.py configs/speedrun/sft.py
+    python train.py configs/speedrun/sft.py
+
+Whole conversations are packed into rows of 1,024 tokens; of the text of a recall question nothing is a target.
 """
 
 from pathlib import Path
@@ -27,7 +29,9 @@ config = Sft(
     dtype="float32",
     remat=None,
     evaluation=Evaluation(
-        sources=tuple(Source(path=f"{DATA}/held_out/{kind}.jsonl") for kind in ("prose", "sums", "copy", "recall")),
+        sources=tuple(
+            Source(path=f"{DATA}/held_out/{kind}.jsonl") for kind in ("code", "prose", "sums", "copy", "recall")
+        ),
         every=100,
         first=True,
     ),

@@ -76,6 +76,7 @@ def write(out: Path, size: Size = Size(), *, seed: int = 0, documents: Mapping[s
     put("chats.jsonl", draw.chats(rng(2), size.chats, MIXED))
     put("recall.jsonl", draw.recalls(rng(3), size.recall))
     put("held_out/prose.jsonl", ({"text": t} for t, is_prose in unseen.values() if is_prose))
+    put("held_out/code.jsonl", ({"text": t} for t, is_prose in unseen.values() if not is_prose))
     for i, kind in enumerate(("sums", "copy", "compare")):
         put(f"held_out/{kind}.jsonl", draw.chats(rng(4 + i), size.held_out, (kind,), held_out=True))
     put("held_out/recall.jsonl", draw.recalls(rng(9), size.held_out, held_out=True))
