@@ -51,7 +51,7 @@ def report(
     ema: Any = None,
     frozen: Any = None,
     sources: Sequence[Mapping[str, Any]] = (),
-    epochs: Mapping[str, float] | None = None,
+    epochs: Sequence[tuple[str, float]] = (),
     shown: int = 600,
 ) -> None:
     """Prints what a run with these numbers would be, and its first row.
@@ -80,7 +80,7 @@ def report(
     numbers.add_row("  in the first one", f"{real:,.0f} tokens, {1 - real / (rows * length):.1%} padding")
     numbers.add_row("steps", f"{steps:,}")
     numbers.add_row("tokens in all", f"{steps * rows * length:,}")
-    for name, count in (epochs or {}).items():
+    for name, count in epochs:
         numbers.add_row(f"epochs of {name}", f"{count:.2f}")
     numbers.add_row("FLOPs per step", f"{cost:.3g}{_at_best(cost)}")
     console.print(Rule("dry run", align="left"), numbers)

@@ -26,12 +26,13 @@ NO_TRAVELLERS = ("config.json", "README.md")  # written anew; about another mode
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A run that can be started. source: the checkpoint it starts from, or None."""
+    """A run that can be started. source: the checkpoint it starts from, or None. Nothing but tokens is written yet."""
 
     run: Run
     config: ModelConfig
     source: checkpoint.Source | None
     tokenizer: Tokenizer
+    tokenizer_files: checkpoint.Source  # where the tokenizer comes from
     data: Loaded
     held_out: dict[str, Loaded]  # name -> data
     steps: int
@@ -62,9 +63,29 @@ class Job:
         """The folder with the small files of the result."""
         return checkpoint.Source("hf", self.run.out / SMALL_FILES)
 
+    def write_small_files(self) -> None:
+        """Tokenizer and generation settings, as the result will have them: a chat model's answers end at <|im_end|>.
+
+        Only the run that holds the folder may: a result is made of what lies there when it is written.
+        """
+        folder = self.files.path
+        folder.mkdir(parents=True, exist_ok=True)
+        source, end = self.tokenizer_files, self.tokenizer.token_id(IM_END)
+        contents = {name: source.read_bytes(name) or b"" for name in source.travellers() if name not in NO_TRAVELLERS}
+        if isinstance(self.run, Sft) and end is not None:
+            for name, changes in (
+                ("tokenizer_config.json", {"eos_token": IM_END}),
+                ("generation_config.json", {"eos_token_id": [end, self.tokenizer.token_id(END_OF_TEXT)]}),
+            ):
+                old = json.loads(contents.get(name, b"{}"))
+                contents[name] = (json.dumps(old | changes, indent=2, ensure_ascii=False) + "\n").encode()
+        for name, data in contents.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(data)
+
 
 def prepare(run: Run, console: Console) -> Job:
-    """Reads and checks everything that can be known before the first step; writes the run's small files.
+    """Reads and checks everything that can be known before the first step; writes nothing but the cache of tokens.
 
     Raises UserError for what contradicts itself, before anything is computed.
     """
@@ -87,11 +108,9 @@ def prepare(run: Run, console: Console) -> Job:
     held_out = {}
     for one in run.evaluation.sources:
         alone = dataclasses.replace(run.data, sources=(one,), too_long="cut")
-        held_out[Path(one.path).name.split(".")[0]] = opened(alone)
-    job = Job(run, config, source, tokenizer, data, held_out, steps, mesh)
-    if not run.dry_run and jax.process_index() == 0:
-        _write_small_files(job, files)
-    return job
+        name = Path(one.path).name.split(".")[0]
+        held_out[one.path if name in held_out else name] = opened(alone)
+    return Job(run, config, source, tokenizer, files, data, held_out, steps, mesh)
 
 
 def _architecture(run: Run, source: checkpoint.Source | None, tokenizer: Tokenizer) -> ModelConfig:
@@ -133,24 +152,6 @@ def _tokenizer_files(name: str | None) -> checkpoint.Source:
     if (folder / "tokenizer.json").exists():
         return checkpoint.Source("hf", folder)
     return checkpoint.locate(name)
-
-
-def _write_small_files(job: Job, files: checkpoint.Source) -> None:
-    """Tokenizer and generation settings, as the result will have them: a chat model's answers end at <|im_end|>."""
-    folder = job.files.path
-    folder.mkdir(parents=True, exist_ok=True)
-    contents = {name: files.read_bytes(name) or b"" for name in files.travellers() if name not in NO_TRAVELLERS}
-    end = job.tokenizer.token_id(IM_END)
-    if isinstance(job.run, Sft) and end is not None:
-        for name, changes in (
-            ("tokenizer_config.json", {"eos_token": IM_END}),
-            ("generation_config.json", {"eos_token_id": [end, job.tokenizer.token_id(END_OF_TEXT)]}),
-        ):
-            old = json.loads(contents.get(name, b"{}"))
-            contents[name] = (json.dumps(old | changes, indent=2, ensure_ascii=False) + "\n").encode()
-    for name, data in contents.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_bytes(data)
 
 
 def _plain(value: Any) -> Any:

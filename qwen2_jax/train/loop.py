@@ -25,6 +25,10 @@ from qwen2_jax.train.lock import alone
 from qwen2_jax.train.preemption import Preemption
 from qwen2_jax.train.step import State, Trainer, abstract
 
+# What data.loader.Loaded.report counts: without text, without targets, of another length than asked for, longer than
+# a row, and cut to a row's length.
+LEFT_OUT = ("empty", "untargeted", "outside", "dropped", "cut")
+
 
 def run(config: Run, console: Console | None = None) -> Path | None:
     """Trains what a configuration describes, from the beginning or from the last checkpoint in its folder.
@@ -44,6 +48,9 @@ def run(config: Run, console: Console | None = None) -> Path | None:
 
 def _run(job: Job, trainer: Trainer, console: Console) -> Path | None:
     config = job.run
+    if jax.process_index() == 0:
+        job.write_small_files()
+    _tell_what_is_left_out(job, console)
     start, frozen = _weights(job, trainer)
     console.print(
         f"{count(trainer.model_specs) / 1e6:,.2f} M parameters"
@@ -102,8 +109,16 @@ def _tell(job: Job, trainer: Trainer, console: Console) -> None:
         dtype=run.dtype,
         remat=run.remat,
         sources=job.data.report(),
-        epochs=dict(zip((s.path for s in run.data.sources), job.data.epochs(job.steps, run.rows), strict=True)),
+        epochs=list(zip((s.path for s in run.data.sources), job.data.epochs(job.steps, run.rows), strict=True)),
     )
+
+
+def _tell_what_is_left_out(job: Job, console: Console) -> None:
+    """A line for each source of which records are not trained on, or not whole."""
+    for found in job.data.report():
+        left = [f"{found[kind]:,} {kind}" for kind in LEFT_OUT if found.get(kind)]
+        if left:
+            console.print(f"{found['source']}: of {found['records']:,} records {', '.join(left)}", soft_wrap=True)
 
 
 def _train(job: Job, trainer: Trainer, state: State, done: int, frozen, saved: Checkpoints, recorder, stop: Preemption):
@@ -147,8 +162,8 @@ def _check(run: Run, in_a_row: jax.Array | None, step: int, saved: Checkpoints) 
     if in_a_row is not None and int(in_a_row) >= run.guard.patience:
         kept = saved.steps()
         raise UserError(
-            f"{int(in_a_row)} steps in a row were skipped, the last is step {step}: their loss or gradient was not "
-            "finite"
+            f"{int(in_a_row)} steps in a row were skipped, the last is step {step}: their batches had no targets, or "
+            "their loss or gradient was not finite"
             + (f", or lay {run.guard.spike} standard deviations above the recent ones" if run.guard.spike else "")
             + f". {run.out / 'metrics.jsonl'} has the numbers. "
             + (f"The checkpoint of step {kept[-1]} is intact" if kept else "No checkpoint was written")

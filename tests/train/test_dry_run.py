@@ -114,7 +114,7 @@ def test_report(tokenizer):
     dry_run.report(
         config, trained=trained, optimizer=jax.eval_shape(optax.adam(1e-3).init, trained), batch=batch,
         tokenizer=tokenizer, console=console, rows=4, steps=10, accumulate=2, sources=sources,
-        epochs={"chats.jsonl": 2.0},
+        epochs=[("chats.jsonl", 2.0)],
     )  # fmt: skip
     shown = console.file.getvalue()
     cost = 2 * flops.train_flops(config, flops.segment_lengths(batch.segments_BT))

@@ -171,6 +171,22 @@ def test_what_cannot_be_is_said_before_anything_is_computed(corpus, tmp_path):
         run(pretrain(corpus, tmp_path, data=limited))
 
 
+def test_a_run_tells_what_it_leaves_out(corpus, tmp_path):
+    """An over-long row is dropped, and counted where the user sees it; sources of one name keep their scores apart."""
+    (tmp_path / "a").mkdir()
+    lines = [*(corpus / "text.jsonl").read_text("utf-8").splitlines()[:20], json.dumps({"text": "one two three " * 40})]
+    (tmp_path / "a" / "text.jsonl").write_text("\n".join(lines), "utf-8")
+    both = tuple(Source(path=str(folder / "text.jsonl")) for folder in (tmp_path / "a", corpus))
+    config = pretrain(
+        corpus, tmp_path / "out", steps=1, data=Data(sources=both[:1], packing="best_fit"),
+        evaluation=Evaluation(sources=both, batches=1),
+    )  # fmt: skip
+    _, screen = run(config)
+    assert "of 21 records 1 dropped" in screen
+    scores = [line["held_out"] for line in read(tmp_path / "out" / "metrics.jsonl") if "held_out" in line]
+    assert set(scores[-1]) == {"text", str(corpus / "text.jsonl")}
+
+
 def test_a_broken_line_is_named(corpus, tmp_path):
     good = (corpus / "chats.jsonl").read_text("utf-8").splitlines()
     good[6] = good[6][:-2]
@@ -266,6 +282,7 @@ def test_a_folder_serves_one_run_at_a_time(corpus, tmp_path):
     ):
         run(pretrain(corpus, tmp_path))
     assert not (tmp_path / "checkpoints").exists()
+    assert not (tmp_path / "tokenizer").exists()  # what the other run will put into its result
     with alone(tmp_path):  # free again
         pass
 
