@@ -10,6 +10,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from qwen2_jax.params import ParamSpec, Tree
@@ -90,7 +91,27 @@ def embed(table_VD: Weight, ids: jax.Array, dtype) -> jax.Array:
         raise TypeError("an embedding takes no low-rank correction")
     if isinstance(table_VD, Int8):
         return (table_VD.values[ids] * table_VD.scale[ids][..., None]).astype(dtype)
+    return _rows(table_VD.shape[0], table_VD, ids)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _rows(V: int, table_VD: jax.Array, ids: jax.Array) -> jax.Array:
+    """table_VD[ids], with a gradient that adds up in float32."""
     return table_VD[ids]
+
+
+def _rows_forward(V: int, table_VD: jax.Array, ids: jax.Array):
+    return table_VD[ids], (ids, table_VD[:0])
+
+
+def _rows_backward(V: int, residuals, gradient: jax.Array):
+    """A frequent token's row is the sum of thousands of terms: in bfloat16 it would stop growing at a few hundred."""
+    ids, like = residuals
+    sums_VD = jnp.zeros((V, gradient.shape[-1]), jnp.float32).at[ids].add(gradient.astype(jnp.float32))
+    return sums_VD.astype(like.dtype), np.zeros(ids.shape, jax.dtypes.float0)
+
+
+_rows.defvjp(_rows_forward, _rows_backward)
 
 
 def quantize(params: Tree, specs: Tree) -> Tree:

@@ -58,3 +58,11 @@ def test_a_quantized_model_stays_close(name, unroll):
     p, q = jax.nn.log_softmax(exact), jax.nn.log_softmax(got)
     divergence = (np.exp(p) * (p - q)).sum(-1).mean()
     assert 0 < divergence < 0.02, f"mean KL divergence {divergence:.4f} nats"
+
+
+def test_a_frequent_token_s_gradient_is_added_up_in_float32():
+    """bfloat16 has 8 bits: a sum of ones in it ends at 256."""
+    table, ids = jnp.zeros((3, 2), jnp.bfloat16), jnp.full((4096,), 1)
+    gradient = jax.jit(jax.grad(lambda table: embed(table, ids, jnp.bfloat16).astype(jnp.float32).sum()))(table)
+    assert gradient.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(gradient[:, 0], [0, 4096, 0])
