@@ -3,21 +3,25 @@
 
 The output head is the largest product of a small model, and its logits the largest array of any: 8,192 positions of a
 vocabulary of 151,936 are 5 GB in float32, several times over in the backward pass. Here a chunk of positions goes
-through the head at a time. The positions of a row are cut, never the batch: it may be split over devices.
+through the head at a time. The positions of a row are cut, never the batch: on a mesh (sharding.on) each device takes
+the rows it has, with the whole head, and the head's gradient is summed over devices once, not chunk by chunk.
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
+from qwen2_jax import sharding
 from qwen2_jax.linear import Weight, linear
 
 # B batch  T query  D model  V vocabulary  n chunks  C positions of one chunk
 
-CHUNK = 768  # rows (batch times positions) of logits at a time: 0.5 GB of float32 at a vocabulary of 152k
+CHUNK = 768  # rows (batch times positions) of logits at a time on a device: 0.5 GB of float32 for 152k words
 
 
 def token_logprobs(hidden_BTD: jax.Array, head_VD: Weight, targets_BT: jax.Array, *, chunk: int = CHUNK) -> jax.Array:
@@ -26,15 +30,17 @@ def token_logprobs(hidden_BTD: jax.Array, head_VD: Weight, targets_BT: jax.Array
     Logits exist for about `chunk` rows at a time, in the forward and in the backward pass (which computes them again,
     because the gradients of the results are not known before), so memory does not grow with the number of tokens.
     """
-    T = targets_BT.shape[1]
 
-    @jax.checkpoint
-    def one(hidden_BCD, targets_BC):
-        logits_BCV = linear(hidden_BCD, head_VD, dtype=jnp.float32)
-        return _picked(logits_BCV, targets_BC) - jax.nn.logsumexp(logits_BCV, axis=-1)
+    def rows(axes, hidden_BTD, head_VD, targets_BT):
+        @jax.checkpoint
+        def one(hidden_BCD, targets_BC):
+            logits_BCV = linear(hidden_BCD, head_VD, dtype=jnp.float32)
+            return _picked(logits_BCV, targets_BC) - jax.nn.logsumexp(logits_BCV, axis=-1)
 
-    logprobs_nBC = jax.lax.map(lambda args: one(*args), _cut((hidden_BTD, targets_BT), chunk))
-    return _whole(logprobs_nBC, T)
+        logprobs_nBC = jax.lax.map(lambda args: one(*args), _cut((hidden_BTD, targets_BT), chunk))
+        return _whole(logprobs_nBC, targets_BT.shape[1])
+
+    return _on_own_rows(rows, hidden_BTD, head_VD, targets_BT, per_row=True)
 
 
 class TokenSums(NamedTuple):
@@ -68,7 +74,30 @@ def cross_entropy(
     them: a sum's gradient does not depend on what comes later, so the logits need not be computed twice (three products
     with the head instead of four). Those gradients are in float32 for the head, in its own dtype for the hidden state.
     """
-    return _cross_entropy((float(z_loss), chunk), hidden_BTD, head_VD, targets_BT, weights_BT.astype(jnp.float32))
+
+    def rows(axes, *args):
+        sums = _cross_entropy((float(z_loss), chunk), *args)
+        return jax.tree.map(lambda x: jax.lax.psum(x, axes), sums) if axes else sums
+
+    return _on_own_rows(rows, hidden_BTD, head_VD, targets_BT, weights_BT.astype(jnp.float32), per_row=False)
+
+
+def _on_own_rows(run: Callable, hidden_BTD, head_VD: Weight, *of_BT, per_row: bool):
+    """run(axes, hidden_BTD, head_VD, *of_BT), on a mesh with each device's share of the rows.
+
+    axes: those that the rows are split over, () where they are not. Other axes stay XLA's: the head may be split over
+    its vocabulary. per_row: the result is [B, ...], else it must be the same on all devices.
+    """
+    mesh = sharding.current_mesh()
+    axes = () if mesh is None else sharding.dividing("batch", len(hidden_BTD), mesh)
+    run = functools.partial(run, axes)
+    if axes:
+        rows, whole = PartitionSpec(axes), PartitionSpec()
+        run = jax.shard_map(
+            run, mesh=mesh, axis_names=set(axes), in_specs=(rows, whole, *(rows for _ in of_BT)),
+            out_specs=rows if per_row else whole, check_vma=False,
+        )  # fmt: skip
+    return run(hidden_BTD, head_VD, *of_BT)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -145,7 +174,7 @@ def _picked(logits_BCV, targets_BC):
 def _cut(arrays, chunk: int):
     """[B, T, ...] -> [n, B, C, ...] with B * C at most `chunk` (one position at least), filled up with zeros."""
     B, T = arrays[0].shape[:2]
-    n = min(T, -(-B * T // chunk))
+    n = -(-T // max(1, chunk // B))
     C = -(-T // n)
 
     def cut(x):

@@ -192,12 +192,6 @@ def experts(
 # ---------------------------------------------------------------------- from logical names to one device's share
 
 
-def _mesh():
-    """The mesh that the caller is traced on, if it has several devices that nobody else has divided the work over."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return None if mesh.empty or mesh.size == 1 or mesh.manual_axes else mesh
-
-
 def _per_row(numbers, B: int):
     """Numbers as [B], so that they are split with the batch; None stays None."""
     return tuple(None if x is None else jnp.broadcast_to(jnp.asarray(x), (B,)) for x in numbers)
@@ -208,7 +202,7 @@ def _axes(args: tuple, names: tuple[Names, ...]) -> dict[str, tuple[str, ...]]:
 
     All arrays of one argument have the same `names`. Query heads go with their key heads, or both stay whole.
     """
-    mesh = _mesh()
+    mesh = sharding.current_mesh()
     if mesh is None:
         return {}
     axes: dict[str, tuple[str, ...]] = {}
@@ -234,7 +228,7 @@ def _on_each_device(run: Callable, args: tuple, names: tuple[Names, ...], out: N
 
 
 def _shared_out(run: Callable, args: tuple, names: tuple[Names, ...], out: Names) -> Any:
-    mesh = _mesh()
+    mesh = sharding.current_mesh()
     if mesh is None:
         return run(*args)
     axes = _axes(args, names)

@@ -45,6 +45,12 @@ def on(mesh: Mesh | None, function: Callable) -> Callable:
     return traced
 
 
+def current_mesh() -> AbstractMesh | None:
+    """The mesh of the `on` that the caller is traced in, if its work is not divided yet over several devices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.size == 1 or mesh.manual_axes else mesh
+
+
 def axes_of(name: str | None, mesh: Mesh | AbstractMesh, rules: Mapping = RULES) -> tuple[str, ...]:
     """The axes of `mesh` over which the dimension called `name` is split."""
     axis = None if name is None else rules[name]

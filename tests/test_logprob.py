@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Chunked log-probabilities and cross-entropy equal the plain ones and never hold all logits."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qwen2_jax.logprob import cross_entropy, token_logprobs
+from qwen2_jax.logprob import _cut, cross_entropy, token_logprobs
 
 B, T, D, V = 2, 13, 8, 50
 CHUNKS = [1, 5, 26, 1024]
@@ -103,3 +107,56 @@ def test_memory_is_a_tile_and_not_all_logits():
     assert all_logits > rows * vocabulary * 4
     assert temporaries(lambda h, w, t, m: cross_entropy(h, w, t, m).loss, *shapes) < all_logits / 5
     assert temporaries(lambda h, w, t, m: (m * token_logprobs(h, w, t)).sum(), *shapes) < all_logits / 5
+
+
+@pytest.mark.parametrize(("rows", "length"), [(1, 8192), (2, 13), (3, 700), (500, 1000), (512, 4096), (1000, 5)])
+def test_tiles_are_no_larger_than_asked_for_and_hardly_padded(rows, length):
+    n, B, C = jax.eval_shape(lambda x: _cut((x,), 768), jax.ShapeDtypeStruct((rows, length), jnp.int32))[0].shape
+    assert rows == B
+    assert max(768, rows) >= B * C
+    assert length <= n * C < length + n
+
+
+MESH = """
+import re
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+from qwen2_jax import sharding
+from qwen2_jax.logprob import cross_entropy, token_logprobs
+
+B, T, D, V = 8, 6, 16, 64
+rng = np.random.default_rng(0)
+hidden, head = rng.normal(size=(B, T, D)).astype(np.float32), rng.normal(size=(V, D)).astype(np.float32)
+targets = rng.integers(0, V, (B, T)).astype(np.int32)
+weights = (rng.random((B, T)) < 0.7).astype(np.float32)
+def mean(hidden, head):
+    sums = cross_entropy(hidden, head, targets, weights, z_loss=0.01, chunk=2)
+    return sums.loss / sums.weight
+def score(hidden, head):
+    return (weights * token_logprobs(hidden, head, targets, chunk=2) ** 2).sum()
+
+mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+places = [NamedSharding(mesh, P(("data", "fsdp"))), NamedSharding(mesh, P("tensor", "fsdp"))]
+spread = [jax.device_put(x, place) for x, place in zip((hidden, head), places)]
+for loss in (mean, score):
+    gradient = jax.value_and_grad(loss, (0, 1))
+    want = jax.jit(gradient)(hidden, head)
+    compiled = jax.jit(sharding.on(mesh, gradient)).lower(*spread).compile()
+    for a, b in zip(jax.tree.leaves(compiled(*spread)), jax.tree.leaves(want)):
+        np.testing.assert_allclose(a, b, atol=1e-6 * np.abs(b).max())  # float32 sums in another order
+    text = compiled.as_text()
+    bodies = set(re.findall(r"body=%?([\\w.-]+)", text))
+    assert bodies, "no loop over chunks"
+    for body in bodies:  # what the chunks' loop may reduce is over the vocabulary's parts: of pairs of devices
+        lines = re.search(rf"^%?{re.escape(body)} .*?^}}", text, re.MULTILINE | re.DOTALL).group(0).splitlines()
+        for line in lines:
+            assert "all-reduce" not in line or f"f32[{V},{D}]" not in line and f"f32[{V // 2},{D}]" not in line, line
+print("equal")
+"""
+
+
+def test_a_mesh_sums_the_head_s_gradient_once():
+    """Eight devices, rows, width and vocabulary split: the numbers of one, no sum of the head's gradient per chunk."""
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    run = subprocess.run([sys.executable, "-c", MESH], env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-3000:]
