@@ -6,6 +6,7 @@ import json
 import math
 import re
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -126,9 +127,48 @@ def test_every_line_is_strict_json(tmp_path):
     assert found[3]["held_out"] == {"books": {"loss": None, "accuracy": 0.5}}
 
 
-def test_a_step_that_is_not_finite_leaves_the_mean_alone():
+def test_a_step_that_is_not_finite_leaves_the_means_alone():
     steps = [{"loss": 2.0, "targets": 1.0}, {"loss": math.nan, "targets": 5.0}, {"loss": 4.0, "targets": 3.0}]
     assert recording.reduce(steps) == {"loss": 3.5, "targets": 9.0}
+    steps = [step | {"correct": 1.0} for step in steps]
+    assert recording.reduce(steps)["accuracy"] == 2 / 4
+
+
+class Device:
+    """Runs one thing after the other, a tenth of a second each; what it gives is ready when it is done."""
+
+    def __init__(self):
+        self.free = 0.0
+
+    def run(self) -> "Device.Value":
+        self.free = max(self.free, time.perf_counter()) + 0.1
+        return Device.Value(self.free)
+
+    class Value(float):
+        def block_until_ready(self) -> None:
+            time.sleep(max(0.0, float(self) - time.perf_counter()))
+
+        def is_ready(self) -> bool:
+            return time.perf_counter() >= self
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_speed_is_that_of_the_device_also_beside_an_evaluation(tmp_path, every):
+    """70 tokens in a tenth of a second: the first line and those before and after an evaluation all say so."""
+    device = Device()
+    with Recorder(Logging(every=every), tmp_path, total=6, console=quiet()) as recorder:
+        recorder.start(0)
+        for done in range(1, 7):
+            with recorder.goodput("step"):
+                value = device.run()
+            recorder.step(done, {"done": value, "loss": 1.0, "tokens": 70})
+            if done == 4:
+                recorder.flush()
+                with recorder.goodput("evaluation"):
+                    device.run().block_until_ready()
+                recorder.evaluation(done, {})
+    speeds = [line["tokens_per_second"] for line in lines.read(tmp_path / "metrics.jsonl") if "loss" in line]
+    assert speeds == pytest.approx([700] * (6 // every), rel=0.2)
 
 
 @FEW

@@ -19,7 +19,7 @@ from qwen2_jax.observe.display import Display
 from qwen2_jax.observe.goodput import Goodput, programs_compiled
 from qwen2_jax.observe.lines import Line, Lines
 from qwen2_jax.observe.memory import memory
-from qwen2_jax.observe.sinks import Sink, TensorBoard, WeightsAndBiases
+from qwen2_jax.observe.sinks import Sink, TensorBoard, WeightsAndBiases, check_installed
 
 TRAINING = ("data", "step", "other")  # phases that speed and utilisation are measured over
 SUMMED = ("targets", "tokens", "correct")  # over the steps of a line
@@ -30,7 +30,6 @@ class Due(NamedTuple):
 
     step: int
     steps: list[dict[str, Any]]  # metrics of each
-    times: dict[str, float]  # seconds per phase
 
 
 class Recorder:
@@ -42,6 +41,7 @@ class Recorder:
                 with recorder.goodput("data", behind=recorder.newest): batch = next(batches)
                 with recorder.goodput("step"): state, metrics = trainer.step(state, batch)
                 recorder.step(done, metrics, batch)
+                recorder.flush()  # before anything else that uses the devices: the wait for the step is the step's
                 with recorder.goodput("save"): save(state, recorder.state())
 
     Values are fetched when the step after theirs is running, and only for lines. `step` waits for the step before the
@@ -72,10 +72,11 @@ class Recorder:
         self._sinks: list[Sink] = []
         self._waiting: list[dict[str, Any]] = []  # metrics of the steps since the last line
         self._due: Due | None = None
-        self._seconds = self.goodput.state()  # when the last line was due
+        self._seconds = self.goodput.state()  # when the last step of the last line was done
         self._profiling = False
         peak = chips.peak_of(jax.devices()[0].device_kind)
         self._peak = None if peak is None else peak.tflops * 1e12 * jax.device_count()
+        check_installed(config)
 
     def __enter__(self) -> Self:
         return self
@@ -123,8 +124,7 @@ class Recorder:
         line = self._write_due()
         self._waiting.append({**metrics, **self._facts(batch)})
         if done % self.config.every == 0 or done == self.total:
-            self._due, self._waiting = Due(done, self._waiting, self._since_line()), []
-            self._seconds = self.goodput.state()
+            self._due, self._waiting = Due(done, self._waiting), []
         self._profile(done)
         if self.writes:
             self._display.step(done)
@@ -186,21 +186,23 @@ class Recorder:
         return facts
 
     def _write_due(self) -> Line | None:
+        """The line that is due, if one is: call it when its last step is done, so that the clock shows its time."""
         if self._due is None:
             return None
         due, self._due = self._due, None
+        times, self._seconds = self._since_line(), self.goodput.state()
         with self.goodput("other"):
             steps = [_fetch(metrics) for metrics in due.steps]
             values = reduce(steps)
             tokens = values.pop("tokens", 0)
             self.tokens += tokens
-            seconds = max(sum(due.times[phase] for phase in TRAINING), 1e-9)
+            seconds = max(sum(times[phase] for phase in TRAINING), 1e-9)
             line = {"step": due.step, "tokens": self.tokens, "seconds": self._total()} | values
             line |= {"tokens_per_second": tokens / seconds, "seconds_per_step": seconds / len(steps)}
             if self._peak is not None and "flops" in line:
                 line["mfu"] = line["flops"] / seconds / self._peak
-            line |= {"data_share": due.times["data"] / seconds, "goodput": self.goodput.share()}
-            line["time"] = {phase: round(spent, 4) for phase, spent in due.times.items() if spent}
+            line |= {"data_share": times["data"] / seconds, "goodput": self.goodput.share()}
+            line["time"] = {phase: round(spent, 4) for phase, spent in times.items() if spent}
             line |= memory() | {"programs": programs_compiled()}
             self._write(line)
         return line
@@ -214,7 +216,7 @@ class Recorder:
         self._display.line(line)
 
     def _since_line(self) -> dict[str, float]:
-        """Seconds per phase since the last line was due."""
+        """Seconds per phase since the last step of the last line was done."""
         return {phase: now - self._seconds[phase] for phase, now in self.goodput.state().items()}
 
     def _total(self) -> float:
@@ -254,7 +256,10 @@ def reduce(steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         total = sum(step["loss"] * weight for step, weight in zip(finite, weights, strict=True))
         values["loss"] = total / sum(weights) if sum(weights) else math.nan
     if "correct" in values:
-        values["accuracy"] = values.pop("correct") / max(values.get("targets", 0), 1e-9)
+        del values["correct"]
+        counted = [step for step in steps if math.isfinite(step["loss"])]
+        right, targets = (sum(step[name] for step in counted) for name in ("correct", "targets"))
+        values["accuracy"] = right / max(targets, 1e-9)
     if "digest" in values:
         values["batches"] = [step["digest"] for step in steps]
         del values["digest"]

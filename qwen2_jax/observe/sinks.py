@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where lines of metrics go besides metrics.jsonl: TensorBoard and Weights & Biases, both optional."""
 
+import importlib.util
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from qwen2_jax.errors import UserError
+from qwen2_jax.observe.config import Logging
 from qwen2_jax.observe.lines import flat
 
 
@@ -16,14 +18,20 @@ class Sink(Protocol):
     def close(self) -> None: ...
 
 
+def check_installed(config: Logging) -> None:
+    """Raises UserError where a package is missing that the config needs. Cheap: imports none of them."""
+    if config.tensorboard and importlib.util.find_spec("tensorboardX") is None:
+        raise UserError("log.tensorboard needs tensorboardX: pip install tensorboardX, or give --log.no-tensorboard")
+    if config.wandb is not None and importlib.util.find_spec("wandb") is None:
+        raise UserError("log.wandb needs Weights & Biases: pip install wandb")
+
+
 class TensorBoard:
     """Event files in `folder`. What an earlier process wrote after `step` is hidden by TensorBoard."""
 
     def __init__(self, folder: Path, step: int):
-        try:
-            import tensorboardX  # type: ignore[import-untyped]
-        except ModuleNotFoundError as missing:
-            raise UserError("log.tensorboard needs tensorboardX: pip install tensorboardX") from missing
+        import tensorboardX  # type: ignore[import-untyped]
+
         self._writer = tensorboardX.SummaryWriter(str(folder), purge_step=step + 1, filename_suffix=f".{step}")
 
     def write(self, step: int, line: Mapping[str, Any]) -> None:
@@ -43,10 +51,8 @@ class WeightsAndBiases:
     """
 
     def __init__(self, folder: Path, project: str, about: Mapping[str, Any]):
-        try:
-            import wandb  # type: ignore[import-not-found]
-        except ModuleNotFoundError as missing:
-            raise UserError("log.wandb needs Weights & Biases: pip install wandb") from missing
+        import wandb  # type: ignore[import-not-found]
+
         known = folder / "wandb.id"
         name = known.read_text("utf-8").strip() if known.exists() else ""
         if not name:
