@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Qwen2-7B's last phase of pre-training: 4,096 to 32,768 tokens, rotary base 1e4 to 1e6 (arXiv:2407.10671, sec. 3.2).
+"""Qwen2-7B's last phase of pre-training: 4,096 to 32,768 tokens, rotary base 1e4 to 1e6 (arXiv:2407.10671, sec. 3.2),
+on eight H100.
 
     python train.py configs/long_32k_7b.py
 
@@ -21,7 +22,7 @@ config = Pretrain(
         )
     ),
     rows=128,
-    accumulate=2,
+    accumulate=16,  # a row per GPU at a time
     length=32768,
     steps=5000,
     optim=Optim(lr=3e-5, schedule="linear", warmup=100),

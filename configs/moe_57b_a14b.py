@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains the upcycled 57B-A14B on, at 4,096 tokens, on 128 chips of a TPU v5p or eight nodes of eight H100.
+"""Trains the upcycled 57B-A14B on, at 4,096 tokens, on 128 chips of a TPU v5p.
 
     python train.py configs/moe_57b_a14b.py --data.sources gs-mount/corpus/
 
@@ -23,7 +23,7 @@ config = Pretrain(
     z_loss=1e-4,
     moe=Moe(load_balancing=0.001, router_z=1e-3),
     guard=Guard(spike=8.0),
-    mesh=Mesh(fsdp=-1, expert=8),
+    mesh=Mesh(fsdp=-1),  # an expert axis would not divide the batch: all else would be computed eight times
     checkpoints=Checkpointing(every_steps=500, keep_last=3, keep_every=10_000),
     log=Logging(tensorboard=True),
     out=Path("runs/moe-57b-a14b"),

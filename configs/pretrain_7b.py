@@ -18,7 +18,7 @@ config = Pretrain(
     tokenizer="qwen2-7b",
     data=Data(sources=(Source(path="corpus"),)),
     rows=1024,
-    accumulate=4,
+    accumulate=8,
     length=4096,
     steps=250_000,
     optim=Optim(lr=3e-4, warmup=2000),

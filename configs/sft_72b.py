@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Supervised fine-tuning of Qwen2-72B with the report's numbers (arXiv:2407.10671, sec. 4.2), on a v5p-256 or 64 H100.
+"""Supervised fine-tuning of Qwen2-72B with the report's numbers (arXiv:2407.10671, sec. 4.2), on 256 chips of v5p.
 
     python train.py configs/sft_72b.py --data.sources chats.jsonl
 
-As configs/sft_7b.py, with more rows: AutoIF's batch for the 72B is four times as large. Not run at this size by us.
+As configs/sft_7b.py, with four times as many rows, which is AutoIF's proportion. Not run at this size by us.
 """
 
 from pathlib import Path

@@ -4,6 +4,7 @@
     python train.py configs/upcycle_57b_a14b.py
 
 64 experts of width 2,560, 8 per token, from 9 copies of the dense layer; configs/moe_57b_a14b.py trains the result on.
+The vocabulary stays the dense model's, 152,064 rows; the released 57B-A14B has 151,936.
 """
 
 from pathlib import Path
