@@ -7,14 +7,27 @@ from rich.console import Console
 
 from qwen2_jax.train import loop, upcycle
 from qwen2_jax.train.config import Recipe, Upcycle
+from qwen2_jax.train.lock import alone
 
 
 def run(config: Recipe, console: Console | None = None) -> Path | None:
     """Carries a configuration out; returns the folder with the result, None if there is none (yet)."""
     console = console or Console(stderr=True)
-    if isinstance(config, Upcycle):
-        folder = config.out / "hf"
-        report = upcycle.write(config.checkpoint, folder, config.experts, console)
-        console.print(report)
-        return folder
-    return loop.run(config, console)
+    return _upcycle(config, console) if isinstance(config, Upcycle) else loop.run(config, console)
+
+
+def _upcycle(config: Upcycle, console: Console) -> Path | None:
+    """Makes the mixture of experts unless it is there, and reports what it kept of the dense model's function."""
+    folder = config.out / "hf"
+    if config.dry_run:
+        console.print(upcycle.sizes(config.checkpoint, config.experts))
+        return None
+    with alone(config.out):
+        if folder.exists() and config.resume:
+            console.print(f"is there: {folder}; --no-resume makes it anew", soft_wrap=True)
+            return folder
+        report = str(upcycle.write(config.checkpoint, folder, config.experts, console, replace=not config.resume))
+        (config.out / "report.txt").write_text(report + "\n", "utf-8")
+    console.print(report, markup=False, highlight=False, soft_wrap=True)
+    console.print(f"wrote {folder}", soft_wrap=True)
+    return folder

@@ -329,28 +329,40 @@ def upcycle(config: ModelConfig, params: Tree, options: Upcycling) -> tuple[Mode
     return layers.sparse, layers.stacked()
 
 
-def write(
-    source: str | Path | checkpoint.Source, folder: str | Path, options: Upcycling, console: Console | None = None
-) -> Report:
-    """Upcycles a dense checkpoint into a Hugging Face folder that transformers loads as Qwen2Moe, and measures it.
-
-    The mixture of experts never exists as a whole, its layers are made as they are written: beside the dense model,
-    memory holds one sparse layer, and two while measuring.
-    """
-    console = console or Console(stderr=True)
-    source = checkpoint.locate(source)
-    config = checkpoint.read_config(source)
+def sizes(source: str | Path | checkpoint.Source, options: Upcycling) -> str:
+    """What upcycling this dense checkpoint would make, in a sentence; reads its config only."""
+    config = checkpoint.read_config(checkpoint.locate(source))
     sparse, F = sparse_config(config, options), config.intermediate_size
-    console.print(
+    return (
         f"{parameters(config):,} parameters become {parameters(sparse):,}, of which a token meets "
         f"{active_parameters(sparse):,}: {options.copies(F)} copies of each feed-forward layer, "
         f"{options.dropped(F):,} neurons left over"
     )
+
+
+def write(
+    source: str | Path | checkpoint.Source,
+    folder: str | Path,
+    options: Upcycling,
+    console: Console | None = None,
+    *,
+    replace: bool = False,
+) -> Report:
+    """Upcycles a dense checkpoint into a Hugging Face folder that transformers loads as Qwen2Moe, and measures it.
+
+    The mixture of experts never exists as a whole, its layers are made as they are written: beside the dense model,
+    memory holds one sparse layer, and two while measuring. replace: an older result gives way to the finished new one.
+    """
+    console = console or Console(stderr=True)
+    source = checkpoint.locate(source)
+    console.print(sizes(source, options))
+    config = checkpoint.read_config(source)
+    sparse = sparse_config(config, options)
     with progress_bar("reading") as progress:
         params = checkpoint.load_params(source, config, progress=progress)
     with progress_bar("writing") as progress:
         tree = Layers(config, params, options).lazy()
-        checkpoint.save_hf(folder, sparse, tree, tokenizer_files_from=source, progress=progress)
+        checkpoint.save_hf(folder, sparse, tree, tokenizer_files_from=source, progress=progress, replace=replace)
     del tree  # it remembers a layer
     return report(config, params, options, sample_tokens(source, config))
 

@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+import io
 import itertools
 import json
 import os
@@ -14,11 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from rich.console import Console
 
 import tiny
 from qwen2_jax import PRESETS, checkpoint, model, params
 from qwen2_jax.config import ModelConfig
 from qwen2_jax.errors import UserError
+from qwen2_jax.train import Upcycle, recipes
 from qwen2_jax.train.upcycle import Upcycling, report, sparse_config, upcycle, write
 
 DENSE = tiny.CONFIGS["dense"]  # width 48, 64 neurons, 3 layers
@@ -197,6 +200,27 @@ def test_report_measures_the_models_themselves(folders):
     assert len(got.before.layers) == 3
     assert all(0.5 < match.times < 1 for match in got.before.layers)  # half by the shared expert
     assert str(got).count("\n") == 6
+
+
+def test_the_recipe_plans_makes_once_and_makes_anew(folders, tmp_path):
+    """--dry-run writes nothing, the same command again makes nothing, --no-resume replaces; the report is a table."""
+    source, _, options, _ = folders
+    config = Upcycle(checkpoint=str(source), experts=options, out=tmp_path / "run")
+
+    def told(config):
+        console = Console(file=io.StringIO(), width=200)
+        return recipes.run(config, console), console.file.getvalue()
+
+    assert told(dataclasses.replace(config, dry_run=True))[0] is None
+    assert not (tmp_path / "run").exists()
+    folder, screen = told(config)
+    assert "times dense" in screen and "parameters become" in screen
+    assert "times dense" in (tmp_path / "run" / "report.txt").read_text()
+    written = (folder / "model.safetensors").stat().st_mtime_ns
+    assert "is there" in told(config)[1]
+    assert (folder / "model.safetensors").stat().st_mtime_ns == written
+    told(dataclasses.replace(config, resume=False))
+    assert (folder / "model.safetensors").stat().st_mtime_ns > written
 
 
 def test_transformers_agrees(folders):
