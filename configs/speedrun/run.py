@@ -3,9 +3,10 @@
 
     python configs/speedrun/run.py
 
-On two CPU cores and without a network it takes an hour or so (docs/speedrun.md has the measured time). What is done
-already is not done again: after an interruption the same command goes on. `--only pretrain` does one stage,
-`--dry-run` prints the commands. Further words go to every training: `--steps 20` for a rehearsal.
+On two CPU cores and without a network it takes an hour or so; docs/speedrun/report.md has the measured time. What is
+done already is not done again: after an interruption the same command goes on. `--only pretrain` does one stage,
+`--dry-run` prints the commands. Further words go to every training: `--steps 20` for a rehearsal, whose folder is to
+be removed before the real run.
 """
 
 import argparse
@@ -79,4 +80,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)  # the stage that was stopped has said what there is to say

@@ -81,10 +81,6 @@ class Stage:
     def minutes(self) -> float:
         return max((line["seconds"] for line in self.lines), default=0.0) / 60
 
-    def goodput(self, name: str) -> float | None:
-        """The last value of a number that every line of steps has."""
-        return next((line[name] for line in reversed(self.lines) if line.get(name) is not None), None)
-
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Markdown; all columns but the first are aligned to the right."""

@@ -19,6 +19,7 @@ from qwen2_jax.tokenizer import Tokenizer
 
 SKILLS = ("sums", "compare", "copy", "recall", "recall_named")
 LONGEST_ANSWER = 64  # tokens
+TRIES = 100  # draws per item that is wanted, before it is said that there are no more
 
 
 class HeldOut:
@@ -36,7 +37,7 @@ class HeldOut:
             raise UserError(f"unknown skill {skill!r}; choose from {', '.join(SKILLS)}")
         rng = np.random.default_rng([seed, SKILLS.index(skill)])
         found: dict[str, skills.Item] = {}
-        while len(found) < count:
+        for _ in range(TRIES * count):
             if not skill.startswith("recall"):
                 item = self.draw.item(rng, skill, held_out=True)
             else:
@@ -45,7 +46,12 @@ class HeldOut:
                 item = self.draw.recall(rng, characters, named=named, held_out=True)[0]
             if len(self.prompt(item)) + LONGEST_ANSWER <= self.length:
                 found.setdefault(item.key, item)
-        return list(found.values())
+            if len(found) == count:
+                return list(found.values())
+        raise UserError(
+            f"{len(found)} different items of {skill} found, {count} asked for, that leave room for the answer in "
+            f"{self.length} tokens; ask for fewer items, or a greater length"
+        )
 
     def prompt(self, item: skills.Item) -> list[int]:
         """Token ids that a chat about this one question would start with."""
@@ -86,6 +92,8 @@ def main(
         dtype: in which the model computes.
         show_wrong: print a few of the wrong answers.
     """
+    if items < 1:
+        raise UserError(f"items is {items}; ask for one or more of each skill")
     lm = load(ckpt, dtype=dtype)
     if lm.tokenizer is None:
         raise UserError(f"{ckpt} has no tokenizer; the skills are asked in text")

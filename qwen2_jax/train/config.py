@@ -41,12 +41,24 @@ class Start:
         check.number(self, "start", ("max_position_embeddings",), int, 1, none=True)
 
 
+def _is_decay(name: str, value: float) -> None:
+    if not value < 1:
+        raise UserError(f"{name} is {value}; a decay is below 1, such as 0.999")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Muon:
-    """Orthogonalised momentum for the matrices inside layers (Jordan et al. 2024); everything else stays on AdamW."""
+    """Orthogonalised momentum for the matrices inside layers (Jordan et al. 2024); everything else stays on AdamW.
+
+    Deviation: the update's singular values are 1 for every shape, not sqrt(max(1, outputs / inputs)).
+    """
 
     lr: float = 0.02
     momentum: float = 0.95
+
+    def __post_init__(self):
+        check.number(self, "muon", ("lr", "momentum"), float, 0.0)
+        _is_decay("muon.momentum", self.momentum)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,6 +81,8 @@ class Optim:
     def __post_init__(self):
         check.number(self, "optim", ("lr", "fall", "final", "b1", "b2", "eps", "decay", "clip"), float, 0.0)
         check.number(self, "optim", ("warmup",), int, 0)
+        for name in ("b1", "b2"):
+            _is_decay(f"optim.{name}", getattr(self, name))
         check.choice("optim.schedule", self.schedule, SCHEDULES)
         if self.muon is not None and self.algorithm != "adamw":
             raise UserError("optim.muon goes together with algorithm 'adamw' only, which serves what Muon does not")
@@ -113,11 +127,13 @@ class Mesh:
             raise UserError(f"{self}: one axis at most may be -1 (what is left), and none 0")
 
     def sizes(self, devices: int) -> dict[str, int]:
-        """Sizes of the axes on so many devices."""
+        """Sizes of the axes on so many devices. Raises UserError where nothing whole is left for -1."""
         sizes = dataclasses.asdict(self)
         known = 1
         for size in sizes.values():
             known *= max(size, 1)
+        if devices % known:
+            raise UserError(f"{self} is for a multiple of {known} devices, and {devices} are here")
         return {axis: devices // known if size == -1 else size for axis, size in sizes.items()}
 
 
@@ -148,14 +164,14 @@ class Run:
     steps: int | None = None  # give this or `epochs`
     epochs: float | None = None  # passes over the data
     accumulate: int = 1  # micro-batches that a step's rows are cut into, to save memory
-    dtype: str = "bfloat16"  # of activations and of the weights' copy they meet; master weights are float32
+    dtype: str = "bfloat16"  # of activations and the weights' copy they meet (master: float32); with lora, the base's
     remat: str | None = "full"  # activations made again in the backward pass: "full", "dots" (fewer), None (none)
     long_context: Literal["off", "yarn", "dca"] = "off"  # rotary positions to train with
     z_loss: float = 0.0  # keeps the logits' scale from drifting; PaLM uses 1e-4
     moe: Moe = Moe()
     lora: Lora | None = None  # trains adapters and leaves the weights alone
     lora_base: Literal["bfloat16", "float32", "int8"] = "bfloat16"  # of the weights that lora leaves alone
-    ema: float | None = None  # decay of an average of the weights, which is then evaluated and exported
+    ema: float | None = None  # decay of an average of the weights, which is evaluated and exported; less at the start
     guard: Guard = Guard()
     mesh: Mesh = Mesh()
     export_dtype: str = "bfloat16"  # of the result's weights
@@ -186,10 +202,15 @@ class Run:
             raise UserError(f"give either steps or epochs above 0, not steps={self.steps} and epochs={self.epochs}")
         if self.rows % self.accumulate:
             raise UserError(f"rows={self.rows} cannot be cut into accumulate={self.accumulate} equal micro-batches")
-        if self.ema is not None and not self.ema < 1:
-            raise UserError(f"ema is {self.ema}; a decay is below 1, such as 0.999")
+        if self.ema is not None:
+            _is_decay("ema", self.ema)
         if self.lora is not None and self.start is None:
             raise UserError("lora trains adapters of a checkpoint: give start instead of model")
+        if self.lora is not None and self.dtype != (base := {"int8": "bfloat16"}.get(self.lora_base, self.lora_base)):
+            raise UserError(
+                f"dtype is {self.dtype!r}; with lora_base {self.lora_base!r} activations are {base}: give that dtype, "
+                "or another lora_base"
+            )
         if self.lora is None and self.start is not None and self.start.adapter is not None:
             raise UserError("start.adapter goes together with lora, whose rank and targets must be the adapter's")
 
@@ -236,7 +257,10 @@ def load(path: Path, flags: Sequence[str] = ()) -> Recipe:
     """
     if not path.is_file():
         raise UserError(f"no config file {str(path)!r}; give the path of a Python file such as configs/sft.py")
-    values = runpy.run_path(str(path))
+    try:
+        values = runpy.run_path(str(path))
+    except (SyntaxError, ImportError, NameError, TypeError, AttributeError) as mistake:
+        raise UserError(f"{path}: {mistake}") from mistake
     config = values.get("config")
     if not isinstance(config, Recipe):
         raise UserError(f"{path} defines no run: its last line must be `config = Pretrain(...)`, not {config!r:.60}")

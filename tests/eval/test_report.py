@@ -7,7 +7,8 @@ import pytest
 
 from qwen2_jax import checkpoint
 from qwen2_jax.errors import UserError
-from qwen2_jax.eval import report
+from qwen2_jax.eval import report, skills
+from qwen2_jax.tokenizer import Tokenizer
 from tiny import CONFIGS, random_params
 
 pytest.importorskip("matplotlib")
@@ -53,6 +54,15 @@ def test_numbers_of_every_stage(tmp_path):
     pictures = sorted(path.name for path in (tmp_path / "out").glob("*.png"))
     assert pictures == ["moe-or-dense.png"]
     assert all(f"({name})" in text for name in pictures)
+
+
+def test_skills_that_cannot_be_asked_are_told():
+    """Nothing fits into 32 tokens beside its answer; and no items are no measurement."""
+    tokenizer = Tokenizer.from_folder(checkpoint.locate("demo").path)
+    with pytest.raises(UserError, match="0 different items of sums found, 3 asked for"):
+        skills.HeldOut(tokenizer, length=32).items("sums", 3)
+    with pytest.raises(UserError, match="items is 0"):
+        skills.main(items=0)
 
 
 def test_nothing_to_report(tmp_path):

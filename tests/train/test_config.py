@@ -10,7 +10,7 @@ import pytest
 
 from qwen2_jax.data.spec import Source
 from qwen2_jax.errors import UserError
-from qwen2_jax.train import Mesh, Optim, Pretrain, Sft, config
+from qwen2_jax.train import Lora, Mesh, Muon, Optim, Pretrain, Sft, config
 
 ROOT = Path(__file__).parents[2]
 FILES = [f for f in sorted((ROOT / "configs").rglob("*.py")) if "config = " in f.read_text("utf-8")]
@@ -61,6 +61,10 @@ def test_the_report_s_sft_numbers_are_the_defaults():
         ({"dtype": "float16"}, "dtype is 'float16'"),
         ({"remat": "some"}, "remat is 'some'"),
         ({"length": 1}, "length is 1"),
+        (
+            {"lora": Lora(), "dtype": "float32"},
+            "with lora_base 'bfloat16' activations are bfloat16",
+        ),
     ],
 )
 def test_contradictions_are_named(changes, message):
@@ -74,15 +78,30 @@ def test_optimizer_and_mesh_values_are_checked():
         Optim(lr=1.0, schedule="step")
     with pytest.raises(UserError, match="lr"):
         Optim(lr=-1.0)
+    with pytest.raises(UserError, match="optim.b2 is 1.0; a decay is below 1"):
+        Optim(lr=1.0, b2=1.0)
+    with pytest.raises(UserError, match="muon: lr is -1.0"):
+        Muon(lr=-1.0)
     with pytest.raises(UserError, match="one axis at most"):
         Mesh(data=-1, fsdp=-1)
+    with pytest.raises(UserError, match="tensor=3.* is for a multiple of 3 devices, and 8 are here"):
+        Mesh(tensor=3).sizes(8)
     assert Mesh(tensor=2).sizes(8) == {"data": 1, "fsdp": 4, "tensor": 2, "expert": 1}
 
 
-def test_a_file_without_a_run_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("config = 3", "defines no run"),
+        ("config = (", "x.py: .*was never closed"),
+        ("from qwen2_jax.train import Sfd", "x.py: cannot import name 'Sfd'"),
+        ("from qwen2_jax.train import Optim\nOptim(lr=1, shedule='wsd')", "x.py: .*'shedule'"),
+    ],
+)
+def test_a_file_without_a_run_is_refused(tmp_path, text, message):
     file = tmp_path / "x.py"
-    file.write_text("config = 3\n")
-    with pytest.raises(UserError, match="defines no run"):
+    file.write_text(text + "\n")
+    with pytest.raises(UserError, match=message):
         config.load(file)
 
 
