@@ -188,7 +188,7 @@ def _row(config: ModelConfig, length: int, mode: LongContext) -> tuple:
     if mode == "off":
         return _plain_row(config)
     if mode == "yarn":
-        return _yarn_row(config, scaling if has_yarn else None, length)
+        return _yarn_row(config, yarn_scaling(config, length))
     chunk = config.dual_chunk_attention_config or dual_chunk_defaults(config.trained_length)
     inv_freq = _plain_row(config)[0]
     return (
@@ -207,10 +207,15 @@ def _plain_row(config: ModelConfig) -> tuple:
     return inv_freq, 1.0, FULL, FULL, 0
 
 
-def _yarn_row(config: ModelConfig, scaling: RopeScaling | None, length: int) -> tuple:
-    if scaling is None:
-        factor = max(1.0, length / config.trained_length)
-        scaling = RopeScaling(type="yarn", factor=factor, original_max_position_embeddings=config.trained_length)
+def yarn_scaling(config: ModelConfig, length: int) -> RopeScaling:
+    """The YaRN that rows of `length` tokens get: the config's, else one of factor length / trained_length."""
+    if config.rope_scaling is not None and config.rope_scaling.type == "yarn":
+        return config.rope_scaling
+    factor = max(1.0, length / config.trained_length)
+    return RopeScaling(type="yarn", factor=factor, original_max_position_embeddings=config.trained_length)
+
+
+def _yarn_row(config: ModelConfig, scaling: RopeScaling) -> tuple:
     inv_freq = yarn_frequencies(
         config.head_dim,
         theta=config.rope_theta,

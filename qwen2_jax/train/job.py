@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from qwen2_jax import checkpoint, sharding
+from qwen2_jax import checkpoint, rope, sharding
 from qwen2_jax.config import ModelConfig
 from qwen2_jax.data.loader import Loaded, open_data
 from qwen2_jax.errors import UserError
@@ -121,6 +121,8 @@ def _architecture(run: Run, source: checkpoint.Source | None, tokenizer: Tokeniz
         config = checkpoint.read_config(source)
         changes = {n: getattr(run.start, n) for n in ("rope_theta", "max_position_embeddings")}
         config = dataclasses.replace(config, **{n: v for n, v in changes.items() if v is not None})
+    if run.long_context == "yarn":  # what the weights get used to belongs to the result
+        config = dataclasses.replace(config, rope_scaling=rope.yarn_scaling(config, run.length))
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
             f"the model has vocab_size {config.vocab_size}; the tokenizer has ids up to {tokenizer.vocab_size - 1}: "

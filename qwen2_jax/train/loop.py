@@ -23,7 +23,7 @@ from qwen2_jax.train.config import Run, Sft
 from qwen2_jax.train.job import Job, prepare
 from qwen2_jax.train.lock import alone
 from qwen2_jax.train.preemption import Preemption
-from qwen2_jax.train.step import State, Trainer, abstract
+from qwen2_jax.train.step import State, Trainer, abstract, places_of
 
 # What data.loader.Loaded.report counts: without text, without targets, of another length than asked for, longer than
 # a row, and cut to a row's length.
@@ -91,8 +91,13 @@ def _tell(job: Job, trainer: Trainer, console: Console) -> None:
     """What the run would be, and the first row that it would see."""
     run = job.run
     batch = next(job.data.batches(run.rows, host=(jax.process_index(), jax.process_count())))
-    dtype = jnp.dtype("int8" if run.lora_base == "int8" else run.lora_base)
-    frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), abstract(trainer.model_specs))
+    specs, places = trainer.model_specs, job.mesh and places_of(trainer.model_specs, job.mesh)
+    dtype = jnp.dtype("bfloat16" if run.lora_base == "int8" else run.lora_base)
+    frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), abstract(specs))
+    if places:
+        frozen = jax.tree.map(lambda x, p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=p), frozen, places)
+    if run.lora_base == "int8":
+        frozen["stacks"] = jax.eval_shape(lambda stacks: linear.quantize(stacks, specs["stacks"]), frozen["stacks"])
     dry_run.report(
         job.config,
         trained=trainer.abstract.params,
@@ -126,9 +131,14 @@ def _train(job: Job, trainer: Trainer, state: State, done: int, frozen, saved: C
     run = job.run
     batches = job.data.batches(run.rows, start=done, host=(jax.process_index(), jax.process_count()))
     health = None
-    if job.held_out and run.evaluation.first and not done:
+
+    def score() -> None:
+        recorder.flush()
         with recorder.goodput("evaluation"):
             recorder.evaluation(done, evaluate(job, trainer, state, frozen))
+
+    if job.held_out and run.evaluation.first and not done:
+        score()
     while done < job.steps:
         with recorder.goodput("data", behind=recorder.newest):
             batch = next(batches)
@@ -137,29 +147,30 @@ def _train(job: Job, trainer: Trainer, state: State, done: int, frozen, saved: C
         done += 1
         recorder.step(done, metrics, batch)
         # Of the step before: its values are there already, and looking at them makes nobody wait.
-        _check(run, health, done - 1, saved)
+        _check(run, health, done - 1, saved, recorder)
         health = metrics["skipped_in_a_row"]
         last, leave = done == job.steps, stop.requested(done)
-        if job.held_out and (last or done % run.evaluation.every == 0):
-            with recorder.goodput("evaluation"):
-                recorder.evaluation(done, evaluate(job, trainer, state, frozen))
+        if job.held_out and not leave and (last or done % run.evaluation.every == 0):
+            score()
         if last or leave or saved.due(done):
-            _check(run, health, done, saved)
+            _check(run, health, done, saved, recorder)
             with recorder.goodput("save"):
                 saved.save(done, state, {"recorder": recorder.state()})
+        if leave:  # who asks to stop does not wait for more than the save
+            break
         if not last and saved.export_due(done):
+            recorder.flush()
             with recorder.goodput("save"):
                 export(job, trainer, state, frozen, run.out / f"hf-{done}")
-        if leave:
-            break
     with recorder.goodput("save"):
         saved.wait()
     return state, done
 
 
-def _check(run: Run, in_a_row: jax.Array | None, step: int, saved: Checkpoints) -> None:
+def _check(run: Run, in_a_row: jax.Array | None, step: int, saved: Checkpoints, recorder: Recorder) -> None:
     """Stops a run that skips one step after the other."""
     if in_a_row is not None and int(in_a_row) >= run.guard.patience:
+        recorder.flush()
         kept = saved.steps()
         raise UserError(
             f"{int(in_a_row)} steps in a row were skipped, the last is step {step}: their batches had no targets, or "
@@ -172,12 +183,16 @@ def _check(run: Run, in_a_row: jax.Array | None, step: int, saved: Checkpoints) 
 
 
 def evaluate(job: Job, trainer: Trainer, state: State, frozen: Tree | None) -> dict[str, dict[str, float]]:
-    """Loss in nats per target and the share of targets predicted right, of each held-out source."""
+    """Loss in nats per target and the share of targets predicted right, of each held-out source.
+
+    A micro-batch at a time: what training has memory for.
+    """
     scores = {}
+    rows, most = job.run.rows // job.run.accumulate, job.run.evaluation.batches * job.run.accumulate
     for name, data in job.held_out.items():
         sums = None
-        for i, batch in enumerate(data.once(job.run.rows, host=(jax.process_index(), jax.process_count()))):
-            if i == job.run.evaluation.batches:
+        for i, batch in enumerate(data.once(rows, host=(jax.process_index(), jax.process_count()))):
+            if i == most:
                 break
             more = trainer.score(state, trainer.place(batch), frozen)
             sums = more if sums is None else jax.tree.map(jnp.add, sums, more)

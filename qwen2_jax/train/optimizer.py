@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 def schedule(peak: float, optim: "Optim", steps: int) -> optax.Schedule:
     """Learning rate of each step: linear warm-up from 0 over optim.warmup steps, then by optim.schedule.
 
-    "constant"; "linear" or "cosine" down to peak * optim.final at the last step; "wsd": flat, then a straight fall over
-    the last share optim.fall of the steps, so that a run can be made longer before its fall has begun (Hu et al. 2024,
-    arXiv:2404.06395).
+    "constant"; "linear" or "cosine" down to peak * optim.final, which a step after the last would have; "wsd": flat,
+    then a straight fall over the last share optim.fall of the steps, so that a run can be made longer before its fall
+    has begun (Hu et al. 2024, arXiv:2404.06395).
     """
     warmup = min(optim.warmup, steps - 1)
     after = steps - warmup

@@ -208,7 +208,10 @@ class Trainer:
             params = optax.apply_updates(state.params, updates)
             ema = state.ema
             if ema is not None:
-                ema = jax.tree.map(lambda e, p: e * self.run.ema + p * (1 - self.run.ema), ema, params)
+                # Early on the decay is smaller, or a short run's average would be mostly the first weights.
+                n = state.health.applied
+                decay = jnp.minimum(self.run.ema, (1 + n) / (10 + n))
+                ema = jax.tree.map(lambda e, p: e * decay + p * (1 - decay), ema, params)
             return params, opt, ema, _norms(updates, self.specs)
 
         def skip():
@@ -318,5 +321,6 @@ def _router_metrics(router: RouterStats | None, config: ModelConfig) -> Metrics:
         "moe/router_z": moe.router_z_loss(router),
         "moe/load": load_E,  # share of each expert; 1 / E each when balanced
         "moe/load_max": load_E.max() * config.num_experts,  # of the busiest expert, as a multiple of the mean
-        "moe/dropped": router.tokens * config.num_experts_per_tok - router.counts_E.sum(),
+        # Rounded to parts per million: the counts are sums in float32.
+        "moe/dropped": jnp.round((1 - load_E.sum()) * 1e6) / 1e6,
     }

@@ -25,6 +25,7 @@ from qwen2_jax.observe import Logging
 from qwen2_jax.observe.lines import read
 from qwen2_jax.train import Checkpointing, Evaluation, Guard, Lora, Optim, Pretrain, Sft, Start, loop
 from qwen2_jax.train.lock import alone
+from qwen2_jax.train.step import Trainer
 
 ROOT = Path(__file__).parents[2]
 MODEL = ModelConfig(
@@ -273,6 +274,34 @@ def test_weights_are_exported_on_the_way(corpus, tmp_path):
     ids = np.arange(16)[None]
     assert np.abs(halfway.logits(ids) - end.logits(ids)).max() > 1e-3
     assert [line["step"] for line in read(tmp_path / "metrics.jsonl") if "held_out" in line] == [0, 4, 8]
+
+
+def test_evaluation_takes_no_more_rows_at_once_than_training(straight, corpus, tmp_path, monkeypatch):
+    """The same scores, in micro-batches."""
+    shapes, place = set(), Trainer.place
+    monkeypatch.setattr(Trainer, "place", lambda self, batch: shapes.add(batch.tokens_BT.shape) or place(self, batch))
+    run(pretrain(corpus, tmp_path, accumulate=2, steps=4))
+    assert shapes == {(4, 32), (2, 32)}
+    held_out = lambda out: next(line["held_out"]["text"] for line in read(out / "metrics.jsonl") if "held_out" in line)
+    assert held_out(tmp_path)["loss"] == pytest.approx(held_out(straight[0])["loss"], abs=0.02)  # steps 1 to 4 agree
+
+
+def test_who_asks_to_stop_waits_for_the_save_only(corpus, tmp_path, monkeypatch):
+    """The request comes in step 4, in which an evaluation is due."""
+    monkeypatch.setattr(loop.Preemption, "requested", lambda self, step: step == 4)
+    folder, screen = run(pretrain(corpus, tmp_path))
+    assert folder is None
+    assert "stopped after step 4" in screen
+    assert (tmp_path / "checkpoints" / "4").exists()
+    assert not [line for line in read(tmp_path / "metrics.jsonl") if "held_out" in line]
+
+
+def test_a_model_trained_under_yarn_says_so(corpus, tmp_path):
+    """64 tokens of a model for 32: the result's config has the factor 2 that the weights got used to."""
+    model = dataclasses.replace(MODEL, max_position_embeddings=32)
+    folder, _ = run(pretrain(corpus, tmp_path, model=model, length=64, steps=1, long_context="yarn"))
+    scaling = checkpoint.read_config(checkpoint.locate(folder)).rope_scaling
+    assert (scaling.type, scaling.factor, scaling.original_max_position_embeddings) == ("yarn", 2.0, 32)
 
 
 def test_a_folder_serves_one_run_at_a_time(corpus, tmp_path):
