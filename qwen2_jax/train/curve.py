@@ -1,12 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of runs, from their metrics.jsonl: how one went, and how several compare."""
+"""Pictures of runs, from their metrics.jsonl: how one went, and how several compare.
 
+python -m qwen2_jax.train.curve runs/sft                    # runs/sft/curves.png, also while the run goes on
+python -m qwen2_jax.train.curve runs/a runs/b --out ab.png  # side by side, over the tokens each has seen
+"""
+
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tyro
 
 from qwen2_jax.errors import UserError
 from qwen2_jax.observe.lines import Line, read
@@ -222,3 +228,29 @@ def running_mean(y: np.ndarray, window: int) -> np.ndarray:
 def _points(axes, x: np.ndarray, y: np.ndarray, number: int, label: str) -> None:
     colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
     axes.plot(x, y, color=colour, marker=marker, markersize=4, linewidth=0.8, linestyle=":", label=label)
+
+
+def main(runs: tyro.conf.Positional[tuple[Path, ...]], *, out: Path | None = None) -> int:
+    """Draws the curves of one run folder, or of several side by side.
+
+    Args:
+        runs: folders with a metrics.jsonl.
+        out: the picture, a .png; of one run by default curves.png in its folder.
+    """
+    if not runs or (len(runs) > 1 and out is None):
+        raise UserError("give one run folder, or several and --out PICTURE.png")
+    png = out or runs[0] / "curves.png"
+    if len(runs) == 1:
+        draw(runs[0] / "metrics.jsonl", png)
+    else:
+        overlay([(str(run), run / "metrics.jsonl") for run in runs], png)
+    print(f"wrote {png}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(tyro.cli(main))
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -77,6 +77,16 @@ def test_running_mean_leaves_gaps_out():
     np.testing.assert_array_equal(curve.running_mean(y, 2), [2, 2, 4, 5, 5, np.nan, np.nan])
 
 
+def test_pictures_on_request(tmp_path, figures):
+    runs = [write(tmp_path / name).parent for name in ("one", "other")]
+    curve.main((runs[0],))
+    assert (runs[0] / "curves.png").exists()
+    curve.main(tuple(runs), out=tmp_path / "both.png")
+    assert labels(figures[1].axes[0]) == [str(run) for run in runs]
+    with pytest.raises(UserError, match="several and --out"):
+        curve.main(tuple(runs))
+
+
 def test_nothing_to_draw_is_told(tmp_path):
     with pytest.raises(UserError, match="has no line with a loss"):
         curve.draw(tmp_path / "metrics.jsonl", tmp_path / "run.png")
