@@ -24,7 +24,7 @@ config = Sft(
     ),
     rows=4,
     length=1024,
-    steps=500,
+    steps=400,
     optim=Optim(lr=1e-3, schedule="linear", warmup=20, final=0.05, decay=0.05, muon=Muon(lr=0.005)),
     dtype="float32",
     remat=None,
