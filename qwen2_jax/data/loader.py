@@ -56,10 +56,14 @@ class Loaded:
         return _read_ahead(_Batches(self._stream(), rows, start, part))
 
     def once(self, rows: int, host: Host = (0, 1)) -> Iterator[Batch]:
-        """Every row of every source once, in order; the last batch is filled up with rows of padding."""
+        """Every row of every source once; the last batch is filled up with rows of padding.
+
+        The order is one fixed shuffle of each source, so that its first batches stand for all of it: best fit puts
+        long documents first, and a file may be sorted as well.
+        """
         part = _part(rows, host)
         dataset = _grain().MapDataset
-        every = dataset.concatenate([dataset.source(plan) for plan in self._plans])
+        every = dataset.concatenate([dataset.source(plan).shuffle(seed=0) for plan in self._plans])
         padding = empty_row(self.length, self.pad)
         for begin in range(0, len(every), rows):
             numbers = range(begin + part.start, begin + part.stop)

@@ -118,11 +118,25 @@ def test_once_gives_each_row_once_and_fills_up():
     data = loaded(weights=(1.0, 2.0, 3.0))
     batches = list(data.once(50))
     assert len(batches) == -(-sum(SIZES) // 50) and all(batch.tokens_BT.shape == (50, LENGTH) for batch in batches)
-    assert names(batches)[: sum(SIZES)] == [(s, r) for s, size in enumerate(SIZES) for r in range(size)]
+    assert sorted(names(batches)[: sum(SIZES)]) == [(s, r) for s, size in enumerate(SIZES) for r in range(size)]
     assert (batches[-1].segments_BT[sum(SIZES) % 50 :] == -1).all() and not batches[-1].weights_BT[13:].any()
     halves = [list(data.once(50, host=(index, 2))) for index in range(2)]
     for whole, *parts in zip(batches, *halves, strict=True):
         np.testing.assert_array_equal(whole.tokens_BT, np.concatenate([part.tokens_BT for part in parts]))
+
+
+@pytest.mark.parametrize("packing", [plan.ConcatRows, plan.BestFitRows])
+def test_the_first_batches_of_once_stand_for_all(packing):
+    """Documents sorted by length, as best fit has them anyway: a few batches must not hold the long ones alone."""
+    lengths = [LENGTH + 1] * 100 + [2] * 400
+    rows = packing(plan.Documents([(MemoryStore(lengths), 0, None)]), LENGTH, pad=PAD)
+    opened = lambda seed: loader.Loaded(Data(sources=(Source(path="a"),)), [rows], seed=seed, found=[])
+    first = list(itertools.islice(opened(0).once(20), 3))
+    whole = list(opened(0).once(20))
+    short = lambda batches: np.mean([batch.tokens_BT[:, 0] >= 500 for batch in batches])  # share of rows
+    assert abs(short(first) - short(whole)) < 0.15
+    for a, b in zip(first, opened(1).once(20), strict=False):  # a run's seed does not change what is measured
+        np.testing.assert_array_equal(a.tokens_BT, b.tokens_BT)
 
 
 def test_epochs_of_a_planned_run():
