@@ -12,12 +12,13 @@ A record is a dict. Which files hold what:
 JSON and text may be compressed (.gz, .zst). A folder or a glob stands for its files, sorted, all of one kind.
 """
 
+import functools
 import glob
 import hashlib
 import json
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -55,9 +56,11 @@ class Records(Protocol):
 def open_records(path: str, cache: Path) -> Records:
     """Records of a file, a folder or a glob; compressed JSON is decompressed once into the folder `cache`.
 
-    Raises UserError that names file and line for whatever cannot be read, now or when the record is asked for.
+    Files are found and their sizes and times taken now; they are opened when the first record or their number is asked
+    for. Raises UserError that names file and line for whatever cannot be read, now or then.
     """
-    found = _find(os.path.expanduser(path))
+    path = os.path.expanduser(path)
+    found = _find(path)
     kinds = {kind: [file for file, k in found.items() if k == kind] for kind in dict.fromkeys(found.values())}
     if len(kinds) > 1:
         listed = "; ".join(
@@ -65,18 +68,20 @@ def open_records(path: str, cache: Path) -> Records:
         )
         raise UserError(f"{path} mixes kinds of files ({listed}); give one kind, such as '{path.rstrip('/')}/*.jsonl'")
     ((kind, files),) = kinds.items()
+    return _Joined(files, lambda: _open(kind, files, cache))
+
+
+def _open(kind: str, files: list[str], cache: Path) -> "list[_Part]":
     if kind == "text":
-        parts: list[_Part] = [_Texts(files)]
-    elif kind == "jsonl":
-        parts = [_open_json(file, cache) for file in files]
-    elif kind == "parquet":
+        return [_Texts(files)]
+    if kind == "jsonl":
+        return [_open_json(file, cache) for file in files]
+    if kind == "parquet":
         row_groups = RowGroups()
-        parts = [Parquet(file, row_groups) for file in files]
-    elif kind == "array_record":
-        parts = [ArrayRecord(file) for file in files]
-    else:
-        parts = [Dataset(folder) for folder in files]
-    return _Joined(parts, _fingerprint(files))
+        return [Parquet(file, row_groups) for file in files]
+    if kind == "array_record":
+        return [ArrayRecord(file) for file in files]
+    return [Dataset(folder) for folder in files]
 
 
 class _Part(Protocol):
@@ -88,12 +93,23 @@ class _Part(Protocol):
 
 
 class _Joined:
-    """Records of several files, one after the other."""
+    """Records of several files, one after the other.
 
-    def __init__(self, parts: list[_Part], fingerprint: str):
-        self.fingerprint = fingerprint
-        self._parts = parts
-        self._starts = np.concatenate([[0], np.cumsum([len(part) for part in parts], dtype=np.int64)])
+    The fingerprint is taken before any file is opened: a file that is replaced meanwhile then counts as changed at the
+    next start, and never as read.
+    """
+
+    def __init__(self, files: Sequence[str], opened: Callable[[], list[_Part]]):
+        self.fingerprint = _fingerprint(files)
+        self._opened = opened
+
+    @functools.cached_property
+    def _parts(self) -> list[_Part]:
+        return self._opened()
+
+    @functools.cached_property
+    def _starts(self) -> np.ndarray:
+        return np.concatenate([[0], np.cumsum([len(part) for part in self._parts], dtype=np.int64)])
 
     def __len__(self) -> int:
         return int(self._starts[-1])

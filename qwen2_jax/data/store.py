@@ -147,7 +147,7 @@ def read_meta(folder: Path) -> Meta:
     try:
         data = json.loads((folder / META).read_text("utf-8"))
         meta = Meta(**data)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"{folder} holds no tokens (no {META}); make them with `python -m qwen2_jax.data tokenize`"
         ) from None
@@ -181,27 +181,41 @@ def build(
     the others wait for it. Raises UserError with file and line for a record that cannot be used.
     """
     folder = Path(folder).absolute()
-    if not len(records):
-        raise UserError(f"{name} has no records")
+    if (made := opened(records, format, encoder, folder)) is not None:
+        return made
     if folder.is_dir() and any(folder.iterdir()) and not (folder / META).exists():
         raise UserError(f"{folder} is in the way: it exists and holds no tokens; move it or choose another folder")
+    if not len(records):
+        raise UserError(f"{name} has no records")
     if format == "auto":  # the first record decides for all: one that differs is a mistake, not another format
         format = formats.detect(records[0], records.where(0))
-    wanted = Meta(VERSION, records.fingerprint, tokenizer_fingerprint(encoder.tokenizer), format, str(encoder.targets))
-    if not _matches(folder, wanted):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(folder):
-            if not _matches(folder, wanted):  # nobody made it while this process waited
-                with _aside(folder) as work:
-                    meta = _write(records, encoder, work, wanted, name, progress)
-                    write_file(work / META, (json.dumps(dataclasses.asdict(meta), indent=2) + "\n").encode())
-                    _publish(work, folder, wanted)
+    wanted = _recipe(records, format, encoder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(folder):
+        if not _matches(folder, wanted):  # nobody made it while this process waited
+            with _aside(folder) as work:
+                meta = _write(records, encoder, work, wanted, name, progress)
+                write_file(work / META, (json.dumps(dataclasses.asdict(meta), indent=2) + "\n").encode())
+                _publish(work, folder, wanted)
     return TokenStore(folder, records.where)
 
 
+def opened(records: Records, format: str, encoder: Encoder, folder: Path) -> TokenStore | None:
+    """What is in the folder, if it was made from these records in this way. Of the records nothing is read."""
+    if format == "auto":  # what was found in the first record then, it holds now: the files are the same
+        try:
+            format = read_meta(folder).format
+        except UserError:
+            return None
+    return TokenStore(folder, records.where) if _matches(folder, _recipe(records, format, encoder)) else None
+
+
+def _recipe(records: Records, format: str, encoder: Encoder) -> Meta:
+    """What meta.json says before anything is counted."""
+    return Meta(VERSION, records.fingerprint, tokenizer_fingerprint(encoder.tokenizer), format, str(encoder.targets))
+
+
 def _matches(folder: Path, wanted: Meta) -> bool:
-    if not (folder / META).exists():
-        return False
     try:
         return read_meta(folder).same_recipe(wanted)
     except UserError:

@@ -2,8 +2,10 @@
 """Batches are a function of (data, seed, number): of nothing else, and from wherever one starts."""
 
 import collections
+import gzip
 import itertools
 import json
+import os
 import time
 from pathlib import Path
 
@@ -217,6 +219,25 @@ def test_from_files_to_batches_and_from_the_cache(corpus, tokenizer, monkeypatch
     again = open_data(corpus, tokenizer, *sources, packing="best_fit", too_long="cut")
     for a, b in zip(take(data, 5, 4), take(again, 5, 4), strict=True):
         np.testing.assert_array_equal(a.tokens_BT, b.tokens_BT)
+
+
+@pytest.mark.parametrize("format", ["auto", "messages"])
+def test_what_is_tokenised_is_not_read_again(corpus, tokenizer, format):
+    """A restart needs the files' sizes and times only; their bytes and decompressed copies may be gone."""
+    packed = corpus / "chats.jsonl.gz"
+    packed.write_bytes(gzip.compress((corpus / "chats.jsonl").read_bytes()))
+    source = Source(path=str(packed), format=format)
+    first = open_data(corpus, tokenizer, source)
+    (copy,) = (corpus / "cache").glob("*.jsonl")
+    copy.unlink()
+    status = packed.stat()
+    packed.write_bytes(b"x" * status.st_size)
+    os.utime(packed, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert open_data(corpus, tokenizer, source).identity == first.identity
+    assert not copy.exists()
+    packed.write_bytes(b"x" * status.st_size)  # a new time: now it is read
+    with pytest.raises(UserError, match=r"chats.jsonl.gz: damaged"):
+        open_data(corpus, tokenizer, source)
 
 
 def test_one_path_as_two_sources_is_opened_once(corpus, tokenizer):

@@ -115,6 +115,16 @@ def test_fingerprint_follows_a_folder_of_datasets(tmp_path, folder):
     assert open_records(str(tmp_path / "d"), tmp_path).fingerprint != first
 
 
+def test_fingerprint_is_that_before_reading(tmp_path):
+    """A file replaced while it is read must not count as read: the next start reads it again."""
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(lines())
+    records = open_records(str(file), tmp_path)
+    file.write_bytes(lines(RECORDS[:5]))
+    assert len(records) == 5
+    assert records.fingerprint != open_records(str(file), tmp_path).fingerprint
+
+
 # Lines
 
 
@@ -178,7 +188,7 @@ def test_an_array_is_checked_when_it_is_opened(tmp_path):
     file = tmp_path / "a.json"
     file.write_text('[\n {"text": "a"},\n {"text" "b"}\n]')
     with pytest.raises(UserError, match=r"a.json line 3: not valid JSON .*column 10.*'.*\"text\" \"b\"}'"):
-        open_records(str(file), tmp_path)
+        len(open_records(str(file), tmp_path))
     file.write_text('[{"text": "a"}, 5]')
     with pytest.raises(UserError, match=r"a.json item 2: 5 is not a JSON object"):
         open_records(str(file), tmp_path)[1]
@@ -319,7 +329,7 @@ def test_no_permission(name, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(builtins, "open", refuse)
     monkeypatch.setattr("io.open", refuse)
     with pytest.raises(UserError, match=f"{name}: cannot be read \\(Permission denied\\)"):
-        open_records(str(folder / name), tmp_path / "cache")
+        len(open_records(str(folder / name), tmp_path / "cache"))
 
 
 def test_a_missing_library_is_named_with_the_remedy(folder, tmp_path, monkeypatch):
@@ -329,7 +339,7 @@ def test_a_missing_library_is_named_with_the_remedy(folder, tmp_path, monkeypatc
     for name, file in (modules | {"array_record.python.array_record_module": "a.array_record"}).items():
         monkeypatch.setitem(sys.modules, name, None)
         with pytest.raises(UserError, match=rf'needs {name.split(".")[0]}: pip install "qwen2-jax\[data\]"'):
-            open_records(str(folder / file), tmp_path / "cache")
+            len(open_records(str(folder / file), tmp_path / "cache"))
 
 
 # The cache of decompressed files
@@ -339,7 +349,7 @@ def test_a_file_is_decompressed_once(tmp_path, folder):
     cache = tmp_path / "cache"
     file = tmp_path / "a.jsonl.gz"
     file.write_bytes(gzip.compress(lines()))
-    open_records(str(file), cache)
+    len(open_records(str(file), cache))
     (made,) = cache.iterdir()
     made.write_bytes(lines(RECORDS[:3]))  # what is there is taken
     assert len(open_records(str(file), cache)) == 3
@@ -347,7 +357,7 @@ def test_a_file_is_decompressed_once(tmp_path, folder):
     assert len(open_records(str(file), cache)) == 5  # the file has changed
     old, new = (touch(cache, f"{name}.unfinished", b"x") for name in ("old", "new"))
     os.utime(old, (time.time() - 7200,) * 2)
-    open_records(str(folder / "a.jsonl.zst"), cache)
+    len(open_records(str(folder / "a.jsonl.zst"), cache))
     assert not Path(old).exists()
     assert Path(new).exists()  # another process may be writing it
 
@@ -355,4 +365,4 @@ def test_a_file_is_decompressed_once(tmp_path, folder):
 def test_a_cache_that_cannot_be_written(tmp_path, folder):
     cache = touch(tmp_path, "file", b"in the way")
     with pytest.raises(UserError, match=r"file: cannot decompress .*a\.jsonl\.gz to there"):
-        open_records(str(folder / "a.jsonl.gz"), Path(cache))
+        len(open_records(str(folder / "a.jsonl.gz"), Path(cache)))
