@@ -122,7 +122,7 @@ class TokenStore:
 
     def where(self, document: int) -> str:
         """What a person calls this document: its file and line if the records are at hand."""
-        return self._locate(document) if self._locate else f"{self.folder} document {document}"
+        return self._locate(document) if self._locate else f"{self.folder} document {document + 1}"
 
     def _map(self, name: str, dtype: str, count: int) -> np.ndarray:
         path, want = self.folder / name, count * np.dtype(dtype).itemsize
@@ -191,9 +191,9 @@ def build(
         format = formats.detect(records[0], records.where(0))
     wanted = _recipe(records, format, encoder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(folder):
+    with _alone(folder) as alone:
         if not _matches(folder, wanted):  # nobody made it while this process waited
-            with _aside(folder) as work:
+            with _aside(folder, alone) as work:
                 meta = _write(records, encoder, work, wanted, name, progress)
                 write_file(work / META, (json.dumps(dataclasses.asdict(meta), indent=2) + "\n").encode())
                 _publish(work, folder, wanted)
@@ -313,25 +313,39 @@ def _files(work: Path) -> Iterator[tuple[IO[bytes], ...]]:
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One process of this machine at a time. On a disk that machines share, or without locks, see _publish."""
-    path = folder.with_name(folder.name + ".lock")
-    with open(path, "w") as lock:
-        if fcntl is not None:
-            with contextlib.suppress(OSError):  # a file system without locks
+def _alone(folder: Path) -> Iterator[bool]:
+    """One builder of this machine at a time; yields whether the file system's lock holds the others off.
+
+    On a disk that machines share, or without locks, see _publish.
+    """
+    path, held = folder.with_name(folder.name + ".lock"), False
+    with contextlib.ExitStack() as stack:
+        while not held and fcntl is not None:
+            lock = stack.enter_context(open(path, "w"))
+            try:
                 fcntl.flock(lock, fcntl.LOCK_EX)
+                # The one before removed the file: whoever waited for that has a lock that others cannot see.
+                held = os.path.samestat(os.fstat(lock.fileno()), os.stat(path))
+            except FileNotFoundError:
+                continue
+            except OSError:  # a file system without locks
+                break
         try:
-            yield
+            yield held
         finally:
             path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def _aside(folder: Path) -> Iterator[Path]:
-    """An empty folder beside the wanted one, removed at the end; also removes what killed processes left."""
+def _aside(folder: Path, alone: bool) -> Iterator[Path]:
+    """An empty folder beside the wanted one, removed at the end; also removes what killed processes left.
+
+    alone: nobody on this machine works here now, so what is left is of the dead, whoever has their number today: in a
+    container that starts again the same process has the same one.
+    """
     mine = f"{folder.name}{UNFINISHED}-{socket.gethostname()}-"
     for stale in folder.parent.iterdir():
-        if stale.name.startswith(mine) and not _alive(stale.name.removeprefix(mine)):
+        if stale.name.startswith(mine) and (alone or not _alive(stale.name.removeprefix(mine))):
             shutil.rmtree(stale, ignore_errors=True)
     work = folder.with_name(f"{mine}{os.getpid()}")
     work.mkdir()
@@ -347,6 +361,9 @@ def _aside(folder: Path) -> Iterator[Path]:
 
 
 def _alive(process: str) -> bool:
+    """Whether another process has this number."""
+    if process == str(os.getpid()):
+        return False
     try:
         os.kill(int(process), 0)
     except (ProcessLookupError, ValueError):
