@@ -13,12 +13,9 @@ the records.
 
 import contextlib
 import dataclasses
-import errno
 import hashlib
 import json
 import os
-import shutil
-import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -29,18 +26,13 @@ from qwen2_jax.checkpoint.workspace import write_file
 from qwen2_jax.data import formats
 from qwen2_jax.data.encode import Encoded, Encoder
 from qwen2_jax.data.records import Records
+from qwen2_jax.data.whole import alone_in, aside, publish
 from qwen2_jax.errors import UserError
 from qwen2_jax.tokenizer import Tokenizer
-
-try:
-    import fcntl
-except ModuleNotFoundError:  # not on Windows: two builders then both work, and one result is thrown away
-    fcntl = None  # type: ignore[assignment]
 
 VERSION = 1
 META = "meta.json"
 BATCH_RECORDS, BATCH_CHARACTERS = 1024, 1 << 22  # what is tokenised together: enough for all cores, bounded in memory
-UNFINISHED = ".unfinished"
 
 Progress = Callable[[int, int], Any]  # records done, records in all
 
@@ -191,12 +183,12 @@ def build(
         format = formats.detect(records[0], records.where(0))
     wanted = _recipe(records, format, encoder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(folder) as alone:
+    with alone_in(folder) as alone:
         if not _matches(folder, wanted):  # nobody made it while this process waited
-            with _aside(folder, alone) as work:
+            with aside(folder, alone) as work:
                 meta = _write(records, encoder, work, wanted, name, progress)
                 write_file(work / META, (json.dumps(dataclasses.asdict(meta), indent=2) + "\n").encode())
-                _publish(work, folder, wanted)
+                publish(work, folder, lambda: _matches(folder, wanted))
     return TokenStore(folder, records.where)
 
 
@@ -310,82 +302,3 @@ def _files(work: Path) -> Iterator[tuple[IO[bytes], ...]]:
         for file in files:
             file.flush()
             os.fsync(file.fileno())
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[bool]:
-    """One builder of this machine at a time; yields whether the file system's lock holds the others off.
-
-    On a disk that machines share, or without locks, see _publish.
-    """
-    path, held = folder.with_name(folder.name + ".lock"), False
-    with contextlib.ExitStack() as stack:
-        while not held and fcntl is not None:
-            lock = stack.enter_context(open(path, "w"))
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                # The one before removed the file: whoever waited for that has a lock that others cannot see.
-                held = os.path.samestat(os.fstat(lock.fileno()), os.stat(path))
-            except FileNotFoundError:
-                continue
-            except OSError:  # a file system without locks
-                break
-        try:
-            yield held
-        finally:
-            path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _aside(folder: Path, alone: bool) -> Iterator[Path]:
-    """An empty folder beside the wanted one, removed at the end; also removes what killed processes left.
-
-    alone: nobody on this machine works here now, so what is left is of the dead, whoever has their number today: in a
-    container that starts again the same process has the same one.
-    """
-    mine = f"{folder.name}{UNFINISHED}-{socket.gethostname()}-"
-    for stale in folder.parent.iterdir():
-        if stale.name.startswith(mine) and (alone or not _alive(stale.name.removeprefix(mine))):
-            shutil.rmtree(stale, ignore_errors=True)
-    work = folder.with_name(f"{mine}{os.getpid()}")
-    work.mkdir()
-    try:
-        yield work
-    except OSError as why:
-        if why.errno == errno.ENOSPC:
-            told = f"the disk became full while tokenising; nothing was left behind. Free some space: {folder.parent}"
-            raise OSError(errno.ENOSPC, told) from None
-        raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def _alive(process: str) -> bool:
-    """Whether another process has this number."""
-    if process == str(os.getpid()):
-        return False
-    try:
-        os.kill(int(process), 0)
-    except (ProcessLookupError, ValueError):
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
-def _publish(work: Path, folder: Path, wanted: Meta) -> None:
-    """Gives the finished folder its name, replacing an outdated one."""
-    for _ in range(10):
-        try:
-            os.replace(work, folder)  # fails where a folder with something in it is in the way
-            return
-        except OSError as why:
-            if why.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.EACCES, errno.EPERM):
-                raise
-        if _matches(folder, wanted):  # another machine was faster; its tokens are the same
-            return
-        old = work.with_name(work.name + ".old")
-        with contextlib.suppress(FileNotFoundError):  # another machine moved it first
-            os.replace(folder, old)
-        shutil.rmtree(old, ignore_errors=True)
-    raise UserError(f"{folder} changes all the time; stop the other processes that write it")

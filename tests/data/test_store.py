@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import qwen2_jax.demo
-from qwen2_jax.data import store
+from qwen2_jax.data import store, whole
 from qwen2_jax.errors import UserError
 from qwen2_jax.tokenizer import Tokenizer
 
@@ -248,7 +248,7 @@ def test_a_killed_build_counts_for_nothing(tmp_path):
 def test_what_a_killed_process_of_our_number_left_is_removed(tmp_path, monkeypatch, locks):
     """A pod that starts again has the same host name and process number."""
     if not locks:  # as on Windows and some network disks
-        monkeypatch.setattr(store, "fcntl", None)
+        monkeypatch.setattr(whole, "fcntl", None)
     left = [tmp_path / f"tokens.unfinished-{socket.gethostname()}-{number}" for number in (os.getpid(), os.getppid())]
     others = tmp_path / "tokens.unfinished-another-1"
     for folder in (*left, others):
@@ -265,7 +265,7 @@ def test_many_builders_in_turn(tmp_path):
 
     def visit(_):
         nonlocal at_work, most
-        with store._alone(tmp_path / "tokens") as held:
+        with whole.alone_in(tmp_path / "tokens") as held:
             assert held
             at_work += 1
             most = max(most, at_work)
