@@ -99,11 +99,11 @@ def _tokenize(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from qwen2_jax.data.store import TokenStore, tokenizer_fingerprint
+    from qwen2_jax.data.store import TokenStore, same_tokenizer
 
     store = TokenStore(args.path)
     tokenizer = _tokenizer(args.tokenizer) if args.tokenizer else None
-    if tokenizer and tokenizer_fingerprint(tokenizer) != store.meta.tokenizer:
+    if tokenizer and not same_tokenizer(store.meta, tokenizer):
         raise UserError(f"{args.path} was made with another tokenizer than that of {args.tokenizer}")
     meta, lengths = store.meta, store.lengths
     (kept,) = np.nonzero(lengths)

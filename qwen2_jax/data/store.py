@@ -16,6 +16,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -30,7 +31,7 @@ from qwen2_jax.data.whole import alone_in, aside, publish
 from qwen2_jax.errors import UserError
 from qwen2_jax.tokenizer import Tokenizer
 
-VERSION = 1
+VERSION = 2
 META = "meta.json"
 BATCH_RECORDS, BATCH_CHARACTERS = 1024, 1 << 22  # what is tokenised together: enough for all cores, bounded in memory
 
@@ -43,9 +44,9 @@ class Meta:
 
     version: int
     source: str  # fingerprint of the files it was made from
-    tokenizer: str  # fingerprint of the tokenizer and its chat template
+    tokenizer: str  # fingerprint of the tokenizer and, where it is not "text", its chat template
     format: str
-    targets: str
+    targets: str  # of chats; empty where format is "text": all of a text is target
     documents: int = 0  # records of the source
     tokens: int = 0
     digest: str = ""  # of ids and target flags: the same data, wherever it lies and whenever it was written
@@ -152,10 +153,37 @@ def read_meta(folder: Path) -> Meta:
     return meta
 
 
-def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
-    """Changes when the tokenizer gives other ids, or its chat template other text."""
-    parts = (tokenizer._backend.to_str(), tokenizer.chat_template or "")
+def tokenizer_fingerprint(tokenizer: Tokenizer, *, chat: bool) -> str:
+    """Changes when the tokenizer gives other ids or, with chat, when its chat template writes other text.
+
+    Of the special tokens that tokenizer_config.json names, such as eos_token, only those count that the template
+    names: fine-tuning renames eos_token, and most templates do not write it.
+    """
+    parts = [tokenizer._backend.to_str(), ""]
+    if chat and (template := tokenizer.chat_template):
+        parts[1] = template
+        tokens = sorted(tokenizer._template_tokens.items())
+        parts += [json.dumps(named) for named in tokens if re.search(rf"\b{named[0]}\b", template)]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+
+
+def same_tokenizer(meta: Meta, tokenizer: Tokenizer) -> bool:
+    """Whether this tokenizer would give the same ids."""
+    return meta.tokenizer == tokenizer_fingerprint(tokenizer, chat=meta.format != "text")
+
+
+def recipe(records: Records, format: str, encoder: Encoder) -> Meta:
+    """What meta.json says before anything is counted. A text depends on neither targets nor chat template."""
+    chat = format != "text"
+    fingerprint = tokenizer_fingerprint(encoder.tokenizer, chat=chat)
+    return Meta(VERSION, records.fingerprint, fingerprint, format, str(encoder.targets) if chat else "")
+
+
+def detect(records: Records, format: str, name: str) -> str:
+    """The format, or what the first record tells where it is "auto": one that differs is a mistake, not another."""
+    if not len(records):
+        raise UserError(f"{name} has no records")
+    return formats.detect(records[0], records.where(0)) if format == "auto" else format
 
 
 def build(
@@ -177,11 +205,7 @@ def build(
         return made
     if folder.is_dir() and any(folder.iterdir()) and not (folder / META).exists():
         raise UserError(f"{folder} is in the way: it exists and holds no tokens; move it or choose another folder")
-    if not len(records):
-        raise UserError(f"{name} has no records")
-    if format == "auto":  # the first record decides for all: one that differs is a mistake, not another format
-        format = formats.detect(records[0], records.where(0))
-    wanted = _recipe(records, format, encoder)
+    wanted = recipe(records, detect(records, format, name), encoder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with alone_in(folder) as alone:
         if not _matches(folder, wanted):  # nobody made it while this process waited
@@ -199,12 +223,7 @@ def opened(records: Records, format: str, encoder: Encoder, folder: Path) -> Tok
             format = read_meta(folder).format
         except UserError:
             return None
-    return TokenStore(folder, records.where) if _matches(folder, _recipe(records, format, encoder)) else None
-
-
-def _recipe(records: Records, format: str, encoder: Encoder) -> Meta:
-    """What meta.json says before anything is counted."""
-    return Meta(VERSION, records.fingerprint, tokenizer_fingerprint(encoder.tokenizer), format, str(encoder.targets))
+    return TokenStore(folder, records.where) if _matches(folder, recipe(records, format, encoder)) else None
 
 
 def _matches(folder: Path, wanted: Meta) -> bool:

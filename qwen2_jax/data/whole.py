@@ -19,7 +19,7 @@ try:
 except ModuleNotFoundError:  # not on Windows: two builders then both work, and one result is thrown away
     fcntl = None  # type: ignore[assignment]
 
-UNFINISHED = ".unfinished"
+UNFINISHED, OLD = ".unfinished", ".old"
 
 
 @contextlib.contextmanager
@@ -55,7 +55,9 @@ def aside(folder: Path, alone: bool) -> Iterator[Path]:
     """
     mine = f"{folder.name}{UNFINISHED}-{socket.gethostname()}-"
     for stale in folder.parent.iterdir():
-        if stale.name.startswith(mine) and (alone or not _alive(stale.name.removeprefix(mine))):
+        number = stale.name.removeprefix(mine).removesuffix(OLD)
+        # Not a number: of host "node-1", where this one is "node".
+        if stale.name.startswith(mine) and number.isdigit() and (alone or not _alive(int(number))):
             shutil.rmtree(stale, ignore_errors=True)
     work = folder.with_name(f"{mine}{os.getpid()}")
     work.mkdir()
@@ -70,13 +72,13 @@ def aside(folder: Path, alone: bool) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _alive(process: str) -> bool:
+def _alive(process: int) -> bool:
     """Whether another process has this number."""
-    if process == str(os.getpid()):
+    if process == os.getpid():
         return False
     try:
-        os.kill(int(process), 0)
-    except (ProcessLookupError, ValueError):
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         pass
@@ -94,7 +96,7 @@ def publish(work: Path, folder: Path, is_wanted: Callable[[], bool]) -> None:
                 raise
         if is_wanted():  # another machine was faster; its tokens are the same
             return
-        old = work.with_name(work.name + ".old")
+        old = work.with_name(work.name + OLD)
         with contextlib.suppress(FileNotFoundError):  # another machine moved it first
             os.replace(folder, old)
         shutil.rmtree(old, ignore_errors=True)

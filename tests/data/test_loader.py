@@ -2,6 +2,7 @@
 """Batches are a function of (data, seed, number): of nothing else, and from wherever one starts."""
 
 import collections
+import functools
 import gzip
 import itertools
 import json
@@ -11,10 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 
 import qwen2_jax.demo
 from qwen2_jax.data import __main__ as command
-from qwen2_jax.data import loader, plan
+from qwen2_jax.data import hosts, loader, plan
+from qwen2_jax.data.encode import Encoded
 from qwen2_jax.data.spec import Data, Source
 from qwen2_jax.errors import UserError
 from qwen2_jax.tokenizer import Tokenizer
@@ -238,6 +241,60 @@ def test_what_is_tokenised_is_not_read_again(corpus, tokenizer, format):
     packed.write_bytes(b"x" * status.st_size)  # a new time: now it is read
     with pytest.raises(UserError, match=r"chats.jsonl.gz: damaged"):
         open_data(corpus, tokenizer, source)
+
+
+def folders(corpus):
+    return {folder for folder in (corpus / "cache").iterdir() if folder.is_dir()}
+
+
+def test_texts_depend_on_neither_targets_nor_template(corpus, tokenizer):
+    text, chats = Source(path=str(corpus / "texts")), Source(path=str(corpus / "chats.jsonl"))
+    other = Tokenizer(tokenizer._backend, {"chat_template": "{{ messages[0].content }}", "eos_token": "<|im_end|>"})
+    first = open_data(corpus, tokenizer, text)
+    (made,) = folders(corpus)
+    for given, targets in ((tokenizer, "all"), (other, "assistant")):
+        assert open_data(corpus, given, text, targets=targets).identity == first.identity
+        assert open_data(corpus, given, Source(path=str(made)), targets=targets).identity == first.identity
+    assert folders(corpus) == {made}
+    open_data(corpus, tokenizer, chats)
+    open_data(corpus, tokenizer, chats, targets="all")
+    assert len(folders(corpus)) == 3  # of chats each has its own
+
+
+def test_copies_with_other_times_share_a_cache(corpus, tokenizer):
+    """Hosts with copies of their own: none may replace what another has mapped."""
+    path = corpus / "chats.jsonl"
+    opened = []
+    for time_ns in (1, 2, 1):
+        os.utime(path, ns=(time_ns, time_ns))
+        opened.append((open_data(corpus, tokenizer, Source(path=str(path))), folders(corpus)))
+    first, second, third = (data.identity for data, _ in opened)
+    assert first == second == third
+    assert [len(made) for _, made in opened] == [1, 2, 2]
+
+
+def test_hosts_must_have_the_same_tokens(corpus, tokenizer, monkeypatch):
+    sources = Source(path=str(corpus / "chats.jsonl")), Source(path=str(corpus / "texts"))
+    monkeypatch.setattr(hosts.jax, "process_count", lambda: 3)
+    gathered = lambda mine, changed: np.stack([mine, mine, mine + np.array([[0], [changed]], np.uint8)])
+    for changed in (0, 1):
+        together = functools.partial(gathered, changed=changed)
+        monkeypatch.setattr(hosts.multihost_utils, "process_allgather", together)
+        if not changed:
+            open_data(corpus, tokenizer, *sources)
+            continue
+        with pytest.raises(UserError, match=r"hosts have other data than host 0: [^ ]*texts \(hosts 2\); give all"):
+            open_data(corpus, tokenizer, *sources)
+
+
+def test_a_tokenizer_without_a_token_to_fill_with(corpus, tokenizer):
+    bare = json.loads(tokenizer._backend.to_str()) | {"added_tokens": []}
+    bare = Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(bare)))
+    ids = [[1, 2, 3]] * 6
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loader.Encoder, "encode_batch", lambda self, documents: [Encoded(i, [True] * 3) for i in ids])
+        with pytest.raises(UserError, match="no token to fill rows with; name a pad_token or eos_token"):
+            open_data(corpus, bare, Source(path=str(corpus / "texts")))
 
 
 def test_one_path_as_two_sources_is_opened_once(corpus, tokenizer):

@@ -116,7 +116,7 @@ def test_built_once_and_again_when_something_changed(tmp_path, monkeypatch):
     assert again.reads == 0  # not even the first, for its format
     changed = Lines(["5 6*"], "second")
     assert store.build(changed, "text", Numbers(), folder).tokens.tolist() == [5, 6]
-    monkeypatch.setattr(Numbers, "targets", "all")
+    monkeypatch.setattr(store, "tokenizer_fingerprint", lambda tokenizer, chat: "another")
     assert store.build(Lines(["7 8*"], "second"), "text", Numbers(), folder).tokens.tolist() == [7, 8]
     assert files(tmp_path) == ["tokens"]  # no lock, nothing aside
 
@@ -250,12 +250,12 @@ def test_what_a_killed_process_of_our_number_left_is_removed(tmp_path, monkeypat
     if not locks:  # as on Windows and some network disks
         monkeypatch.setattr(whole, "fcntl", None)
     left = [tmp_path / f"tokens.unfinished-{socket.gethostname()}-{number}" for number in (os.getpid(), os.getppid())]
-    others = tmp_path / "tokens.unfinished-another-1"
-    for folder in (*left, others):
+    others = [tmp_path / f"tokens.unfinished-{name}-1" for name in ("another", f"{socket.gethostname()}-2")]
+    for folder in (*left, *others):
         folder.mkdir()
         (folder / "tokens.u32").write_bytes(b"half")
     assert build(["1 2*"], tmp_path / "tokens").tokens.tolist() == [1, 2]
-    kept = [others] if locks else [left[1], others]  # without locks that one may be at work
+    kept = others if locks else [left[1], *others]  # without locks that one may be at work
     assert files(tmp_path) == sorted(["tokens", *(folder.name for folder in kept)])
 
 
@@ -281,3 +281,18 @@ def test_many_builders_in_turn(tmp_path):
 def test_a_document_is_named_counting_from_1(tmp_path):
     folder = build(["1 2*", "3 4*"], tmp_path / "tokens").folder
     assert store.TokenStore(folder).where(1) == f"{folder} document 2"
+
+
+def test_the_tokenizers_fingerprint_follows_what_the_template_writes():
+    """eos_token counts where the template names it; a text needs the vocabulary only."""
+
+    def taken(chat, template=None, **settings):
+        settings |= {} if template is None else {"chat_template": template}
+        return store.tokenizer_fingerprint(Tokenizer(TOKENIZER._backend, settings), chat=chat)
+
+    plain, named = "{{ messages[0].content }}", "{{ messages[0].content + eos_token }}"
+    ends = [{"eos_token": token} for token in ("<|im_end|>", "<|endoftext|>")]
+    assert taken(True, plain, **ends[0]) == taken(True, plain, **ends[1]) != taken(True, "other")
+    assert taken(True, named, **ends[0]) != taken(True, named, **ends[1])
+    assert taken(True, named, **ends[0]) == taken(True, named, pad_token="<|im_end|>", **ends[0])
+    assert taken(False, plain) == taken(False, named, **ends[0]) == taken(False)
