@@ -25,9 +25,9 @@ from qwen2_jax.data.files import library
 from qwen2_jax.data.hosts import check_equal
 from qwen2_jax.data.packing import Batch, empty_row, stack
 from qwen2_jax.data.plan import BestFitRows, ConcatRows, Documents, Rows, efficiency
-from qwen2_jax.data.records import open_records
+from qwen2_jax.data.records import is_store, open_records
 from qwen2_jax.data.spec import Data, Source
-from qwen2_jax.data.store import TokenStore, build, is_store, same_tokenizer
+from qwen2_jax.data.store import TokenStore, build, same_tokenizer
 from qwen2_jax.errors import UserError
 from qwen2_jax.tokenizer import Tokenizer
 
@@ -193,6 +193,12 @@ def _open_source(
 ) -> TokenStore:
     if source.format == "tokens" or (source.format == "auto" and is_store(source.path)):
         return _made_ahead(source, targets, tokenizer)
+    inside = Path(source.path).resolve()
+    if inside.is_dir() and cache.resolve().is_relative_to(inside):
+        raise UserError(
+            f"the cache {cache} lies inside the source {source.path}, where it would be read as data; give another "
+            "cache (data.cache, or out, the folder of the run), or a source without it"
+        )
     records, encoder = open_records(source.path, cache), Encoder(tokenizer, targets)
     # What the first record says is not known yet; but all formats of chats share one folder, and texts have theirs.
     for format in ("text", "messages") if source.format == "auto" else (source.format,):

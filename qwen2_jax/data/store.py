@@ -26,13 +26,12 @@ import numpy as np
 from qwen2_jax.checkpoint.workspace import write_file
 from qwen2_jax.data import formats
 from qwen2_jax.data.encode import Encoded, Encoder
-from qwen2_jax.data.records import Records
+from qwen2_jax.data.records import META, TOKENS, Records
 from qwen2_jax.data.whole import alone_in, aside, publish
 from qwen2_jax.errors import UserError
 from qwen2_jax.tokenizer import Tokenizer
 
 VERSION = 2
-META = "meta.json"
 BATCH_RECORDS, BATCH_CHARACTERS = 1024, 1 << 22  # what is tokenised together: enough for all cores, bounded in memory
 
 Progress = Callable[[int, int], Any]  # records done, records in all
@@ -81,7 +80,7 @@ class TokenStore:
         self._locate = locate
         self.meta = read_meta(self.folder)
         n, documents = self.meta.tokens, self.meta.documents
-        self.tokens = self._map("tokens.u32", "<u4", n)
+        self.tokens = self._map(TOKENS, "<u4", n)
         self.offsets = self._map("offsets.i64", "<i8", documents + 1)
         some = (self.folder / "targets.bits").exists()
         self._bits = self._map("targets.bits", "u1", -(-n // 8)) if some else None
@@ -128,11 +127,6 @@ class TokenStore:
 
     def _damaged(self, why: str) -> str:
         return f"the tokens in {self.folder} are damaged: {why}; delete that folder and run again, and it is made anew"
-
-
-def is_store(path: str | Path) -> bool:
-    """Whether this folder was made by `build`."""
-    return (Path(path) / META).is_file() and (Path(path) / "tokens.u32").exists()
 
 
 def read_meta(folder: Path) -> Meta:
@@ -315,7 +309,7 @@ def _encode(batch: list[formats.Document], encoder: Encoder, records: Records, f
 def _files(work: Path) -> Iterator[tuple[IO[bytes], ...]]:
     """The four data files, on the disk when the block ends."""
     with contextlib.ExitStack() as stack:
-        names = ("tokens.u32", "targets.bits", "offsets.i64", "counts.u32")
+        names = (TOKENS, "targets.bits", "offsets.i64", "counts.u32")
         files = tuple(stack.enter_context(open(work / name, "xb")) for name in names)
         yield files
         for file in files:

@@ -273,6 +273,19 @@ def test_copies_with_other_times_share_a_cache(corpus, tokenizer):
     assert [len(made) for _, made in opened] == [1, 2, 2]
 
 
+@pytest.mark.parametrize("inside", ["", "sub/tokens"])
+def test_a_cache_inside_the_data_is_refused(corpus, tokenizer, inside):
+    with pytest.raises(UserError, match="the cache .* lies inside the source .*texts, where it would be read"):
+        open_data(corpus, tokenizer, Source(path=str(corpus / "texts")), cache=corpus / "texts" / inside)
+
+
+def test_a_format_of_token_ids(corpus, tokenizer):
+    open_data(corpus, tokenizer, Source(path=str(corpus / "chats.jsonl")))
+    (made,) = folders(corpus)
+    with pytest.raises(UserError, match="holds token ids.*; leave its format out"):
+        open_data(corpus, tokenizer, Source(path=str(made), format="messages"))
+
+
 def test_hosts_must_have_the_same_tokens(corpus, tokenizer, monkeypatch):
     sources = Source(path=str(corpus / "chats.jsonl")), Source(path=str(corpus / "texts"))
     monkeypatch.setattr(hosts.jax, "process_count", lambda: 3)
