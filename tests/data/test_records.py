@@ -407,6 +407,19 @@ def test_a_file_is_decompressed_once(tmp_path, folder):
     assert Path(new).exists()  # another process may be writing it
 
 
+def test_a_cache_is_shared_by_hosts_and_users(tmp_path, folder, monkeypatch):
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    monkeypatch.setattr(Path, "glob", lambda *_: iter([cache / "renamed since.unfinished"]))
+    mask = os.umask(0o022)
+    try:
+        len(open_records(str(folder / "a.jsonl.gz"), cache))
+    finally:
+        os.umask(mask)
+    (made,) = cache.iterdir()
+    assert made.stat().st_mode & 0o777 == 0o644
+
+
 def test_a_cache_that_cannot_be_written(tmp_path, folder):
     cache = touch(tmp_path, "file", b"in the way")
     with pytest.raises(UserError, match=r"file: cannot decompress .*a\.jsonl\.gz to there"):
