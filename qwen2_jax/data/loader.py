@@ -71,7 +71,10 @@ class Loaded:
             yield stack([every[r] if r < len(every) else padding for r in numbers])
 
     def epochs(self, batches: int, rows: int) -> list[float]:
-        """How often each source is gone through in that many batches. Raises UserError if that exceeds max_epochs."""
+        """How often each source is gone through in that many batches. Raises UserError if that exceeds max_epochs.
+
+        The last batch may go beyond: the number of rows is seldom a multiple of a batch.
+        """
         total = batches * rows
         if self.data.weighted:
             weights = np.array([source.weight for source in self.data.sources], float)
@@ -81,7 +84,7 @@ class Loaded:
         else:
             counts = [total / len(self._plans[0])] * len(self.data.sources)
         for source, count in zip(self.data.sources, counts, strict=True):
-            if source.max_epochs is not None and count > source.max_epochs:
+            if source.max_epochs is not None and count - count / batches >= source.max_epochs:
                 raise UserError(
                     f"{batches} batches of {rows} rows go through {source.path} {count:.2f} times, and its max_epochs "
                     f"is {source.max_epochs:g}; take fewer steps, a smaller weight or more data"

@@ -155,6 +155,17 @@ def test_epochs_of_a_planned_run():
         data.epochs(batches=8, rows=10)
 
 
+def test_the_last_batch_may_go_beyond_max_epochs():
+    """One epoch of 10 rows is three batches of four; the rounding up is not the user's."""
+    data = loaded((10,))
+    data.data = Data(sources=(Source(path="a", max_epochs=1),))
+    assert data.epochs(batches=3, rows=4) == [1.2]
+    assert data.epochs(batches=2, rows=5) == [1.0]
+    for batches, rows in ((4, 4), (3, 5)):
+        with pytest.raises(UserError, match="its max_epochs is 1"):
+            data.epochs(batches=batches, rows=rows)
+
+
 def test_a_batch_must_divide():
     with pytest.raises(UserError, match="6 is not a multiple of hosts 4"):
         next(loaded().batches(6, host=(0, 4)))
