@@ -85,8 +85,8 @@ def tokenizer(request, tiny, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def demo():
-    return Tokenizer.from_folder(Path(qwen2_jax.demo.__file__).parent)
+def encoders(tokenizer):
+    return Encoder(tokenizer), Encoder(Tokenizer.from_folder(Path(qwen2_jax.demo.__file__).parent))
 
 
 def targeted(tokenizer, encoded):
@@ -187,8 +187,8 @@ PARTS = ["a", "'s", "Hello", "1", "!", ";\n", "\u0301", "\u0338", "\u1161", "é"
 
 @settings(max_examples=100, deadline=None, derandomize=True, database=None)
 @given(st.lists(st.sampled_from(WHITE) | st.sampled_from(PARTS) | st.just("\n"), max_size=40).map("".join))
-def test_a_long_text_in_pieces_is_the_whole(tokenizer, demo, text):
-    for encoder in (Encoder(tokenizer), Encoder(demo)):
+def test_a_long_text_in_pieces_is_the_whole(encoders, text):
+    for encoder in encoders:
         whole = encoder.encode(Text(text))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(encode, "PIECE", 1)
