@@ -101,6 +101,11 @@ class TokenStore:
         start, stop = int(self.offsets[i]), int(self.offsets[i + 1])
         return np.asarray(self.tokens[start:stop]), self.is_target(start, stop)
 
+    @property
+    def all_targets(self) -> bool:
+        """Whether every token is one."""
+        return self._bits is None
+
     def is_target(self, start: int, stop: int) -> np.ndarray:
         """Target flags of tokens [start, stop), bool."""
         if self._bits is None:

@@ -329,7 +329,8 @@ def test_one_path_as_two_sources_is_opened_once(corpus, tokenizer):
     assert len([folder for folder in (corpus / "cache").iterdir() if folder.is_dir()]) == 1
     both = open_data(corpus, tokenizer, Source(path=path, max_tokens=20), Source(path=path, min_tokens=21))
     (row,) = both.report()
-    assert row["documents"] == row["records"] == 6
+    assert row["documents"] == row["records"] == 6 and row["outside"] == 0
+    assert sum(row["outside"] for row in data.report()) == 6  # with weights each source is a group of its own
     with pytest.raises(UserError, match="no document has a length between"):
         open_data(corpus, tokenizer, Source(path=path, min_tokens=5000))
 
