@@ -16,7 +16,7 @@ import tokenizers
 
 import qwen2_jax.demo
 from qwen2_jax.data import __main__ as command
-from qwen2_jax.data import hosts, loader, plan
+from qwen2_jax.data import hosts, loader, plan, records
 from qwen2_jax.data.encode import Encoded
 from qwen2_jax.data.spec import Data, Source
 from qwen2_jax.errors import UserError
@@ -175,6 +175,13 @@ def test_a_batch_must_divide():
     ("given", "told"),
     [
         ({"sources": ()}, "sources is empty"),
+        (
+            {"sources": Source(path="a")},
+            r"sources is Source\(path='a'.*must be \(Source\(path=...\),\): mind the comma",
+        ),
+        ({"sources": "a.jsonl"}, r"sources is 'a.jsonl'; it must be \(Source\(path=...\),\): mind the comma"),
+        ({"sources": ("a.jsonl",)}, r"sources\[0\] is 'a.jsonl'; it must be a Source, as \(Source\(path=...\),\)"),
+        ({"sources": (Source(path="a"),), "cache": 5}, "cache is 5; it must be the path of a file or folder"),
         ({"sources": (Source(path="a", weight=1), Source(path="b"))}, "b has no weight and others have one"),
         ({"sources": (Source(path="a"),), "packing": "first_fit"}, "packing is 'first_fit'; supported: 'concat'"),
         ({"sources": (Source(path="a"),), "targets": "user"}, "targets is 'user'; supported: 'assistant'"),
@@ -191,6 +198,16 @@ def test_configurations_are_checked(given, told):
 def test_sources_are_checked(given):
     with pytest.raises(UserError, match="source a: "):
         Source(path="a", **given)
+
+
+def test_paths_of_any_kind(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    assert Source(path=Path("a") / "b").path == "a/b"
+    assert Source(path="~/a").path == Source(path=Path("~/a")).path == "/home/ada/a"
+    assert Data(sources=[Source(path="a")], cache="~/c") == Data(sources=(Source(path="a"),), cache=Path("/home/ada/c"))
+    for path in (None, 5, ""):
+        with pytest.raises(UserError, match=f"source: path is {path!r}; it must be the path of a file or folder"):
+            Source(path=path)
 
 
 # With the real reader, encoder and tokenizer.
@@ -354,6 +371,27 @@ def test_tokenize_and_inspect(corpus, tokenizer, capsys):
     assert "<|im_start|>user" in (out := capsys.readouterr().out) and "39" in out and "(median)" in out
     with pytest.raises(UserError, match="was made with targets 'assistant', and this run's are 'all'"):
         open_data(corpus, tokenizer, Source(path=dst), targets="all")
+
+
+def test_inspect_sends_the_terminal_no_commands(corpus, capsys):
+    (corpus / "evil.txt").write_text("title \x1b]0;owned\x07 \x1b[2J end")
+    for tokenizer in ([], ["--tokenizer", "demo"]):
+        dst = str(corpus / f"made{len(tokenizer)}")
+        assert command.main(["tokenize", str(corpus / "evil.txt"), dst, "--tokenizer", "demo"]) == 0
+        assert command.main(["inspect", dst, *tokenizer]) == 0
+        out = capsys.readouterr().out
+        assert "\x1b" not in out and "\x07" not in out and "trained tokens >>like this<<" in out
+    assert r"title \x1b]0;owned\x07 \x1b[2J end" in out
+
+
+def test_tokenize_unpacks_beside_its_result(corpus, monkeypatch):
+    packed = corpus / "chats.jsonl.gz"
+    packed.write_bytes(gzip.compress((corpus / "chats.jsonl").read_bytes()))
+    seen, real = [], records.decompressed
+    monkeypatch.setattr(records, "decompressed", lambda file, cache: seen.append(cache) or real(file, cache))
+    assert command.main(["tokenize", str(packed), str(corpus / "new" / "made"), "--tokenizer", "demo"]) == 0
+    assert [cache.parent for cache in seen] == [corpus / "new"]
+    assert [path.name for path in (corpus / "new").iterdir()] == ["made"]
 
 
 @pytest.mark.parametrize(
