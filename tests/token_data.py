@@ -16,6 +16,10 @@ class MemoryStore:
         self.tokens = np.arange(first, first + total, dtype=np.uint32)
         self.flags = np.ones(total, bool) if is_target is None else np.asarray(is_target, bool)
 
+    @property
+    def all_targets(self):
+        return bool(self.flags.all())
+
     def is_target(self, start, stop):
         return self.flags[start:stop]
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from qwen2_jax.data import show
 from qwen2_jax.errors import UserError
 
 EPILOG = """SRC is a file, a folder or a glob of .jsonl, .json, .txt, .md, .py (each also .gz or .zst), .parquet or
@@ -86,8 +87,12 @@ def _tokenize(args: argparse.Namespace) -> int:
     if Path(args.dst).exists():
         raise UserError(f"{args.dst} exists already; choose a new folder or remove that one first")
     encoder = Encoder(_tokenizer(args.tokenizer), args.targets)
-    with tempfile.TemporaryDirectory() as unpacked, progress_bar(f"tokenizing {args.src}") as progress:
-        records = open_records(args.src, Path(unpacked))
+    parent = Path(args.dst).absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    # Beside the result: /tmp may be small, and in memory.
+    unpacked = tempfile.TemporaryDirectory(prefix=".unpacked-", dir=parent)
+    with unpacked, progress_bar(f"tokenizing {args.src}") as progress:
+        records = open_records(args.src, Path(unpacked.name))
         meta = build(records, args.format, encoder, args.dst, name=args.src, progress=progress).meta
     left_out = (
         f"; left out: {meta.empty} empty, {meta.untargeted} without a target" if meta.kept < meta.documents else ""
@@ -99,11 +104,11 @@ def _tokenize(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from qwen2_jax.data.store import TokenStore, tokenizer_fingerprint
+    from qwen2_jax.data.store import TokenStore, same_tokenizer
 
     store = TokenStore(args.path)
     tokenizer = _tokenizer(args.tokenizer) if args.tokenizer else None
-    if tokenizer and tokenizer_fingerprint(tokenizer) != store.meta.tokenizer:
+    if tokenizer and not same_tokenizer(store.meta, tokenizer):
         raise UserError(f"{args.path} was made with another tokenizer than that of {args.tokenizer}")
     meta, lengths = store.meta, store.lengths
     (kept,) = np.nonzero(lengths)
@@ -123,22 +128,29 @@ def _inspect(args: argparse.Namespace) -> int:
         table.add_row(name, value)
     console = Console(highlight=False)
     console.print(table)
-    console.print(f"\n{store.where(int(kept[0]))}, trained tokens in green:")
+    marks = ("", "") if console.color_system else show.MARKS
+    trained = Text.assemble("trained tokens ", (f"{marks[0]}like this{marks[1]}", show.STYLES["target"]))
+    console.print(Text.assemble(f"\n{show.visible(store.where(int(kept[0])))}, ", trained, ":"))
     tokens, is_target = store.document(int(kept[0]))
-    console.print(_coloured(tokens[:SHOWN], is_target[:SHOWN], tokenizer))
+    console.print(_coloured(tokens[:SHOWN], is_target[:SHOWN], tokenizer, marks), soft_wrap=True)
     if len(tokens) > SHOWN:
         console.print(f"... and {len(tokens) - SHOWN:,} tokens more")
     return 0
 
 
-def _coloured(tokens: np.ndarray, is_target: np.ndarray, tokenizer) -> Text:
-    """The text of the tokens, those that are targets in green and the others dim."""
+def _coloured(tokens: np.ndarray, is_target: np.ndarray, tokenizer, marks: tuple[str, str]) -> Text:
+    """The text of the tokens, or their ids, with targets as show.py has them."""
     text = Text()
+    if tokenizer:
+        for piece, style in show.runs(tokenizer, tokens.tolist(), is_target.tolist(), marks):
+            text.append(piece, style)
+        return text
     edges = [0, *(np.nonzero(np.diff(is_target))[0] + 1).tolist(), len(tokens)]
     for a, b in itertools.pairwise(edges):
-        ids = tokens[a:b].tolist()
-        piece = tokenizer.decode(ids, skip_special_tokens=False) if tokenizer else " ".join(map(str, ids)) + " "
-        text.append(piece, "green" if is_target[a] else "dim")
+        ids, target = " ".join(map(str, tokens[a:b].tolist())), is_target[a]
+        text.append(
+            f"{marks[0]}{ids}{marks[1]} " if target else f"{ids} ", show.STYLES["target" if target else "context"]
+        )
     return text
 
 

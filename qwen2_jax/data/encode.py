@@ -16,16 +16,19 @@ Text that spells a special token stays text everywhere, in plain documents too.
 
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
+from tokenizers import models
 
 from qwen2_jax import check
 from qwen2_jax.data.formats import Chat, Document, Text
 from qwen2_jax.errors import UserError
-from qwen2_jax.tokenizer import END_OF_TEXT, IM_END, IM_START, ROLES, Tokenizer
+from qwen2_jax.tokenizer import END_OF_TEXT, IM_END, IM_START, ROLES, Tokenizer, pipeline
 
 Targets = Literal[
     "assistant",  # every answer and the <|im_end|> behind it
@@ -34,6 +37,12 @@ Targets = Literal[
     "turns_qwen1",  # every answer; of every turn <|im_start|>, <|im_end|> and the newline, as Qwen-1's script has it
     "all",  # every token, as Qwen2's finetune.py has it
 ]
+
+PIECE = 1 << 17  # characters of a long text that are encoded in one piece
+TOGETHER = 8  # pieces encoded at once: the library needs more than 100 bytes a character meanwhile
+# Qwen2's pre-tokenisation ends a word behind each run of newlines, whatever follows, so ids do not change if a text is
+# cut there: before a character that is no white space and neither combines with anything (NFC) before it.
+CUT = re.compile(r"\n(?=\S)")
 
 
 @dataclass(frozen=True)
@@ -68,20 +77,44 @@ class Encoder:
         texts: list[str] = []
         for document, parts in zip(documents, turns, strict=True):
             if isinstance(document, Text):
-                texts.append(document.text)
+                if not self._in_pieces(document):
+                    texts.append(document.text)
             elif parts is not None:
                 texts += map(_body, parts.messages)
         ids = iter(self.tokenizer.encode_batch(texts, allow_special=False))
         encoded = []
         for document, parts in zip(documents, turns, strict=True):
             if isinstance(document, Text):
-                tokens = [*next(ids), self._end_of_text]
+                tokens = self._long(document.text) if self._in_pieces(document) else next(ids)
+                tokens = [*tokens, self._end_of_text]
                 encoded.append(Encoded(tokens, [True] * len(tokens)))
             elif parts is not None:
                 encoded.append(self._join(parts, ids))
             else:
                 encoded.append(self._by_prefixes(document))
         return encoded
+
+    def _in_pieces(self, document: Text) -> bool:
+        return len(document.text) > PIECE * TOGETHER and self._may_cut
+
+    def _long(self, text: str) -> list[int]:
+        """Ids of a long text, a few pieces at a time."""
+        ids: list[int] = []
+        for some in itertools.batched(_pieces(text), TOGETHER):
+            ids += itertools.chain.from_iterable(self.tokenizer.encode_batch(some, allow_special=False))
+        return ids
+
+    @functools.cached_property
+    def _may_cut(self) -> bool:
+        """Whether this tokenizer splits as Qwen2's, and has no token of its own that reaches over a newline."""
+        ours, theirs = (json.loads(backend.to_str()) for backend in (pipeline(models.BPE()), self.tokenizer._backend))
+        for settings in (ours, theirs):  # how offsets are counted does not change ids
+            for part in (settings["pre_tokenizer"] or {}).get("pretokenizers", []):
+                part.pop("trim_offsets", None)
+        added = [token for token in theirs["added_tokens"] if not token["special"]]
+        greedy = any(token["lstrip"] or token["rstrip"] or "\n" in token["content"] for token in added)
+        same = all(ours[name] == theirs[name] for name in ("normalizer", "pre_tokenizer"))
+        return same and not greedy
 
     @functools.cached_property
     def _end_of_text(self) -> int:
@@ -224,6 +257,15 @@ class Encoder:
 
 def _body(message: dict[str, Any]) -> str:
     return f"{message['role']}\n{message['content']}"
+
+
+def _pieces(text: str) -> Iterable[str]:
+    """The text in parts of about PIECE characters, cut where CUT allows it."""
+    start = 0
+    while found := CUT.search(text, start + PIECE):
+        yield text[start : found.end()]
+        start = found.end()
+    yield text[start:]
 
 
 def _chatml(messages: Sequence[dict[str, Any]]) -> str:

@@ -7,7 +7,7 @@ import hashlib
 import importlib
 import json
 import os
-import tempfile
+import socket
 import time
 import zlib
 from collections.abc import Iterator
@@ -131,10 +131,12 @@ def decompressed(file: str, cache: Path) -> Path:
     try:
         cache.mkdir(parents=True, exist_ok=True)
         for left in cache.glob("*.unfinished"):  # by a run that was killed; a living one writes all the time
-            if time.time() - left.stat().st_mtime > 3600:
-                left.unlink(missing_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f"{target.stem}-", suffix=".unfinished", dir=cache)
-        with open(handle, "wb") as out:
+            with contextlib.suppress(FileNotFoundError):  # another host has just finished it
+                if time.time() - left.stat().st_mtime > 3600:
+                    left.unlink()
+        # Not by mkstemp, which lets nobody else read: the users of a machine may share the cache.
+        temporary = cache / f"{target.stem}-{socket.gethostname()}-{os.getpid()}.unfinished"
+        with open(temporary, "wb") as out:
             for piece in pieces(file):
                 out.write(piece)
             out.flush()
@@ -146,5 +148,5 @@ def decompressed(file: str, cache: Path) -> Path:
         ) from error
     finally:
         if temporary:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
     return target

@@ -22,11 +22,12 @@ from qwen2_jax import check
 from qwen2_jax.data import store as stores
 from qwen2_jax.data.encode import Encoder, Targets
 from qwen2_jax.data.files import library
+from qwen2_jax.data.hosts import check_equal
 from qwen2_jax.data.packing import Batch, empty_row, stack
 from qwen2_jax.data.plan import BestFitRows, ConcatRows, Documents, Rows, efficiency
-from qwen2_jax.data.records import open_records
+from qwen2_jax.data.records import is_store, open_records
 from qwen2_jax.data.spec import Data, Source
-from qwen2_jax.data.store import TokenStore, build, is_store, tokenizer_fingerprint
+from qwen2_jax.data.store import TokenStore, build, same_tokenizer
 from qwen2_jax.errors import UserError
 from qwen2_jax.tokenizer import Tokenizer
 
@@ -56,17 +57,24 @@ class Loaded:
         return _read_ahead(_Batches(self._stream(), rows, start, part))
 
     def once(self, rows: int, host: Host = (0, 1)) -> Iterator[Batch]:
-        """Every row of every source once, in order; the last batch is filled up with rows of padding."""
+        """Every row of every source once; the last batch is filled up with rows of padding.
+
+        The order is one fixed shuffle of each source, so that its first batches stand for all of it: best fit puts
+        long documents first, and a file may be sorted as well.
+        """
         part = _part(rows, host)
         dataset = _grain().MapDataset
-        every = dataset.concatenate([dataset.source(plan) for plan in self._plans])
+        every = dataset.concatenate([dataset.source(plan).shuffle(seed=0) for plan in self._plans])
         padding = empty_row(self.length, self.pad)
         for begin in range(0, len(every), rows):
             numbers = range(begin + part.start, begin + part.stop)
             yield stack([every[r] if r < len(every) else padding for r in numbers])
 
     def epochs(self, batches: int, rows: int) -> list[float]:
-        """How often each source is gone through in that many batches. Raises UserError if that exceeds max_epochs."""
+        """How often each source is gone through in that many batches. Raises UserError if that exceeds max_epochs.
+
+        The last batch may go beyond: the number of rows is seldom a multiple of a batch.
+        """
         total = batches * rows
         if self.data.weighted:
             weights = np.array([source.weight for source in self.data.sources], float)
@@ -76,7 +84,7 @@ class Loaded:
         else:
             counts = [total / len(self._plans[0])] * len(self.data.sources)
         for source, count in zip(self.data.sources, counts, strict=True):
-            if source.max_epochs is not None and count > source.max_epochs:
+            if source.max_epochs is not None and count - count / batches >= source.max_epochs:
                 raise UserError(
                     f"{batches} batches of {rows} rows go through {source.path} {count:.2f} times, and its max_epochs "
                     f"is {source.max_epochs:g}; take fewer steps, a smaller weight or more data"
@@ -156,7 +164,10 @@ def _read_ahead(source: _Batches) -> Iterator[Batch]:
 def open_data(
     data: Data, tokenizer: Tokenizer, *, length: int, seed: int, cache: Path, console: Console | None = None
 ) -> Loaded:
-    """Tokenises what is not in the cache yet and plans the rows of `length` tokens."""
+    """Tokenises what is not in the cache yet and plans the rows of `length` tokens.
+
+    Hosts call this together; it raises UserError on all of them if they do not hold the same tokens.
+    """
     if length < 1:
         raise UserError(f"rows have {length} tokens; give at least one")
     cache = data.cache or cache
@@ -166,32 +177,64 @@ def open_data(
             opened[source.path, source.format] = _open_source(source, data.targets, tokenizer, cache, console)
     found = [opened[source.path, source.format] for source in data.sources]
     parts = [(store, s.min_tokens, s.max_tokens) for store, s in zip(found, data.sources, strict=True)]
-    pad = tokenizer.pad_id if tokenizer.pad_id is not None else tokenizer.eos_ids[0]
+    pads = [tokenizer.pad_id, *tokenizer.eos_ids]
+    pad = next((token for token in pads if token is not None), None)
+    if pad is None:
+        raise UserError(
+            "this tokenizer has no token to fill rows with; name a pad_token or eos_token in its tokenizer_config.json"
+        )
     plans = [
         _plan(data, Documents([parts[i] for i in group]), length, pad, _names(data, group)) for group in _groups(data)
     ]
-    return Loaded(data, plans, seed=seed, found=[store.meta for store in found])
+    loaded = Loaded(data, plans, seed=seed, found=[store.meta for store in found])
+    check_equal([source.path for source in data.sources], loaded.identity)
+    return loaded
 
 
 def _open_source(
     source: Source, targets: Targets, tokenizer: Tokenizer, cache: Path, console: Console | None
 ) -> TokenStore:
     if source.format == "tokens" or (source.format == "auto" and is_store(source.path)):
-        store = TokenStore(source.path)
-        if store.meta.tokenizer != tokenizer_fingerprint(tokenizer):
-            raise UserError(f"{source.path} was made with another tokenizer than this run's; tokenize the data again")
-        if store.meta.format != "text" and store.meta.targets != targets:
-            raise UserError(
-                f"{source.path} was made with targets {store.meta.targets!r}, and this run's are {targets!r}; "
-                "change the run's, or tokenize the data again"
-            )
-        return store
-    records = open_records(source.path, cache)
-    recipe = (os.path.abspath(source.path), source.format, targets, tokenizer_fingerprint(tokenizer))
-    digest = hashlib.sha256("\0".join(recipe).encode()).hexdigest()[:12]  # so that runs can share one cache
-    folder = cache / f"{re.sub(r'[^A-Za-z0-9.-]+', '-', Path(source.path).name)[:60]}-{digest}"
+        return _made_ahead(source, targets, tokenizer)
+    inside = Path(source.path).resolve()
+    if inside.is_dir() and cache.resolve().is_relative_to(inside):
+        raise UserError(
+            f"the cache {cache} lies inside the source {source.path}, where it would be read as data; give another "
+            "cache (data.cache, or out, the folder of the run), or a source without it"
+        )
+    records, encoder = open_records(source.path, cache), Encoder(tokenizer, targets)
+    # What the first record says is not known yet; but all formats of chats share one folder, and texts have theirs.
+    for format in ("text", "messages") if source.format == "auto" else (source.format,):
+        folder = _folder(cache, source, stores.recipe(records, format, encoder))
+        if (made := stores.opened(records, source.format, encoder, folder)) is not None:
+            return made
+    format = stores.detect(records, source.format, source.path)
+    folder = _folder(cache, source, stores.recipe(records, format, encoder))
     with progress_bar(f"tokenizing {source.path}", console) as progress:
-        return build(records, source.format, Encoder(tokenizer, targets), folder, name=source.path, progress=progress)
+        return build(records, format, encoder, folder, name=source.path, progress=progress)
+
+
+def _folder(cache: Path, source: Source, recipe: stores.Meta) -> Path:
+    """Named by all that decides about the tokens, so that none is ever replaced while another run or host reads it.
+
+    The time of the source's files is among it: hosts with copies of their own may share one cache.
+    """
+    parts = (os.path.abspath(source.path), source.format, recipe.source, recipe.tokenizer, recipe.targets)
+    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
+    return cache / f"{re.sub(r'[^A-Za-z0-9.-]+', '-', Path(source.path).name)[:60]}-{digest}"
+
+
+def _made_ahead(source: Source, targets: Targets, tokenizer: Tokenizer) -> TokenStore:
+    """A folder written by `python -m qwen2_jax.data tokenize`."""
+    store = TokenStore(source.path)
+    if not same_tokenizer(store.meta, tokenizer):
+        raise UserError(f"{source.path} was made with another tokenizer than this run's; tokenize the data again")
+    if store.meta.format != "text" and store.meta.targets != targets:
+        raise UserError(
+            f"{source.path} was made with targets {store.meta.targets!r}, and this run's are {targets!r}; "
+            "change the run's, or tokenize the data again"
+        )
+    return store
 
 
 def _plan(data: Data, documents: Documents, length: int, pad: int, name: str) -> Rows:

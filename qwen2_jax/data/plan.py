@@ -27,6 +27,9 @@ class Store(Protocol):
     tokens: np.ndarray  # uint32 [tokens]
     offsets: np.ndarray  # int64 [documents + 1]
 
+    @property
+    def all_targets(self) -> bool: ...  # every token is one; then is_target need not be asked
+
     def is_target(self, start: int, stop: int) -> np.ndarray: ...
 
     def target_counts(self) -> np.ndarray: ...
@@ -49,22 +52,26 @@ class Documents:
     """The documents of one or more stores, chosen by length, numbered in store order.
 
     lengths: [documents] int64. starts: [documents + 1], where each begins when all are laid end to end.
+    outside: how many documents of the stores are not chosen, by any of the parts that name their store.
     """
 
     def __init__(self, parts: Sequence[tuple[Store, int, int | None]]):
         """parts: (store, fewest tokens, most tokens or None) each."""
         self._stores = [store for store, _, _ in parts]
         begins, lengths, ids = [], [], []
+        left: dict[int, np.ndarray] = {}  # by store: which documents no part has chosen
         for store, least, most in parts:
             offsets = np.asarray(store.offsets)
             n = np.diff(offsets)
             chosen = n >= max(2, least)  # one token alone has nothing to predict
             if most is not None:
                 chosen &= n <= most
+            left[id(store)] = left.get(id(store), n >= 2) & ~chosen
             (kept,) = np.nonzero(chosen)
             ids.append(kept)
             begins.append(offsets[:-1][kept])
             lengths.append(n[kept])
+        self.outside = int(sum(mask.sum() for mask in left.values()))
         self._ids, self._begins = np.concatenate(ids), np.concatenate(begins)
         self._firsts = np.cumsum([0] + [len(kept) for kept in ids])  # number of each store's first document
         self.lengths = np.concatenate(lengths)
@@ -79,6 +86,15 @@ class Documents:
         edges = self._firsts.tolist()
         parts = zip(self._stores, edges[:-1], edges[1:], strict=True)
         return np.concatenate([store.target_counts()[self._ids[a:b]] for store, a, b in parts])
+
+    def targets_within(self, numbers: np.ndarray, most: int) -> np.ndarray:
+        """How many of the first `most` tokens of each of these documents are trained, [numbers]."""
+        found = np.minimum(self.lengths[numbers], most) - 1
+        flagged = np.array([not store.all_targets for store in self._stores])
+        stores = np.searchsorted(self._firsts, numbers, "right") - 1
+        for k in np.nonzero(flagged[stores])[0].tolist():  # only flags must be looked at one by one
+            found[k] = self.document(int(numbers[k]), most).is_target[1:].sum()
+        return found
 
     def where(self, i: int) -> str:
         """What a person calls document i: its file and line."""
@@ -123,6 +139,7 @@ class Counts:
     targets: int  # of them that are trained
     dropped: int = 0  # documents too long for a row and left out
     cut: int = 0  # documents too long for a row of which only the beginning is used
+    outside: int = 0  # documents that are shorter than min_tokens or longer than max_tokens
 
 
 class Rows(Protocol):
@@ -152,7 +169,8 @@ class ConcatRows:
     def __init__(self, documents: Documents, length: int, *, pad: int):
         self.documents, self.length, self.pad = documents, length, pad
         self._total = int(documents.starts[-1])
-        self.counts = Counts(len(documents), self._total, int(documents.targets.sum()))
+        targets = int(documents.targets.sum())
+        self.counts = Counts(len(documents), self._total, targets, outside=documents.outside)
 
     def __len__(self) -> int:
         return -(-self._total // self.length)
@@ -185,17 +203,11 @@ class BestFitRows:
         """too_long: what happens to documents of more than length + 1 tokens (the last one is only a target)."""
         check.choice("too_long", too_long, ("drop", "cut", "error"))
         self.documents, self.length, self.pad = documents, length, pad
-        kept, dropped, cut = _fit(documents, length, too_long)
+        kept, dropped, cut, targets = _fit(documents, length, too_long)
         sizes = np.minimum(documents.lengths[kept] - 1, length)
         order, self._edges = best_fit(sizes, length)
         self._order = kept[order]
-        targets = int(documents.targets[kept].sum()) if not cut else self._targets(kept)
-        self.counts = Counts(len(kept), int(sizes.sum()), targets, dropped, cut)
-
-    def _targets(self, kept: np.ndarray) -> int:
-        whole = self.documents.lengths[kept] <= self.length + 1
-        beginnings = (self.documents.document(i, self.length + 1) for i in kept[~whole].tolist())
-        return int(self.documents.targets[kept[whole]].sum()) + sum(int(d.is_target[1:].sum()) for d in beginnings)
+        self.counts = Counts(len(kept), int(sizes.sum()), targets, dropped, cut, documents.outside)
 
     def __len__(self) -> int:
         return len(self._edges) - 1
@@ -209,23 +221,25 @@ class BestFitRows:
         return pack_row(documents, self.length, pad=self.pad)
 
 
-def _fit(documents: Documents, length: int, too_long: TooLong) -> tuple[np.ndarray, int, int]:
-    """Numbers of the documents to pack, how many were dropped, and how many will be cut."""
+def _fit(documents: Documents, length: int, too_long: TooLong) -> tuple[np.ndarray, int, int, int]:
+    """Numbers of the documents to pack, how many are dropped, how many cut, and how many tokens are trained."""
     long = documents.lengths > length + 1
     (over,) = np.nonzero(long)
+    targets = int(documents.targets[~long].sum())
     if not len(over):
-        return np.arange(len(documents)), 0, 0
+        return np.arange(len(documents)), 0, 0, targets
     if too_long == "error":
         first = int(over[0])
         raise UserError(
             f"{documents.where(first)} has {documents.lengths[first]} tokens, more than rows of {length} hold "
             f"({len(over)} of {len(documents)} documents do); give longer rows, or too_long 'drop' or 'cut'"
         )
-    if too_long == "cut":  # a chat whose first answer lies behind the cut teaches nothing
-        cut = [i for i in over.tolist() if documents.document(i, length + 1).is_target[1:].any()]
-        long[cut] = False
-        return np.nonzero(~long)[0], len(over) - len(cut), len(cut)
-    return np.nonzero(~long)[0], len(over), 0
+    if too_long == "cut":
+        within = documents.targets_within(over, length + 1)
+        long[over] = within == 0  # a chat whose first answer lies behind the cut teaches nothing
+        cut = int((within > 0).sum())
+        return np.nonzero(~long)[0], len(over) - cut, cut, targets + int(within.sum())
+    return np.nonzero(~long)[0], len(over), 0, targets
 
 
 def best_fit(sizes: np.ndarray, length: int, window: int = WINDOW) -> tuple[np.ndarray, np.ndarray]:

@@ -12,12 +12,13 @@ A record is a dict. Which files hold what:
 JSON and text may be compressed (.gz, .zst). A folder or a glob stands for its files, sorted, all of one kind.
 """
 
+import functools
 import glob
 import hashlib
 import json
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,6 +34,7 @@ KINDS = {
     ".parquet": "parquet", ".array_record": "array_record",
 }  # fmt: skip
 COMPRESSED = (".gz", ".zst")
+META, TOKENS = "meta.json", "tokens.u32"  # a folder with both holds token ids and no records: see store.py
 DATASET, SPLITS = "state.json", "dataset_dict.json"  # a folder with one of these was written by Hugging Face's datasets
 STEP = 1 << 24  # bytes looked at together
 
@@ -55,28 +57,32 @@ class Records(Protocol):
 def open_records(path: str, cache: Path) -> Records:
     """Records of a file, a folder or a glob; compressed JSON is decompressed once into the folder `cache`.
 
-    Raises UserError that names file and line for whatever cannot be read, now or when the record is asked for.
+    Files are found and their sizes and times taken now; they are opened when the first record or their number is asked
+    for. Raises UserError that names file and line for whatever cannot be read, now or then.
     """
-    found = _find(os.path.expanduser(path))
+    path = os.path.expanduser(path)
+    found = _find(path)
     kinds = {kind: [file for file, k in found.items() if k == kind] for kind in dict.fromkeys(found.values())}
     if len(kinds) > 1:
         listed = "; ".join(
             f"{kind}: {', '.join(files[:3])}{', ...' * (len(files) > 3)}" for kind, files in kinds.items()
         )
-        raise UserError(f"{path} mixes kinds of files ({listed}); give one kind, such as '{path.rstrip('/')}/*.jsonl'")
+        raise UserError(f"{path} mixes kinds of files ({listed}); give one kind, such as '{_of_one_kind(path, kinds)}'")
     ((kind, files),) = kinds.items()
+    return _Joined(files, lambda: _open(kind, files, cache))
+
+
+def _open(kind: str, files: list[str], cache: Path) -> "list[_Part]":
     if kind == "text":
-        parts: list[_Part] = [_Texts(files)]
-    elif kind == "jsonl":
-        parts = [_open_json(file, cache) for file in files]
-    elif kind == "parquet":
+        return [_Texts(files)]
+    if kind == "jsonl":
+        return [_open_json(file, cache) for file in files]
+    if kind == "parquet":
         row_groups = RowGroups()
-        parts = [Parquet(file, row_groups) for file in files]
-    elif kind == "array_record":
-        parts = [ArrayRecord(file) for file in files]
-    else:
-        parts = [Dataset(folder) for folder in files]
-    return _Joined(parts, _fingerprint(files))
+        return [Parquet(file, row_groups) for file in files]
+    if kind == "array_record":
+        return [ArrayRecord(file) for file in files]
+    return [Dataset(folder) for folder in files]
 
 
 class _Part(Protocol):
@@ -88,12 +94,23 @@ class _Part(Protocol):
 
 
 class _Joined:
-    """Records of several files, one after the other."""
+    """Records of several files, one after the other.
 
-    def __init__(self, parts: list[_Part], fingerprint: str):
-        self.fingerprint = fingerprint
-        self._parts = parts
-        self._starts = np.concatenate([[0], np.cumsum([len(part) for part in parts], dtype=np.int64)])
+    The fingerprint is taken before any file is opened: a file that is replaced meanwhile then counts as changed at the
+    next start, and never as read.
+    """
+
+    def __init__(self, files: Sequence[str], opened: Callable[[], list[_Part]]):
+        self.fingerprint = _fingerprint(files)
+        self._opened = opened
+
+    @functools.cached_property
+    def _parts(self) -> list[_Part]:
+        return self._opened()
+
+    @functools.cached_property
+    def _starts(self) -> np.ndarray:
+        return np.concatenate([[0], np.cumsum([len(part) for part in self._parts], dtype=np.int64)])
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -120,6 +137,8 @@ def _find(path: str) -> dict[str, str]:
     """File or data set folder -> kind, sorted by name."""
     if path.startswith(("gs://", "s3://", "hf://", "http://", "https://")):
         raise UserError(f"{path} is not on this machine; copy the data to a local folder first")
+    if is_store(path):
+        raise UserError(f"{path} holds token ids, made by `python -m qwen2_jax.data tokenize`; leave its format out")
     matches = [path] if os.path.lexists(path) else sorted(glob.glob(path, recursive=True))
     if not matches:
         raise UserError(f"{path}: no such file or folder (data on the Hugging Face Hub must be downloaded first)")
@@ -141,18 +160,42 @@ def _find(path: str) -> dict[str, str]:
 
 
 def _walk(folder: str) -> dict[str, str]:
-    """Data files below a folder. Hidden ones and those with other endings are passed over."""
+    """Data files below a folder. Hidden ones, those with other endings and folders of token ids are passed over."""
     found: dict[str, str] = {}
-    for place, folders, files in os.walk(folder, onerror=_raise):
+    seen: set[str] = set()
+    for place, folders, files in os.walk(folder, onerror=_raise, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen or is_store(place):  # a link may lead back up, or to what is found on another way
+            folders.clear()
+            continue
+        seen.add(real)
         if SPLITS in files or DATASET in files:
             found[_only_split(place) if SPLITS in files else place] = "dataset"
             folders.clear()
             continue
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in files:
             if (kind := _kind(name)) and not name.startswith("."):
                 found[os.path.join(place, name)] = kind
     return dict(sorted(found.items()))
+
+
+def is_store(path: str) -> bool:
+    """Whether this folder holds token ids, made by store.build."""
+    return all(os.path.isfile(os.path.join(path, name)) for name in (META, TOKENS))
+
+
+def _of_one_kind(path: str, kinds: Mapping[str, Sequence[str]]) -> str:
+    """A path that stands for the data without the texts beside it, such as a README.md."""
+    kind = next(kind for kind in kinds if kind != "text")
+    file = kinds[kind][0]
+    if kind == "dataset":
+        return file
+    places = [path] if os.path.isdir(path) else [os.path.dirname(one) for files in kinds.values() for one in files]
+    stem, ending = os.path.splitext(file)
+    if ending.lower() in COMPRESSED:
+        ending = os.path.splitext(stem)[1] + ending
+    return os.path.join(glob.escape(os.path.commonpath(places)), "**", f"*{ending}")
 
 
 def _only_split(folder: str) -> str:
@@ -252,7 +295,7 @@ class _Array:
         try:
             self._records: list[Any] = json.loads(text)
         except json.JSONDecodeError as error:
-            line = check.short(text.splitlines()[error.lineno - 1])
+            line = check.short(text.split("\n")[error.lineno - 1])  # splitlines would count U+2028, JSON does not
             place = f"{name} line {error.lineno}"
             raise UserError(f"{place}: not valid JSON ({error.msg}, column {error.colno}): {line}") from error
         except (ValueError, RecursionError) as error:

@@ -2,8 +2,9 @@
 """What a run trains on, as configuration: sources, their shares, and how documents become rows."""
 
 import dataclasses
+import os
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from qwen2_jax import check
 from qwen2_jax.data import formats
@@ -19,14 +20,15 @@ Packing = Literal["concat", "best_fit"]
 class Source:
     """One corpus. The same path may be given twice with other bounds: that is how a long-context mix is written."""
 
-    path: str  # file, folder or glob; or a folder made by `python -m qwen2_jax.data tokenize`
+    path: str  # or a Path: file, folder or glob; or a folder made by `python -m qwen2_jax.data tokenize`
     format: Format = "auto"  # how a record is read; auto: from the first record's fields
-    weight: float | None = None  # share of the rows (so of the tokens), relative to the others; none: see Data
+    weight: float | None = None  # share of the rows, relative to the others; none: see Data
     min_tokens: int = 0  # shorter documents are not used
     max_tokens: int | None = None  # longer documents are not used
     max_epochs: float | None = None  # a run that would repeat this source more often is refused
 
     def __post_init__(self):
+        object.__setattr__(self, "path", _expanded("source: path", self.path))
         where = f"source {self.path}"
         check.choice(f"{where}: format", self.format, get_args(Format))
         check.number(self, where, ("weight", "max_epochs"), float, 0.0, none=True)
@@ -43,7 +45,8 @@ class Data:
 
     Without weights the documents of all sources are packed together and every row is seen once per epoch. With weights
     (then every source needs one) each source is packed alone and rows are drawn in these shares, each source going
-    round at its own pace.
+    round at its own pace. Under concat rows are full and shares of the rows are shares of the tokens; under best_fit
+    a source whose rows have more padding has fewer tokens than its share.
     """
 
     sources: tuple[Source, ...]
@@ -56,6 +59,10 @@ class Data:
         check.choice("data: packing", self.packing, get_args(Packing))
         check.choice("data: too_long", self.too_long, get_args(TooLong))
         check.choice("data: targets", self.targets, get_args(Targets))
+        _check_sources(self.sources)
+        object.__setattr__(self, "sources", tuple(self.sources))
+        if self.cache is not None:
+            object.__setattr__(self, "cache", Path(_expanded("data: cache", self.cache)))
         if not self.sources:
             raise UserError("data: sources is empty; give at least one")
         without = [source.path for source in self.sources if source.weight is None]
@@ -68,3 +75,18 @@ class Data:
     def weighted(self) -> bool:
         """Whether sources are mixed in given shares."""
         return self.sources[0].weight is not None
+
+
+def _expanded(where: str, path: str | os.PathLike[str]) -> str:
+    """The path as text, with ~ replaced by the user's folder."""
+    if not isinstance(path, str | os.PathLike) or not str(path):
+        raise UserError(f"{where} is {check.short(path)}; it must be the path of a file or folder")
+    return os.path.expanduser(os.fspath(path))
+
+
+def _check_sources(sources: Any) -> None:
+    if not isinstance(sources, tuple | list):
+        raise UserError(f"data: sources is {check.short(sources)}; it must be (Source(path=...),): mind the comma")
+    for i, source in enumerate(sources):
+        if not isinstance(source, Source):
+            raise UserError(f"data: sources[{i}] is {check.short(source)}; it must be a Source, as (Source(path=...),)")

@@ -9,7 +9,9 @@ text/stories.jsonl        {"text": ...}: short tales from sentence patterns
 sums.jsonl                {"prompt": ..., "completion": ...}: worksheets of sums, one line each
 chats.jsonl               {"messages": [...]}: short questions of every skill
 recall.jsonl              {"messages": [...]}: codes hidden in texts of up to LONG characters
-held_out/*.jsonl          the same kinds; no document, sum, string or code of theirs is in the others
+held_out/*.jsonl          the same kinds, of other documents, sums, strings and codes: a hash decides where each goes.
+                          Not all text in them is new: one topic of the language reference, about 2% of the prose,
+                          is repeated inside a longer one, and a string of four digits may equal a code
 """
 
 import dataclasses

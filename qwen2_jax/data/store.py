@@ -13,12 +13,10 @@ the records.
 
 import contextlib
 import dataclasses
-import errno
 import hashlib
 import json
 import os
-import shutil
-import socket
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -28,19 +26,13 @@ import numpy as np
 from qwen2_jax.checkpoint.workspace import write_file
 from qwen2_jax.data import formats
 from qwen2_jax.data.encode import Encoded, Encoder
-from qwen2_jax.data.records import Records
+from qwen2_jax.data.records import META, TOKENS, Records
+from qwen2_jax.data.whole import alone_in, aside, publish
 from qwen2_jax.errors import UserError
 from qwen2_jax.tokenizer import Tokenizer
 
-try:
-    import fcntl
-except ModuleNotFoundError:  # not on Windows: two builders then both work, and one result is thrown away
-    fcntl = None  # type: ignore[assignment]
-
-VERSION = 1
-META = "meta.json"
+VERSION = 2
 BATCH_RECORDS, BATCH_CHARACTERS = 1024, 1 << 22  # what is tokenised together: enough for all cores, bounded in memory
-UNFINISHED = ".unfinished"
 
 Progress = Callable[[int, int], Any]  # records done, records in all
 
@@ -51,9 +43,9 @@ class Meta:
 
     version: int
     source: str  # fingerprint of the files it was made from
-    tokenizer: str  # fingerprint of the tokenizer and its chat template
+    tokenizer: str  # fingerprint of the tokenizer and, where it is not "text", its chat template
     format: str
-    targets: str
+    targets: str  # of chats; empty where format is "text": all of a text is target
     documents: int = 0  # records of the source
     tokens: int = 0
     digest: str = ""  # of ids and target flags: the same data, wherever it lies and whenever it was written
@@ -88,7 +80,7 @@ class TokenStore:
         self._locate = locate
         self.meta = read_meta(self.folder)
         n, documents = self.meta.tokens, self.meta.documents
-        self.tokens = self._map("tokens.u32", "<u4", n)
+        self.tokens = self._map(TOKENS, "<u4", n)
         self.offsets = self._map("offsets.i64", "<i8", documents + 1)
         some = (self.folder / "targets.bits").exists()
         self._bits = self._map("targets.bits", "u1", -(-n // 8)) if some else None
@@ -109,6 +101,11 @@ class TokenStore:
         start, stop = int(self.offsets[i]), int(self.offsets[i + 1])
         return np.asarray(self.tokens[start:stop]), self.is_target(start, stop)
 
+    @property
+    def all_targets(self) -> bool:
+        """Whether every token is one."""
+        return self._bits is None
+
     def is_target(self, start: int, stop: int) -> np.ndarray:
         """Target flags of tokens [start, stop), bool."""
         if self._bits is None:
@@ -122,7 +119,7 @@ class TokenStore:
 
     def where(self, document: int) -> str:
         """What a person calls this document: its file and line if the records are at hand."""
-        return self._locate(document) if self._locate else f"{self.folder} document {document}"
+        return self._locate(document) if self._locate else f"{self.folder} document {document + 1}"
 
     def _map(self, name: str, dtype: str, count: int) -> np.ndarray:
         path, want = self.folder / name, count * np.dtype(dtype).itemsize
@@ -137,17 +134,12 @@ class TokenStore:
         return f"the tokens in {self.folder} are damaged: {why}; delete that folder and run again, and it is made anew"
 
 
-def is_store(path: str | Path) -> bool:
-    """Whether this folder was made by `build`."""
-    return (Path(path) / META).is_file() and (Path(path) / "tokens.u32").exists()
-
-
 def read_meta(folder: Path) -> Meta:
     """The folder's meta.json."""
     try:
         data = json.loads((folder / META).read_text("utf-8"))
         meta = Meta(**data)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"{folder} holds no tokens (no {META}); make them with `python -m qwen2_jax.data tokenize`"
         ) from None
@@ -160,10 +152,37 @@ def read_meta(folder: Path) -> Meta:
     return meta
 
 
-def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
-    """Changes when the tokenizer gives other ids, or its chat template other text."""
-    parts = (tokenizer._backend.to_str(), tokenizer.chat_template or "")
+def tokenizer_fingerprint(tokenizer: Tokenizer, *, chat: bool) -> str:
+    """Changes when the tokenizer gives other ids or, with chat, when its chat template writes other text.
+
+    Of the special tokens that tokenizer_config.json names, such as eos_token, only those count that the template
+    names: fine-tuning renames eos_token, and most templates do not write it.
+    """
+    parts = [tokenizer._backend.to_str(), ""]
+    if chat and (template := tokenizer.chat_template):
+        parts[1] = template
+        tokens = sorted(tokenizer._template_tokens.items())
+        parts += [json.dumps(named) for named in tokens if re.search(rf"\b{named[0]}\b", template)]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+
+
+def same_tokenizer(meta: Meta, tokenizer: Tokenizer) -> bool:
+    """Whether this tokenizer would give the same ids."""
+    return meta.tokenizer == tokenizer_fingerprint(tokenizer, chat=meta.format != "text")
+
+
+def recipe(records: Records, format: str, encoder: Encoder) -> Meta:
+    """What meta.json says before anything is counted. A text depends on neither targets nor chat template."""
+    chat = format != "text"
+    fingerprint = tokenizer_fingerprint(encoder.tokenizer, chat=chat)
+    return Meta(VERSION, records.fingerprint, fingerprint, format, str(encoder.targets) if chat else "")
+
+
+def detect(records: Records, format: str, name: str) -> str:
+    """The format, or what the first record tells where it is "auto": one that differs is a mistake, not another."""
+    if not len(records):
+        raise UserError(f"{name} has no records")
+    return formats.detect(records[0], records.where(0)) if format == "auto" else format
 
 
 def build(
@@ -181,27 +200,32 @@ def build(
     the others wait for it. Raises UserError with file and line for a record that cannot be used.
     """
     folder = Path(folder).absolute()
-    if not len(records):
-        raise UserError(f"{name} has no records")
+    if (made := opened(records, format, encoder, folder)) is not None:
+        return made
     if folder.is_dir() and any(folder.iterdir()) and not (folder / META).exists():
         raise UserError(f"{folder} is in the way: it exists and holds no tokens; move it or choose another folder")
-    if format == "auto":  # the first record decides for all: one that differs is a mistake, not another format
-        format = formats.detect(records[0], records.where(0))
-    wanted = Meta(VERSION, records.fingerprint, tokenizer_fingerprint(encoder.tokenizer), format, str(encoder.targets))
-    if not _matches(folder, wanted):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(folder):
-            if not _matches(folder, wanted):  # nobody made it while this process waited
-                with _aside(folder) as work:
-                    meta = _write(records, encoder, work, wanted, name, progress)
-                    write_file(work / META, (json.dumps(dataclasses.asdict(meta), indent=2) + "\n").encode())
-                    _publish(work, folder, wanted)
+    wanted = recipe(records, detect(records, format, name), encoder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with alone_in(folder) as alone:
+        if not _matches(folder, wanted):  # nobody made it while this process waited
+            with aside(folder, alone) as work:
+                meta = _write(records, encoder, work, wanted, name, progress)
+                write_file(work / META, (json.dumps(dataclasses.asdict(meta), indent=2) + "\n").encode())
+                publish(work, folder, lambda: _matches(folder, wanted))
     return TokenStore(folder, records.where)
 
 
+def opened(records: Records, format: str, encoder: Encoder, folder: Path) -> TokenStore | None:
+    """What is in the folder, if it was made from these records in this way. Of the records nothing is read."""
+    if format == "auto":  # what was found in the first record then, it holds now: the files are the same
+        try:
+            format = read_meta(folder).format
+        except UserError:
+            return None
+    return TokenStore(folder, records.where) if _matches(folder, recipe(records, format, encoder)) else None
+
+
 def _matches(folder: Path, wanted: Meta) -> bool:
-    if not (folder / META).exists():
-        return False
     try:
         return read_meta(folder).same_recipe(wanted)
     except UserError:
@@ -290,71 +314,9 @@ def _encode(batch: list[formats.Document], encoder: Encoder, records: Records, f
 def _files(work: Path) -> Iterator[tuple[IO[bytes], ...]]:
     """The four data files, on the disk when the block ends."""
     with contextlib.ExitStack() as stack:
-        names = ("tokens.u32", "targets.bits", "offsets.i64", "counts.u32")
+        names = (TOKENS, "targets.bits", "offsets.i64", "counts.u32")
         files = tuple(stack.enter_context(open(work / name, "xb")) for name in names)
         yield files
         for file in files:
             file.flush()
             os.fsync(file.fileno())
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One process of this machine at a time. On a disk that machines share, or without locks, see _publish."""
-    path = folder.with_name(folder.name + ".lock")
-    with open(path, "w") as lock:
-        if fcntl is not None:
-            with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.flock(lock, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _aside(folder: Path) -> Iterator[Path]:
-    """An empty folder beside the wanted one, removed at the end; also removes what killed processes left."""
-    mine = f"{folder.name}{UNFINISHED}-{socket.gethostname()}-"
-    for stale in folder.parent.iterdir():
-        if stale.name.startswith(mine) and not _alive(stale.name.removeprefix(mine)):
-            shutil.rmtree(stale, ignore_errors=True)
-    work = folder.with_name(f"{mine}{os.getpid()}")
-    work.mkdir()
-    try:
-        yield work
-    except OSError as why:
-        if why.errno == errno.ENOSPC:
-            told = f"the disk became full while tokenising; nothing was left behind. Free some space: {folder.parent}"
-            raise OSError(errno.ENOSPC, told) from None
-        raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def _alive(process: str) -> bool:
-    try:
-        os.kill(int(process), 0)
-    except (ProcessLookupError, ValueError):
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
-def _publish(work: Path, folder: Path, wanted: Meta) -> None:
-    """Gives the finished folder its name, replacing an outdated one."""
-    for _ in range(10):
-        try:
-            os.replace(work, folder)  # fails where a folder with something in it is in the way
-            return
-        except OSError as why:
-            if why.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.EACCES, errno.EPERM):
-                raise
-        if _matches(folder, wanted):  # another machine was faster; its tokens are the same
-            return
-        old = work.with_name(work.name + ".old")
-        with contextlib.suppress(FileNotFoundError):  # another machine moved it first
-            os.replace(folder, old)
-        shutil.rmtree(old, ignore_errors=True)
-    raise UserError(f"{folder} changes all the time; stop the other processes that write it")

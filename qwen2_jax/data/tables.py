@@ -86,7 +86,7 @@ class ArrayRecord:
         first = self._read(0)
         try:
             self._json = isinstance(json.loads(first), dict)
-        except ValueError:
+        except (ValueError, RecursionError):  # brackets a thousand deep, in a text
             self._json = False
 
     def __len__(self) -> int:

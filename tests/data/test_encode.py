@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ids are the chat template's own and the targets are the answers: read back from the ids, for several templates."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import get_args
 
 import pytest
+import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from qwen2_jax.data import bpe
+import qwen2_jax.demo
+from qwen2_jax.data import bpe, encode
 from qwen2_jax.data.encode import Encoder, Targets
 from qwen2_jax.data.formats import Chat, Text, read
 from qwen2_jax.errors import UserError
@@ -79,6 +82,11 @@ def tokenizer(request, tiny, tmp_path_factory):
     shutil.copy(QWEN / "tokenizer.json", folder)
     (folder / "chat_template.jinja").write_text(RELEASED, "utf-8")
     return Tokenizer.from_folder(folder)
+
+
+@pytest.fixture(scope="module")
+def encoders(tokenizer):
+    return Encoder(tokenizer), Encoder(Tokenizer.from_folder(Path(qwen2_jax.demo.__file__).parent))
 
 
 def targeted(tokenizer, encoded):
@@ -171,6 +179,54 @@ def test_text_ends_with_end_of_text_and_is_all_target(tokenizer):
         assert encoded.tokens == [*tokenizer.encode(text, allow_special=False), tokenizer.token_id(END_OF_TEXT)]
         assert encoded.is_target == [True] * len(encoded)
         assert tokenizer.decode(encoded.tokens, False) == text + END_OF_TEXT
+
+
+WHITE = ["\n", "\r", " ", "\t", "\x0b", "\x0c", "\x1c", "\x1f", "\x85", "\xa0", "\u180e", "\u200b", "\u2028", "\u3000"]
+PARTS = ["a", "'s", "Hello", "1", "!", ";\n", "\u0301", "\u0338", "\u1161", "é", "你", "😀", IM_END, END_OF_TEXT]
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@given(st.lists(st.sampled_from(WHITE) | st.sampled_from(PARTS) | st.just("\n"), max_size=40).map("".join))
+def test_a_long_text_in_pieces_is_the_whole(encoders, text):
+    for encoder in encoders:
+        whole = encoder.encode(Text(text))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(encode, "PIECE", 1)
+            patch.setattr(encode, "TOGETHER", 2)
+            assert "".join(encode._pieces(text)) == text
+            assert encoder.encode(Text(text)) == whole
+            assert encoder.encode_batch([Text("a"), Text(text), Text("b")])[1] == whole
+
+
+def test_a_long_text_is_cut(tokenizer, monkeypatch):
+    text, seen = "Some words, \n\n  more.\n" * 60_000, []
+    real = Tokenizer.encode_batch
+    record = lambda self, texts, **given: seen.append(sum(map(len, texts))) or real(self, texts, **given)
+    monkeypatch.setattr(Tokenizer, "encode_batch", record)
+    encoder = Encoder(tokenizer)
+    encoded = encoder.encode(Text(text))
+    assert len(seen) > 2 and max(seen) < len(text) * 0.9
+    monkeypatch.setattr(encode, "PIECE", len(text))
+    assert encoder.encode(Text(text)) == encoded
+
+
+@pytest.mark.parametrize("change", ["split", "added"])
+def test_another_tokenizer_is_given_long_texts_whole(backend, change):
+    """GPT-2 splits "\\n\\nfoo" elsewhere than "\\n\\n" and "foo"."""
+    data = json.loads(backend.to_str())
+    if change == "split":
+        data["pre_tokenizer"] = {
+            "type": "ByteLevel",
+            "add_prefix_space": False,
+            "trim_offsets": True,
+            "use_regex": True,
+        }
+    else:
+        data["added_tokens"].append(
+            data["added_tokens"][0] | {"id": 999, "content": "<x>", "special": False, "lstrip": True}
+        )
+    other = Encoder(Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(data))))
+    assert Encoder(Tokenizer(backend))._may_cut and not other._may_cut
 
 
 def test_a_batch_equals_one_by_one(tokenizer):
@@ -283,9 +339,5 @@ def test_what_cannot_be_encoded(backend, tiny):
 
 
 def _without_special_tokens(backend):
-    import json
-
-    import tokenizers
-
     data = json.loads(backend.to_str())
     return tokenizers.Tokenizer.from_str(json.dumps(data | {"added_tokens": []}))

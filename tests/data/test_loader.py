@@ -2,17 +2,22 @@
 """Batches are a function of (data, seed, number): of nothing else, and from wherever one starts."""
 
 import collections
+import functools
+import gzip
 import itertools
 import json
+import os
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 
 import qwen2_jax.demo
 from qwen2_jax.data import __main__ as command
-from qwen2_jax.data import loader, plan
+from qwen2_jax.data import hosts, loader, plan, records
+from qwen2_jax.data.encode import Encoded
 from qwen2_jax.data.spec import Data, Source
 from qwen2_jax.errors import UserError
 from qwen2_jax.tokenizer import Tokenizer
@@ -118,11 +123,25 @@ def test_once_gives_each_row_once_and_fills_up():
     data = loaded(weights=(1.0, 2.0, 3.0))
     batches = list(data.once(50))
     assert len(batches) == -(-sum(SIZES) // 50) and all(batch.tokens_BT.shape == (50, LENGTH) for batch in batches)
-    assert names(batches)[: sum(SIZES)] == [(s, r) for s, size in enumerate(SIZES) for r in range(size)]
+    assert sorted(names(batches)[: sum(SIZES)]) == [(s, r) for s, size in enumerate(SIZES) for r in range(size)]
     assert (batches[-1].segments_BT[sum(SIZES) % 50 :] == -1).all() and not batches[-1].weights_BT[13:].any()
     halves = [list(data.once(50, host=(index, 2))) for index in range(2)]
     for whole, *parts in zip(batches, *halves, strict=True):
         np.testing.assert_array_equal(whole.tokens_BT, np.concatenate([part.tokens_BT for part in parts]))
+
+
+@pytest.mark.parametrize("packing", [plan.ConcatRows, plan.BestFitRows])
+def test_the_first_batches_of_once_stand_for_all(packing):
+    """Documents sorted by length, as best fit has them anyway: a few batches must not hold the long ones alone."""
+    lengths = [LENGTH + 1] * 100 + [2] * 400
+    rows = packing(plan.Documents([(MemoryStore(lengths), 0, None)]), LENGTH, pad=PAD)
+    opened = lambda seed: loader.Loaded(Data(sources=(Source(path="a"),)), [rows], seed=seed, found=[])
+    first = list(itertools.islice(opened(0).once(20), 3))
+    whole = list(opened(0).once(20))
+    short = lambda batches: np.mean([batch.tokens_BT[:, 0] >= 500 for batch in batches])  # share of rows
+    assert abs(short(first) - short(whole)) < 0.15
+    for a, b in zip(first, opened(1).once(20), strict=False):  # a run's seed does not change what is measured
+        np.testing.assert_array_equal(a.tokens_BT, b.tokens_BT)
 
 
 def test_epochs_of_a_planned_run():
@@ -136,6 +155,17 @@ def test_epochs_of_a_planned_run():
         data.epochs(batches=8, rows=10)
 
 
+def test_the_last_batch_may_go_beyond_max_epochs():
+    """One epoch of 10 rows is three batches of four; the rounding up is not the user's."""
+    data = loaded((10,))
+    data.data = Data(sources=(Source(path="a", max_epochs=1),))
+    assert data.epochs(batches=3, rows=4) == [1.2]
+    assert data.epochs(batches=2, rows=5) == [1.0]
+    for batches, rows in ((4, 4), (3, 5)):
+        with pytest.raises(UserError, match="its max_epochs is 1"):
+            data.epochs(batches=batches, rows=rows)
+
+
 def test_a_batch_must_divide():
     with pytest.raises(UserError, match="6 is not a multiple of hosts 4"):
         next(loaded().batches(6, host=(0, 4)))
@@ -145,6 +175,13 @@ def test_a_batch_must_divide():
     ("given", "told"),
     [
         ({"sources": ()}, "sources is empty"),
+        (
+            {"sources": Source(path="a")},
+            r"sources is Source\(path='a'.*must be \(Source\(path=...\),\): mind the comma",
+        ),
+        ({"sources": "a.jsonl"}, r"sources is 'a.jsonl'; it must be \(Source\(path=...\),\): mind the comma"),
+        ({"sources": ("a.jsonl",)}, r"sources\[0\] is 'a.jsonl'; it must be a Source, as \(Source\(path=...\),\)"),
+        ({"sources": (Source(path="a"),), "cache": 5}, "cache is 5; it must be the path of a file or folder"),
         ({"sources": (Source(path="a", weight=1), Source(path="b"))}, "b has no weight and others have one"),
         ({"sources": (Source(path="a"),), "packing": "first_fit"}, "packing is 'first_fit'; supported: 'concat'"),
         ({"sources": (Source(path="a"),), "targets": "user"}, "targets is 'user'; supported: 'assistant'"),
@@ -161,6 +198,16 @@ def test_configurations_are_checked(given, told):
 def test_sources_are_checked(given):
     with pytest.raises(UserError, match="source a: "):
         Source(path="a", **given)
+
+
+def test_paths_of_any_kind(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    assert Source(path=Path("a") / "b").path == "a/b"
+    assert Source(path="~/a").path == Source(path=Path("~/a")).path == "/home/ada/a"
+    assert Data(sources=[Source(path="a")], cache="~/c") == Data(sources=(Source(path="a"),), cache=Path("/home/ada/c"))
+    for path in (None, 5, ""):
+        with pytest.raises(UserError, match=f"source: path is {path!r}; it must be the path of a file or folder"):
+            Source(path=path)
 
 
 # With the real reader, encoder and tokenizer.
@@ -205,6 +252,92 @@ def test_from_files_to_batches_and_from_the_cache(corpus, tokenizer, monkeypatch
         np.testing.assert_array_equal(a.tokens_BT, b.tokens_BT)
 
 
+@pytest.mark.parametrize("format", ["auto", "messages"])
+def test_what_is_tokenised_is_not_read_again(corpus, tokenizer, format):
+    """A restart needs the files' sizes and times only; their bytes and decompressed copies may be gone."""
+    packed = corpus / "chats.jsonl.gz"
+    packed.write_bytes(gzip.compress((corpus / "chats.jsonl").read_bytes()))
+    source = Source(path=str(packed), format=format)
+    first = open_data(corpus, tokenizer, source)
+    (copy,) = (corpus / "cache").glob("*.jsonl")
+    copy.unlink()
+    status = packed.stat()
+    packed.write_bytes(b"x" * status.st_size)
+    os.utime(packed, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert open_data(corpus, tokenizer, source).identity == first.identity
+    assert not copy.exists()
+    packed.write_bytes(b"x" * status.st_size)  # a new time: now it is read
+    with pytest.raises(UserError, match=r"chats.jsonl.gz: damaged"):
+        open_data(corpus, tokenizer, source)
+
+
+def folders(corpus):
+    return {folder for folder in (corpus / "cache").iterdir() if folder.is_dir()}
+
+
+def test_texts_depend_on_neither_targets_nor_template(corpus, tokenizer):
+    text, chats = Source(path=str(corpus / "texts")), Source(path=str(corpus / "chats.jsonl"))
+    other = Tokenizer(tokenizer._backend, {"chat_template": "{{ messages[0].content }}", "eos_token": "<|im_end|>"})
+    first = open_data(corpus, tokenizer, text)
+    (made,) = folders(corpus)
+    for given, targets in ((tokenizer, "all"), (other, "assistant")):
+        assert open_data(corpus, given, text, targets=targets).identity == first.identity
+        assert open_data(corpus, given, Source(path=str(made)), targets=targets).identity == first.identity
+    assert folders(corpus) == {made}
+    open_data(corpus, tokenizer, chats)
+    open_data(corpus, tokenizer, chats, targets="all")
+    assert len(folders(corpus)) == 3  # of chats each has its own
+
+
+def test_copies_with_other_times_share_a_cache(corpus, tokenizer):
+    """Hosts with copies of their own: none may replace what another has mapped."""
+    path = corpus / "chats.jsonl"
+    opened = []
+    for time_ns in (1, 2, 1):
+        os.utime(path, ns=(time_ns, time_ns))
+        opened.append((open_data(corpus, tokenizer, Source(path=str(path))), folders(corpus)))
+    first, second, third = (data.identity for data, _ in opened)
+    assert first == second == third
+    assert [len(made) for _, made in opened] == [1, 2, 2]
+
+
+@pytest.mark.parametrize("inside", ["", "sub/tokens"])
+def test_a_cache_inside_the_data_is_refused(corpus, tokenizer, inside):
+    with pytest.raises(UserError, match="the cache .* lies inside the source .*texts, where it would be read"):
+        open_data(corpus, tokenizer, Source(path=str(corpus / "texts")), cache=corpus / "texts" / inside)
+
+
+def test_a_format_of_token_ids(corpus, tokenizer):
+    open_data(corpus, tokenizer, Source(path=str(corpus / "chats.jsonl")))
+    (made,) = folders(corpus)
+    with pytest.raises(UserError, match="holds token ids.*; leave its format out"):
+        open_data(corpus, tokenizer, Source(path=str(made), format="messages"))
+
+
+def test_hosts_must_have_the_same_tokens(corpus, tokenizer, monkeypatch):
+    sources = Source(path=str(corpus / "chats.jsonl")), Source(path=str(corpus / "texts"))
+    monkeypatch.setattr(hosts.jax, "process_count", lambda: 3)
+    gathered = lambda mine, changed: np.stack([mine, mine, mine + np.array([[0], [changed]], np.uint8)])
+    for changed in (0, 1):
+        together = functools.partial(gathered, changed=changed)
+        monkeypatch.setattr(hosts.multihost_utils, "process_allgather", together)
+        if not changed:
+            open_data(corpus, tokenizer, *sources)
+            continue
+        with pytest.raises(UserError, match=r"hosts have other data than host 0: [^ ]*texts \(hosts 2\); give all"):
+            open_data(corpus, tokenizer, *sources)
+
+
+def test_a_tokenizer_without_a_token_to_fill_with(corpus, tokenizer):
+    bare = json.loads(tokenizer._backend.to_str()) | {"added_tokens": []}
+    bare = Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(bare)))
+    ids = [[1, 2, 3]] * 6
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loader.Encoder, "encode_batch", lambda self, documents: [Encoded(i, [True] * 3) for i in ids])
+        with pytest.raises(UserError, match="no token to fill rows with; name a pad_token or eos_token"):
+            open_data(corpus, bare, Source(path=str(corpus / "texts")))
+
+
 def test_one_path_as_two_sources_is_opened_once(corpus, tokenizer):
     path = str(corpus / "texts")
     short, long = Source(path=path, weight=3, max_tokens=20), Source(path=path, weight=1, min_tokens=21)
@@ -213,7 +346,8 @@ def test_one_path_as_two_sources_is_opened_once(corpus, tokenizer):
     assert len([folder for folder in (corpus / "cache").iterdir() if folder.is_dir()]) == 1
     both = open_data(corpus, tokenizer, Source(path=path, max_tokens=20), Source(path=path, min_tokens=21))
     (row,) = both.report()
-    assert row["documents"] == row["records"] == 6
+    assert row["documents"] == row["records"] == 6 and row["outside"] == 0
+    assert sum(row["outside"] for row in data.report()) == 6  # with weights each source is a group of its own
     with pytest.raises(UserError, match="no document has a length between"):
         open_data(corpus, tokenizer, Source(path=path, min_tokens=5000))
 
@@ -237,6 +371,27 @@ def test_tokenize_and_inspect(corpus, tokenizer, capsys):
     assert "<|im_start|>user" in (out := capsys.readouterr().out) and "39" in out and "(median)" in out
     with pytest.raises(UserError, match="was made with targets 'assistant', and this run's are 'all'"):
         open_data(corpus, tokenizer, Source(path=dst), targets="all")
+
+
+def test_inspect_sends_the_terminal_no_commands(corpus, capsys):
+    (corpus / "evil.txt").write_text("title \x1b]0;owned\x07 \x1b[2J end")
+    for tokenizer in ([], ["--tokenizer", "demo"]):
+        dst = str(corpus / f"made{len(tokenizer)}")
+        assert command.main(["tokenize", str(corpus / "evil.txt"), dst, "--tokenizer", "demo"]) == 0
+        assert command.main(["inspect", dst, *tokenizer]) == 0
+        out = capsys.readouterr().out
+        assert "\x1b" not in out and "\x07" not in out and "trained tokens >>like this<<" in out
+    assert r"title \x1b]0;owned\x07 \x1b[2J end" in out
+
+
+def test_tokenize_unpacks_beside_its_result(corpus, monkeypatch):
+    packed = corpus / "chats.jsonl.gz"
+    packed.write_bytes(gzip.compress((corpus / "chats.jsonl").read_bytes()))
+    seen, real = [], records.decompressed
+    monkeypatch.setattr(records, "decompressed", lambda file, cache: seen.append(cache) or real(file, cache))
+    assert command.main(["tokenize", str(packed), str(corpus / "new" / "made"), "--tokenizer", "demo"]) == 0
+    assert [cache.parent for cache in seen] == [corpus / "new"]
+    assert [path.name for path in (corpus / "new").iterdir()] == ["made"]
 
 
 @pytest.mark.parametrize(

@@ -155,6 +155,26 @@ def test_documents_are_chosen_by_length():
     assert sorted(split.lengths.tolist()) == [2, 5, 5, 9]
 
 
+def test_documents_outside_are_counted():
+    """Each once: of a path given twice, those that neither source takes."""
+    found = [MemoryStore([2, 5, 9, 0, 14, 20]), MemoryStore([3, 30], first=50)]
+    assert plan.ConcatRows(documents(found, least=4, most=14), 8, pad=PAD).counts.outside == 2 + 2
+    twice = plan.Documents([(found[0], 14, None), (found[0], 0, 5), (found[1], 0, None)])
+    assert twice.outside == 1
+    assert plan.BestFitRows(twice, 8, pad=PAD).counts.outside == 1
+
+
+def test_flags_are_looked_at_only_where_there_are_some(monkeypatch):
+    """A large text corpus would be gone through document by document at each start."""
+    flagged = MemoryStore([10, 3, 10], first=30, is_target=[0] * 5 + [1] * 18)
+    plain = MemoryStore([10, 10, 10])
+    asked, real = [], MemoryStore.is_target
+    monkeypatch.setattr(MemoryStore, "is_target", lambda self, a, b: asked.append(self) or real(self, a, b))
+    counts = plan.BestFitRows(documents([plain, flagged, plain]), 6, pad=PAD, too_long="cut").counts
+    assert counts == plan.Counts(documents=9, tokens=8 * 6 + 2, targets=6 * 6 + 2 + 2 + 6, cut=8)
+    assert asked == [flagged] * 2
+
+
 def test_too_long_error_names_the_first():
     chosen = documents([MemoryStore([3, 9, 12])])
     assert len(plan.BestFitRows(chosen, 11, pad=PAD, too_long="error")) == 2  # the last token needs no position

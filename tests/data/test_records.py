@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import random
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -115,6 +116,16 @@ def test_fingerprint_follows_a_folder_of_datasets(tmp_path, folder):
     assert open_records(str(tmp_path / "d"), tmp_path).fingerprint != first
 
 
+def test_fingerprint_is_that_before_reading(tmp_path):
+    """A file replaced while it is read must not count as read: the next start reads it again."""
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(lines())
+    records = open_records(str(file), tmp_path)
+    file.write_bytes(lines(RECORDS[:5]))
+    assert len(records) == 5
+    assert records.fingerprint != open_records(str(file), tmp_path).fingerprint
+
+
 # Lines
 
 
@@ -178,7 +189,13 @@ def test_an_array_is_checked_when_it_is_opened(tmp_path):
     file = tmp_path / "a.json"
     file.write_text('[\n {"text": "a"},\n {"text" "b"}\n]')
     with pytest.raises(UserError, match=r"a.json line 3: not valid JSON .*column 10.*'.*\"text\" \"b\"}'"):
-        open_records(str(file), tmp_path)
+        len(open_records(str(file), tmp_path))
+    file.write_text('["\u2028",\n {"text" "b"}\n]', "utf-8")
+    with pytest.raises(UserError, match=r"a.json line 2: not valid JSON .*'.*\"text\" \"b\"}'"):
+        len(open_records(str(file), tmp_path))
+    file.write_text('[{"text": "a"},\n')  # cut off
+    with pytest.raises(UserError, match=r"a.json line 2: not valid JSON \(Expecting value, column 1\): ''"):
+        len(open_records(str(file), tmp_path))
     file.write_text('[{"text": "a"}, 5]')
     with pytest.raises(UserError, match=r"a.json item 2: 5 is not a JSON object"):
         open_records(str(file), tmp_path)[1]
@@ -223,6 +240,42 @@ def test_a_folder_and_a_glob_are_their_files_sorted(tmp_path):
     assert len(open_records(str(folder / "odd[1].jsonl"), tmp_path)) == 2
 
 
+def test_links_to_folders_are_followed_once(tmp_path):
+    touch(tmp_path, "elsewhere/a.jsonl", lines(RECORDS[:3]))
+    touch(tmp_path, "data/b.jsonl", lines(RECORDS[3:5]))
+    (tmp_path / "data" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "up").symlink_to(tmp_path / "data")
+    records = open_records(str(tmp_path / "data"), tmp_path)
+    assert list(records) == [*RECORDS[3:5], *RECORDS[:3]]
+    assert records.where(2) == f"{tmp_path / 'data' / 'link' / 'a.jsonl'} line 1"
+
+
+def test_token_ids_are_no_records(tmp_path):
+    touch(tmp_path, "data/a.jsonl", lines())
+    for name in (module.META, module.TOKENS):
+        touch(tmp_path, f"data/tokens/{name}", b'{"text": "not this"}')
+    assert list(open_records(str(tmp_path / "data"), tmp_path)) == RECORDS
+    with pytest.raises(UserError, match="tokens holds token ids.*; leave its format out"):
+        open_records(str(tmp_path / "data" / "tokens"), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "data[1]/a.jsonl", "data/b.JSON.gz", "data/set"])
+def test_the_glob_suggested_for_mixed_kinds_works(name, tmp_path, monkeypatch):
+    """A downloaded data set has a README.md beside its folder of data."""
+    touch(tmp_path, "here/README.md", b"About")
+    if name == "data/set":
+        dataset(tmp_path / "here" / name)
+    else:
+        touch(tmp_path, f"here/{name}", gzip.compress(lines()) if name.endswith(".gz") else lines())
+    monkeypatch.chdir(tmp_path / "here")
+    for path in (str(tmp_path / "here"), f"{tmp_path / 'here'}/", ".", "*"):
+        with pytest.raises(UserError, match="mixes kinds of files .*, such as '(.*)'") as error:
+            open_records(path, tmp_path)
+        suggested = re.search("such as '(.*)'", str(error.value))[1]
+        assert list(open_records(suggested, tmp_path)) == RECORDS, suggested
+
+
 def test_splits_of_datasets(tmp_path):
     dataset(tmp_path / "both" / "train", RECORDS[:3])
     (tmp_path / "both" / "dataset_dict.json").write_text('{"splits": ["train"]}')
@@ -240,6 +293,8 @@ def test_a_raw_text_array_record(tmp_path):
     assert [records[0], records[1]] == [{"text": "é"}, {"text": '{"text": 1}'}]
     with pytest.raises(UserError, match=r"a\.array_record record 3 line 1: not valid UTF-8"):
         records[2]
+    array_record(tmp_path / "deep.array_record", [b"[" * 100_000])
+    assert open_records(str(tmp_path / "deep.array_record"), tmp_path)[0] == {"text": "[" * 100_000}
 
 
 def flip(data: bytes, start: int, stop: int) -> bytes:
@@ -319,7 +374,7 @@ def test_no_permission(name, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(builtins, "open", refuse)
     monkeypatch.setattr("io.open", refuse)
     with pytest.raises(UserError, match=f"{name}: cannot be read \\(Permission denied\\)"):
-        open_records(str(folder / name), tmp_path / "cache")
+        len(open_records(str(folder / name), tmp_path / "cache"))
 
 
 def test_a_missing_library_is_named_with_the_remedy(folder, tmp_path, monkeypatch):
@@ -329,7 +384,7 @@ def test_a_missing_library_is_named_with_the_remedy(folder, tmp_path, monkeypatc
     for name, file in (modules | {"array_record.python.array_record_module": "a.array_record"}).items():
         monkeypatch.setitem(sys.modules, name, None)
         with pytest.raises(UserError, match=rf'needs {name.split(".")[0]}: pip install "qwen2-jax\[data\]"'):
-            open_records(str(folder / file), tmp_path / "cache")
+            len(open_records(str(folder / file), tmp_path / "cache"))
 
 
 # The cache of decompressed files
@@ -339,7 +394,7 @@ def test_a_file_is_decompressed_once(tmp_path, folder):
     cache = tmp_path / "cache"
     file = tmp_path / "a.jsonl.gz"
     file.write_bytes(gzip.compress(lines()))
-    open_records(str(file), cache)
+    len(open_records(str(file), cache))
     (made,) = cache.iterdir()
     made.write_bytes(lines(RECORDS[:3]))  # what is there is taken
     assert len(open_records(str(file), cache)) == 3
@@ -347,12 +402,25 @@ def test_a_file_is_decompressed_once(tmp_path, folder):
     assert len(open_records(str(file), cache)) == 5  # the file has changed
     old, new = (touch(cache, f"{name}.unfinished", b"x") for name in ("old", "new"))
     os.utime(old, (time.time() - 7200,) * 2)
-    open_records(str(folder / "a.jsonl.zst"), cache)
+    len(open_records(str(folder / "a.jsonl.zst"), cache))
     assert not Path(old).exists()
     assert Path(new).exists()  # another process may be writing it
+
+
+def test_a_cache_is_shared_by_hosts_and_users(tmp_path, folder, monkeypatch):
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    monkeypatch.setattr(Path, "glob", lambda *_: iter([cache / "renamed since.unfinished"]))
+    mask = os.umask(0o022)
+    try:
+        len(open_records(str(folder / "a.jsonl.gz"), cache))
+    finally:
+        os.umask(mask)
+    (made,) = cache.iterdir()
+    assert made.stat().st_mode & 0o777 == 0o644
 
 
 def test_a_cache_that_cannot_be_written(tmp_path, folder):
     cache = touch(tmp_path, "file", b"in the way")
     with pytest.raises(UserError, match=r"file: cannot decompress .*a\.jsonl\.gz to there"):
-        open_records(str(folder / "a.jsonl.gz"), Path(cache))
+        len(open_records(str(folder / "a.jsonl.gz"), Path(cache)))

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tokens as a terminal may show them: targets stand out, special tokens are spelled, and nothing in them is obeyed.
+
+Data comes from others, and a terminal carries out what it is sent: an escape sequence in a document could rewrite the
+window's title or hide lines. Everything of the data that is printed goes through `visible`.
+"""
+
+from collections.abc import Iterator, Sequence
+
+from qwen2_jax.tokenizer import Tokenizer
+
+STYLES = {"target": "bold green", "context": "dim", "special": "underline"}
+MARKS = (">>", "<<")  # around targets, where the console has no colours
+
+
+def runs(
+    tokenizer: Tokenizer, ids: Sequence[int], is_target: Sequence[bool], marks: tuple[str, str] = ("", "")
+) -> Iterator[tuple[str, str]]:
+    """(text, style) of neighbouring tokens that are alike; joined, so that characters cut into tokens are whole.
+
+    style: of rich, from STYLES. marks: put around targets. Control characters are spelled out.
+    """
+    kinds = [(bool(target), token in tokenizer.special_ids) for token, target in zip(ids, is_target, strict=True)]
+    start = 0
+    for i in range(1, len(ids) + 1):
+        if i < len(ids) and kinds[i] == kinds[start]:
+            continue
+        target, special = kinds[start]
+        style = STYLES["target" if target else "context"]
+        if target and (start == 0 or not kinds[start - 1][0]):
+            yield marks[0], style
+        yield visible(tokenizer.decode(ids[start:i], False)), f"{style} {STYLES['special']}" if special else style
+        if target and (i == len(ids) or not kinds[i][0]):
+            yield marks[1], style
+        start = i
+
+
+def visible(text: str) -> str:
+    """The text with control characters spelled out, so that data cannot command the terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
