@@ -2,7 +2,7 @@
 """What a run would do, before it does it: sizes, bytes, tokens, operations, and the first batch for eyes to check."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,11 +17,9 @@ from qwen2_jax import chips, flops
 from qwen2_jax.checkpoint.console import readable_bytes
 from qwen2_jax.config import ModelConfig
 from qwen2_jax.data.packing import Batch
+from qwen2_jax.data.show import MARKS, STYLES, runs
 from qwen2_jax.logprob import CHUNK
 from qwen2_jax.tokenizer import Tokenizer
-
-STYLES = {"target": "bold green", "context": "dim", "special": "underline"}
-MARKS = (">>", "<<")  # around targets, where the console has no colours
 
 
 class Bytes(NamedTuple):
@@ -187,36 +185,12 @@ def first_row(batch: Batch, tokenizer: Tokenizer, *, shown: int = 600, marks: tu
         is_target = [False, *(weights[start:end] > 0).tolist()]
         counted = f"{end - start} tokens, {sum(is_target)} targets"
         text.append(f"{chr(10) if start else ''}--- document {segments[start]}: {counted} ---\n", "bold")
-        for spelled, kind in _runs(tokenizer, ids[:left], is_target[:left], marks):
+        for spelled, kind in runs(tokenizer, ids[:left], is_target[:left], marks):
             text.append(spelled, kind)
         if len(ids) > left:
             text.append(f" ... {len(ids) - left} more tokens", "bold")
         left = max(0, left - len(ids))
     return text
-
-
-def _runs(
-    tokenizer: Tokenizer, ids: Sequence[int], is_target: Sequence[bool], marks: tuple[str, str]
-) -> Iterator[tuple[str, str]]:
-    """(text, style) of neighbouring tokens that are alike; joined, so that characters cut into tokens are whole."""
-    kinds = [(target, token in tokenizer.special_ids) for token, target in zip(ids, is_target, strict=True)]
-    start = 0
-    for i in range(1, len(ids) + 1):
-        if i < len(ids) and kinds[i] == kinds[start]:
-            continue
-        target, special = kinds[start]
-        style = STYLES["target" if target else "context"]
-        if target and (start == 0 or not kinds[start - 1][0]):
-            yield marks[0], style
-        yield visible(tokenizer.decode(ids[start:i], False)), f"{style} {STYLES['special']}" if special else style
-        if target and (i == len(ids) or not kinds[i][0]):
-            yield marks[1], style
-        start = i
-
-
-def visible(text: str) -> str:
-    """The text with control characters spelled out, so that data cannot command the terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
 def _at_best(cost: float) -> str:
