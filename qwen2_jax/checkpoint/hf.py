@@ -261,13 +261,14 @@ def write(
                 write_all(files[file], [np.ascontiguousarray(array).reshape(-1).view(np.uint8)])
             for finish in afterwards:
                 finish()
+        if layout.index is not None:
+            files[INDEX] = open(folder / INDEX, "xb", buffering=0)  # noqa: SIM115
+            write_all(files[INDEX], [layout.index.encode()])
         for f in files.values():
             os.fsync(f.fileno())
     finally:
         for f in files.values():
             f.close()
-    if layout.index is not None:
-        (folder / INDEX).write_text(layout.index, encoding="utf-8")
 
 
 def as_dtype(array: np.ndarray, dtype: np.dtype) -> np.ndarray:

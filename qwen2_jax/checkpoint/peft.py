@@ -66,11 +66,13 @@ class AdapterTensors(TreeTensors):
         self.infos = {name: TensorInfo(dtype, slot.shape) for name, slot in self.table.items()}
 
 
-def save_peft(folder: str | Path, config: ModelConfig, adapters: Tree, lora: Lora, base_name: str) -> Path:
+def save_peft(
+    folder: str | Path, config: ModelConfig, adapters: Tree, lora: Lora, base_name: str, *, replace: bool = False
+) -> Path:
     """Writes adapters as a new folder that peft.PeftModel.from_pretrained loads onto the base model. Returns its path.
 
     base_name: the base model's name on the Hub or its folder, recorded for the reader. The folder appears whole or not
-    at all.
+    at all. replace: one that is there gives its place to the new one when that is complete.
     """
     tensors = AdapterTensors(config, adapters, lora)
     about = {
@@ -90,7 +92,8 @@ def save_peft(folder: str | Path, config: ModelConfig, adapters: Tree, lora: Lor
         "use_rslora": lora.rslora,
     }
     layout = Layout({WEIGHTS: header_text(tensors.infos)})
-    with new_folder(folder, sum(info.nbytes for info in tensors.infos.values()) + MARGIN_BYTES) as work:
+    nbytes = sum(info.nbytes for info in tensors.infos.values()) + MARGIN_BYTES
+    with new_folder(folder, nbytes, replace=replace) as work:
         hf.write(work, tensors, layout, _unobserved)
         write_file(work / CONFIG, (json.dumps(about, indent=2) + "\n").encode())
     return Path(folder)

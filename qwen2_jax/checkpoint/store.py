@@ -162,17 +162,18 @@ def save_hf(
     *,
     tokenizer_files_from: str | Path | Source | None = None,
     max_shard_bytes: int = SHARD_BYTES,
+    replace: bool = False,
     progress: Progress | None = None,
 ) -> Path:
     """Writes a Hugging Face folder that transformers loads, one tensor at a time. Returns its path.
 
     params: stacked or unrolled, on any devices; written in their dtypes. tokenizer_files_from: a checkpoint whose
     tokenizer, generation settings and other small files are copied. max_shard_bytes: size above which weights go to a
-    new file.
+    new file. replace: a folder that is there gives its place to the new one when that is complete.
     """
     tensors = TreeTensors(config, params)
     files = _files(config, tensors.infos, tokenizer_files_from)
-    return _write_hf(path, tensors, hf.new_layout(tensors.infos, max_shard_bytes), files, progress)
+    return _write_hf(path, tensors, hf.new_layout(tensors.infos, max_shard_bytes), files, progress, replace=replace)
 
 
 def save_orbax(
@@ -260,7 +261,15 @@ def _json(data: Mapping) -> bytes:
     return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _write_hf(path, tensors: Tensors, layout: Layout, files: Mapping[str, bytes], progress: Progress | None) -> Path:
+def _write_hf(
+    path,
+    tensors: Tensors,
+    layout: Layout,
+    files: Mapping[str, bytes],
+    progress: Progress | None,
+    *,
+    replace: bool = False,
+) -> Path:
     total = sum(info.nbytes for info in tensors.infos.values())
     hasher, done = Hasher(), 0
 
@@ -275,7 +284,7 @@ def _write_hf(path, tensors: Tensors, layout: Layout, files: Mapping[str, bytes]
         if progress is not None:
             progress(min(done, total), total)
 
-    with new_folder(path, total + sum(map(len, files.values())) + MARGIN_BYTES) as folder:
+    with new_folder(path, total + sum(map(len, files.values())) + MARGIN_BYTES, replace=replace) as folder:
         hf.write(folder, tensors, layout, writing)
         _write_files(folder, files, hasher)
     return Path(path)

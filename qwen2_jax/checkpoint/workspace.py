@@ -17,17 +17,22 @@ from qwen2_jax.checkpoint.places import MARKER, UNFINISHED
 from qwen2_jax.checkpoint.tensorfile import CheckpointError
 
 
+REPLACED = "replaced"  # in the folder that is worked in: what was at the target until the new one took its place
+
+
 @contextlib.contextmanager
-def new_folder(path: str | os.PathLike, nbytes: int) -> Iterator[Path]:
+def new_folder(path: str | os.PathLike, nbytes: int, *, replace: bool = False) -> Iterator[Path]:
     """Yields an empty folder that becomes `path` when the block ends, and is removed when it fails.
 
     nbytes: what will be written; checked against the free space first. What an earlier run left when it was killed is
-    removed. Raises CheckpointError if `path` holds something already, OSError if the disk is too small.
+    removed. replace: a folder that is at `path` stays there until the new one is complete, gives its place to it by
+    two renames and is removed then; a kill between the renames is repaired by the next call. Raises CheckpointError if
+    `path` holds something that may not be replaced, OSError if the disk is too small.
     """
     if str(path).startswith("gs://"):
         raise CheckpointError(f"{path}: write to a local folder first, then copy it whole with `gcloud storage cp -r`")
     target = Path(path).expanduser().absolute()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if target.exists() and (not target.is_dir() or (not replace and any(target.iterdir()))):
         raise CheckpointError(f"{path} exists already; choose a new folder or remove that one first")
     work = target.with_name(target.name + UNFINISHED)
     if work.exists() and not (work / MARKER).exists() and (not work.is_dir() or any(work.iterdir())):
@@ -41,12 +46,17 @@ def new_folder(path: str | os.PathLike, nbytes: int) -> Iterator[Path]:
             raise CheckpointError(f"{path} is being written by another process") from None
         folder = work / "checkpoint"
         try:
+            _put_back(work, target)
             for left in work.iterdir():  # of a run that was killed
                 if left.name != MARKER:
                     shutil.rmtree(left) if left.is_dir() else left.unlink()
             _need_space(target.parent, nbytes)
             folder.mkdir()
             yield folder
+            for inside, _, _ in os.walk(folder):  # the names of its files; what is in them was written by write_file
+                _sync(Path(inside))
+            if target.exists() and any(target.iterdir()):
+                os.replace(target, work / REPLACED)
             os.replace(folder, target)
             _sync(target.parent)
         except OSError as why:
@@ -57,7 +67,14 @@ def new_folder(path: str | os.PathLike, nbytes: int) -> Iterator[Path]:
                 ) from None
             raise
         finally:
+            _put_back(work, target)
             shutil.rmtree(work, ignore_errors=True)
+
+
+def _put_back(work: Path, target: Path) -> None:
+    """Undoes a replacement that was stopped between its two renames."""
+    if (work / REPLACED).exists() and not target.exists():
+        os.replace(work / REPLACED, target)
 
 
 def write_file(path: Path, data: bytes) -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The checkpoints of a run: written in the background, whole or not at all, and believed only after a check.
 
-    checkpoints/500/about/data.json    step, identity of the run, extras, shape and fingerprint of every array
+    checkpoints/500/about/data.json    step, identity and settings of the run, extras, shapes and fingerprints of arrays
     checkpoints/500/state/             the arrays as Orbax stores them: each host writes what its devices hold
 
 A folder gets its name, the step, when everything in it is on the disk. While it is written it is called
@@ -13,34 +13,29 @@ computed again from what was read back.
 """
 
 import concurrent.futures
-import contextlib
 import dataclasses
-import gc
 import json
-import logging
 import os
 import shutil
-import sys
 import time
-import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from orbax.checkpoint import v1 as ocp
 from rich.console import Console
 
 from qwen2_jax import check
-from qwen2_jax.checkpoint.names import nested
 from qwen2_jax.errors import UserError
 from qwen2_jax.train.fingerprint import fingerprints, named
+from qwen2_jax.train.identity import as_read, changed, describe, refused
+from qwen2_jax.train.state_files import Damaged, load, reason, start_saving
 
-CHUNK_BYTES = 32 * 2**20  # pieces of an array on disk: a device of another mesh reads the pieces that its shard touches
-UNWRITTEN, DELETING, DAMAGED = ".orbax-checkpoint-tmp", ".deleting", ".damaged"
+VERSION, READ = 2, (1, 2)  # of about/data.json; 1 has no settings and does not say its version
+UNWRITTEN, DELETING, DAMAGED, PROBE = ".orbax-checkpoint-tmp", ".deleting", ".damaged", ".probe"
 CLOCK_STEPS = 10  # where several hosts train, they agree on the time only every so often: it makes them wait
 
 
@@ -50,7 +45,9 @@ class Checkpointing:
 
     every_steps: int | None = 500  # save whenever so many steps are done; None: never by steps
     every_minutes: float | None = 15.0  # save when the last one is older; None: never by time
-    keep_last: int = 2  # newest ones to keep; the others are removed when a new one is complete
+    # Newest ones to keep; the others are removed when a new one is complete. 1: nothing is left to fall back to when
+    # that one turns out to be damaged.
+    keep_last: int = 2
     keep_every: int | None = None  # checkpoints of these steps (multiples) are kept for ever
     export_every: int | None = None  # steps between copies of the weights as Hugging Face folders, out/hf-STEP
     verify: bool = True  # fingerprint every array before saving and after restoring
@@ -70,21 +67,29 @@ class Restored(NamedTuple):
     extras: dict[str, Any]
 
 
-class Damaged(Exception):
-    """A checkpoint cannot be used, and why."""
-
-
 class Checkpoints:
     """Saves and restores the state of one run. A context manager: leaving it waits for the last write.
 
     Where several processes train, all of them make every call, in the same order, on one shared folder.
 
-    identity: JSON; what must be equal for a run to continue another, such as the model's config.
+    identity: JSON; what must be equal for a run to continue another, such as the model's config. meanings: what to say
+    when a field of it differs whose values tell a person nothing. settings: all of the run's; those that differ from
+    the checkpoint's are told, and the run goes on.
     """
 
-    def __init__(self, folder: Path, config: Checkpointing, *, identity: dict[str, Any], console: Console):
+    def __init__(
+        self,
+        folder: Path,
+        config: Checkpointing,
+        *,
+        identity: dict[str, Any],
+        console: Console,
+        settings: Mapping[str, Any] | None = None,
+        meanings: Mapping[str, str] | None = None,
+    ):
         self.folder = Path(folder).absolute()  # Orbax sees nothing under a relative path
-        self.config, self.identity, self.console = config, _as_read(identity), console
+        self.config, self.identity, self.console = config, as_read(identity), console
+        self.settings, self.meanings = as_read(settings), meanings or {}
         self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
         self._writing: concurrent.futures.Future[None] | None = None
         self._step: int | None = None  # of the last save or restore
@@ -94,8 +99,10 @@ class Checkpoints:
         if jax.process_index() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             for left in self.folder.iterdir():
-                if left.name.endswith((UNWRITTEN, DELETING)):
+                if left.name.endswith((UNWRITTEN, PROBE)):
                     shutil.rmtree(left)
+                elif left.name.endswith(DELETING):
+                    self._remove(left)
         _meet("checkpoints: swept")
         return self
 
@@ -120,8 +127,8 @@ class Checkpoints:
         """The newest checkpoint that is whole; None if there is none at all.
 
         abstract_state: a pytree of jax.ShapeDtypeStruct with shardings, which need not be those that were saved.
-        Warns of damaged checkpoints and falls back to older ones. Raises UserError when all are damaged and when the
-        newest belongs to another configuration: a run never starts over silently.
+        Warns of damaged checkpoints, and falls back to older ones, and of settings that were changed. Raises UserError
+        when all are damaged and when the newest belongs to another configuration: a run never starts over silently.
         """
         damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
@@ -132,6 +139,9 @@ class Checkpoints:
                 self._warn(f"checkpoint {self.folder / str(step)} is damaged: {why}")
                 continue
             self._set_aside(damaged)
+            if about.get("settings") and self.settings:
+                for line in changed(about["settings"], self.settings):
+                    self._warn(line)
             self._step, self._since = step, time.monotonic()
             return Restored(step, state, about["extras"])
         if not damaged:
@@ -145,7 +155,7 @@ class Checkpoints:
     def _read(self, step: int, abstract_state: Any) -> tuple[dict[str, Any], Any]:
         about = _agreed(lambda: self._about(step))
         self._compare(step, about, named(abstract_state))
-        state = _agreed(lambda: self._load(step, abstract_state))
+        state = _agreed(lambda: load(self.folder / str(step), abstract_state))
         if self.config.verify and about["fingerprints"] is not None:
             found = fingerprints(state)
             differ = [name for name, value in found.items() if about["fingerprints"][name] != value]
@@ -160,40 +170,34 @@ class Checkpoints:
             record = json.loads(path.read_bytes())
         except (FileNotFoundError, NotADirectoryError):
             raise Damaged(f"{path.relative_to(self.folder)} is missing") from None
+        except PermissionError:
+            raise  # not the checkpoint's fault
+        except OSError as why:
+            raise Damaged(f"{path.relative_to(self.folder)} cannot be read ({reason(why)})") from None
         except ValueError:
             raise Damaged(f"{path.relative_to(self.folder)} is not JSON") from None
         if not isinstance(record, dict) or record.get("crc32") != _crc32(record.get("about")):
             raise Damaged(f"{path.relative_to(self.folder)} was changed: its checksum is wrong")
+        if (version := record["about"].get("version", 1)) not in READ:
+            raise UserError(
+                f"{self.folder / str(step)} was written by another version of this program: its format is {version}, "
+                f"and this one reads {', '.join(map(str, READ))}. Continue the run with that version, or start over "
+                "with another --out or with --no-resume"
+            )
         if record["about"]["step"] != step:
             raise Damaged(f"it is the checkpoint of step {record['about']['step']}")
         return record["about"]
 
     def _compare(self, step: int, about: dict[str, Any], wanted: dict[str, Any]) -> None:
-        differ = _differences(about["identity"], self.identity)
+        differ = refused(about["identity"], self.identity, self.meanings)
         if not differ:  # something that nobody listed in the identity may still have changed the arrays
-            differ = _differences(about["arrays"], {name: _describe(leaf) for name, leaf in wanted.items()})
+            differ = refused(about["arrays"], {name: describe(leaf) for name, leaf in wanted.items()}, {})
         if differ:
             shown = "; ".join(differ[:8]) + (f"; and {len(differ) - 8} more" if len(differ) > 8 else "")
             raise UserError(
                 f"{self.folder / str(step)} belongs to another configuration (checkpoint -> this run): {shown}. "
                 "Give the same configuration to continue it, or another --out or --no-resume to start over"
             )
-
-    def _load(self, step: int, abstract_state: Any) -> Any:
-        reason = None
-        with _orbax(), _silent():
-            try:
-                tree = ocp.load(self.folder / str(step), _as_dict(abstract_state), checkpointable_name="state")
-            except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
-                raise  # not the checkpoint's fault
-            except Exception as why:  # damage shows as anything: ValueError, KeyError, OSError, NotImplementedError
-                reason = _reason(why)
-            if reason is not None:
-                gc.collect()  # what is left of the other reads complains now, while nobody hears it
-        if reason is not None:
-            raise Damaged(f"it cannot be read ({reason})")
-        found = named(tree)
-        return jax.tree.unflatten(jax.tree.structure(abstract_state), [found[name] for name in named(abstract_state)])
 
     def _set_aside(self, damaged: dict[int, str]) -> None:
         # Only now that an older one could be read: until then something else might have been at fault.
@@ -206,13 +210,19 @@ class Checkpoints:
         self._warn(f"moved aside: {', '.join(f'{step}{DAMAGED}' for step in damaged)}; they may be removed")
         _meet("checkpoints: set aside")
 
-    def start_over(self) -> None:
-        """For a run that is told not to resume: moves the folder with the checkpoints of an earlier run aside."""
+    def start_over(self, *along: Path) -> None:
+        """For a run that is told not to resume: moves the folder with the checkpoints of an earlier run aside.
+
+        along: files that tell of that run; they go into the folder.
+        """
         if self.steps() and jax.process_index() == 0:
             names = (self.folder.with_name(f"{self.folder.name}.old{n or ''}") for n in range(10**6))
             free = next(path for path in names if not path.exists())
             os.replace(self.folder, free)
             self.folder.mkdir()
+            for path in along:
+                if path.exists():
+                    os.replace(path, free / path.name)
             self.console.print(f"the earlier run's checkpoints are now in {free}", markup=False, soft_wrap=True)
         _meet("checkpoints: started over")
 
@@ -251,18 +261,18 @@ class Checkpoints:
                 f"{step}. Move that folder away or choose another --out"
             )
         about = {
+            "version": VERSION,
             "step": step,
             "identity": self.identity,
-            "extras": _as_read(extras or {}),
-            "arrays": {name: _describe(leaf) for name, leaf in named(state).items()},
+            "settings": self.settings,
+            "extras": as_read(extras or {}),
+            "arrays": {name: describe(leaf) for name, leaf in named(state).items()},
             "fingerprints": fingerprints(state) if self.config.verify else None,
         }
         record = {"about": about, "crc32": _crc32(about)}
         try:
-            with _orbax():
-                response = ocp.save_checkpointables_async(
-                    self.folder / str(step), {"state": _as_dict(state), "about": record}
-                )
+            self._probe(step)
+            response = start_saving(self.folder / str(step), state, record)
         except OSError as why:
             raise self._failure(step, why) from why
         self._step, self._since = step, time.monotonic()
@@ -291,89 +301,56 @@ class Checkpoints:
         if jax.process_index() == 0:
             self._prune()
 
+    def _probe(self, step: int) -> None:
+        """Raises OSError if no folder can be made: Orbax would tell in a thread of its own, and wait at the exit."""
+        problem = None
+        if jax.process_index() == 0:
+            probe = self.folder / f"{step}{PROBE}"
+            try:
+                probe.mkdir()
+                probe.rmdir()
+            except OSError as why:
+                problem = why
+        if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(np.array(problem is not None)):
+            problem = problem or OSError("the first process cannot make a folder there")
+        if problem is not None:
+            raise problem
+
     def _failure(self, step: int, why: Exception) -> OSError:
+        try:  # before the room is made that was missing
+            room = f"{shutil.disk_usage(self.folder).free / 1e9:.2f} GB were free there. "
+        except OSError:  # the folder itself is gone
+            room = ""
         if jax.process_index() == 0:  # on a full disk the next attempt needs the room
             shutil.rmtree(self.folder / f"{step}{UNWRITTEN}", ignore_errors=True)
         earlier = ", ".join(map(str, self.steps()))
         return OSError(
-            f"the checkpoint of step {step} could not be written to {self.folder}: {_reason(why)}. "
-            f"{shutil.disk_usage(self.folder).free / 1e9:.2f} GB are free there. "
-            + (f"Intact: step {earlier}; the same command continues from there" if earlier else "There is no other one")
+            f"the checkpoint of step {step} could not be written to {self.folder}: {reason(why)}. {room}"
+            + (f"Intact: step {earlier}; the same command " if earlier else "There is no other one")
+            + ("(without --no-resume) continues from there" if earlier else "")
         )
 
     def _prune(self) -> None:
         steps, every = self.steps(), self.config.keep_every
         for step in steps[: -self.config.keep_last]:
             if every is None or step % every:
-                leaving = self.folder / f"{step}{DELETING}"
-                os.replace(self.folder / str(step), leaving)  # a kill half-way must not leave a checkpoint with holes
-                shutil.rmtree(leaving)
+                self._remove(self.folder / str(step))
+
+    def _remove(self, path: Path) -> None:
+        """Removes a checkpoint that is not needed. That this fails is no reason to end a run: the others are whole."""
+        leaving = path.with_name(path.name.removesuffix(DELETING) + DELETING)
+        try:
+            os.replace(path, leaving)  # a kill half-way must not leave a checkpoint with holes
+            shutil.rmtree(leaving)
+        except OSError as why:
+            self._warn(f"{path} is no longer needed and cannot be removed: {reason(why)}. It takes up room; remove it")
 
     def _warn(self, text: str) -> None:
         self.console.print(f"warning: {text}", style="yellow", markup=False, soft_wrap=True)
 
 
-def _orbax() -> ocp.Context:
-    """Orbax's settings: arrays as they are (trained weights do not compress), "about" as JSON and not as a tree."""
-    registry = ocp.handlers.local_registry()
-    registry.add(ocp.handlers.JsonHandler, checkpointable_name="about")
-    context = ocp.Context()
-    context.array.saving.use_compression = False
-    context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
-    context.checkpointables.registry = registry
-    return context
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """When one array cannot be read, Orbax abandons its other reads, which print pages of errors nobody can catch."""
-    loggers, hook = [logging.getLogger(name) for name in ("absl", "asyncio")], sys.unraisablehook
-    levels = [logger.level for logger in loggers]
-    sys.unraisablehook = lambda _: None
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            yield
-    finally:
-        sys.unraisablehook = hook
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-def _as_dict(tree: Any) -> dict[str, Any]:
-    """Nested dicts of names: the layout on disk does not depend on the containers of optax and jax."""
-    return nested({tuple(name.split("/")): leaf for name, leaf in named(tree).items()})
-
-
-def _describe(leaf: Any) -> str:
-    return f"{leaf.dtype.name}[{','.join(map(str, leaf.shape))}]"
-
-
-def _as_read(value: dict[str, Any]) -> dict[str, Any]:
-    """What JSON makes of it: tuples become lists, and keys strings."""
-    return json.loads(json.dumps(value))
-
-
 def _crc32(about: Any) -> int:
     return zlib.crc32(json.dumps(about, sort_keys=True).encode())
-
-
-def _differences(old: Any, new: Any, name: str = "") -> list[str]:
-    """Every field that differs, as "model.hidden_size: 48 -> 64"."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        fields = dict.fromkeys([*old, *new])
-        deeper = ((f"{name}.{field}".lstrip("."), old.get(field), new.get(field)) for field in fields)
-        return [line for field, a, b in deeper for line in _differences(a, b, field)]
-    return [] if old == new else [f"{name}: {check.short(old)} -> {check.short(new)}"]
-
-
-def _reason(error: BaseException) -> str:
-    """The innermost cause in one line."""
-    while (inner := error.__cause__ or (None if error.__suppress_context__ else error.__context__)) is not None:
-        error = inner
-    text = " ".join(str(error).split()).partition(" [tensorstore_spec")[0] or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:60]} ... {text[-235:]}"  # the end says what, the beginning which
 
 
 def _meet(name: str) -> None:

@@ -2,7 +2,6 @@
 """The training loop: batches in, steps done, metrics, checkpoints, evaluation, and the result as a folder."""
 
 import dataclasses
-import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -240,9 +239,8 @@ def export(job: Job, trainer: Trainer, state: State, frozen: Tree | None, folder
     run = job.run
     if run.lora is not None and run.start is not None:
         adapters = folder.with_name(folder.name.replace("hf", "adapter"))
-        shutil.rmtree(adapters, ignore_errors=True)
         params = state.params if state.ema is None else state.ema
-        peft.save_peft(adapters, job.config, params, run.lora, base_name=run.start.checkpoint)
+        peft.save_peft(adapters, job.config, params, run.lora, base_name=run.start.checkpoint, replace=True)
         if run.lora_base == "int8":  # merging would round the adapters away
             return
     dtype = jnp.dtype(run.export_dtype)
@@ -250,8 +248,7 @@ def export(job: Job, trainer: Trainer, state: State, frozen: Tree | None, folder
     config = job.config
     if isinstance(run, Sft) and (end := job.tokenizer.token_id(IM_END)) is not None:
         config = dataclasses.replace(config, eos_token_id=end)
-    shutil.rmtree(folder, ignore_errors=True)
-    checkpoint.save_hf(folder, config, params, tokenizer_files_from=job.files)
+    checkpoint.save_hf(folder, config, params, tokenizer_files_from=job.files, replace=True)
 
 
 def _draw(config: Run, console: Console) -> None:

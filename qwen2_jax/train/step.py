@@ -73,10 +73,12 @@ class Trainer:
         self.balancing = config.router_aux_loss_coef if run.moe.load_balancing is None else run.moe.load_balancing
         self.abstract = jax.eval_shape(self._begin, abstract(self.specs))
         self.shardings = None if mesh is None else self._shardings(mesh)
-        if self.shardings is not None:
-            self.abstract = jax.tree.map(
-                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), self.abstract, self.shardings
-            )
+        # Also on one device: a checkpoint that says nothing is restored to the devices it was written on.
+        single = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        places = self.shardings or jax.tree.map(lambda _: single, self.abstract)
+        self.abstract = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), self.abstract, places
+        )
         self.begin = jax.jit(self._begin, out_shardings=self.shardings, donate_argnums=0)
         self.step = jax.jit(sharding.on(mesh, self._step), donate_argnums=0, out_shardings=self._outs())
         self.score = jax.jit(sharding.on(mesh, self._score))

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import checkpoint.hf_folders as hf
+import tiny
 from qwen2_jax import checkpoint
 from qwen2_jax.checkpoint import store, workspace
 
@@ -74,6 +75,94 @@ def test_killed(tmp_path, dense):
     checkpoint.convert(dense, tmp_path / "out", "orbax")
     assert checkpoint.verify(tmp_path / "out").damaged == ()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["dense", "out"]
+
+
+def model_of(seed: int) -> tuple:
+    return tiny.CONFIGS["dense"], tiny.random_params(tiny.CONFIGS["dense"], seed=seed)
+
+
+def weights_of(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("where", ["writing", "first rename", "second rename", "removal"])
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_replaced_folder_is_never_lost(tmp_path, monkeypatch, where, killed):
+    """Whatever stops the replacement: the old folder or the new one, whole, is there, at the latest after a new start."""
+    target, other = tmp_path / "out", tmp_path / "other"
+    old = weights_of(checkpoint.save_hf(target, *model_of(0)))
+    new = weights_of(checkpoint.save_hf(other, *model_of(1)))
+    (target / "only-in-the-old-one").touch()
+    renames = iter(range(100))
+    replace, rmtree = os.replace, shutil.rmtree
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    def rename(a, b):
+        number = next(renames)
+        if (where, number) in (("first rename", 0), ("second rename", 1)) or (killed and number > 1):
+            stop()
+        replace(a, b)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(workspace.os, "replace", rename)
+        if killed:  # nothing is cleaned up
+            patch.setattr(workspace.shutil, "rmtree", lambda *_, **__: None)
+        if where == "writing":
+            patch.setattr(store, "_write_files", stop)
+        if where == "removal":
+            patch.setattr(workspace.shutil, "rmtree", stop)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.save_hf(target, *model_of(1), replace=True)
+    assert shutil.rmtree is rmtree
+    if killed and where == "second rename":
+        assert not target.exists()  # the one moment in which it has no name
+    else:
+        assert weights_of(target) == (new if where == "removal" else old)
+    if not killed and where != "removal":
+        assert [p.name for p in tmp_path.iterdir() if "unfinished" in p.name] == []
+
+    with monkeypatch.context() as patch:  # the next start fails as well: the old one is back all the same
+        patch.setattr(store, "_write_files", stop)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.save_hf(target, *model_of(2), replace=True)
+    assert weights_of(target) == (new if where == "removal" else old)
+    checkpoint.save_hf(target, *model_of(1), replace=True)
+    assert weights_of(target) == new
+    assert sorted(p.name for p in target.iterdir()) == sorted(p.name for p in other.iterdir())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["other", "out"]
+
+
+def test_only_folders_are_replaced(tmp_path):
+    (tmp_path / "out").write_text("x")
+    with pytest.raises(checkpoint.CheckpointError, match="exists already"):
+        checkpoint.save_hf(tmp_path / "out", *model_of(0), replace=True)
+    checkpoint.save_hf(tmp_path / "hf", *model_of(0))
+    with pytest.raises(checkpoint.CheckpointError, match="exists already"):
+        checkpoint.save_hf(tmp_path / "hf", *model_of(0))
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="tells the name of an open file by /proc")
+def test_everything_is_on_the_disk_before_the_folder_gets_its_name(tmp_path, monkeypatch):
+    """A rename may survive a crash that the files did not: all of them are flushed first, and their names."""
+    flushed, named = set(), []
+    fsync, replace = os.fsync, os.replace
+
+    def flush(handle):
+        flushed.add(os.readlink(f"/proc/self/fd/{handle}"))
+        fsync(handle)
+
+    def rename(a, b):
+        named.extend(str(path) for path in (Path(a), *Path(a).rglob("*")) if str(path) not in flushed)
+        replace(a, b)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(os, "replace", rename)
+    checkpoint.save_hf(tmp_path / "out", *model_of(0), max_shard_bytes=20_000)
+    assert (tmp_path / "out" / "model.safetensors.index.json").exists()
+    assert named == []
+    assert str(tmp_path) in flushed
 
 
 @pytest.mark.parametrize("to", ["hf", "orbax"])

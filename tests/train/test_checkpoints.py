@@ -3,6 +3,7 @@
 
 import concurrent.futures
 import contextlib
+import errno
 import io
 import json
 import os
@@ -73,10 +74,11 @@ def assert_same(got, want):
 
 
 @contextlib.contextmanager
-def opened(folder, identity=IDENTITY, **config):
+def opened(folder, identity=IDENTITY, settings=None, meanings=None, **config):
     """Checkpoints, and as their attribute `said` a function that gives what was printed."""
     console = Console(record=True, file=io.StringIO(), width=500)
-    with Checkpoints(folder, Checkpointing(**config), identity=identity, console=console) as run:
+    told = {"settings": settings, "meanings": meanings}
+    with Checkpoints(folder, Checkpointing(**config), identity=identity, console=console, **told) as run:
         run.said = lambda: console.export_text(clear=False)
         yield run
 
@@ -269,14 +271,63 @@ def test_another_configuration(folder):
             run.restore({"params": abstract(STATE.params)})
 
 
+def test_digests_are_told_in_words(folder):
+    """Items of a list are compared one by one, so that the one that differs can be named."""
+    digests = IDENTITY | {"tokens": ["aa", "bb"]}
+    with opened(folder, digests) as run:
+        run.save(5, at(5))
+    told = r"\(checkpoint -> this run\): the data of b\.txt has changed\. Give"
+    words = {"tokens.0": "the data of a.txt has changed", "tokens.1": "the data of b.txt has changed"}
+    changed = opened(folder, digests | {"tokens": ["aa", "cc"]}, meanings=words)
+    with changed as run, pytest.raises(UserError, match=told):
+        run.restore(abstract(STATE))
+
+
+def test_changed_settings_are_told(tmp_path):
+    settings = {"optim": {"lr": 1e-3}, "sources": ({"weight": 0.5}, {"weight": 0.5}), "out": "a", "log": {"every": 1}}
+    with opened(tmp_path, settings=settings) as run:
+        run.save(1, {"x": jnp.int32(0)})
+    changed = {"optim": {"lr": 1e-4}, "sources": ({"weight": 0.5}, {"weight": 0.7}), "out": "b", "log": {"every": 2}}
+    with opened(tmp_path, settings=changed) as run:
+        assert run.restore({"x": abstract(jnp.int32(0))}).step == 1
+    assert run.said().splitlines() == [
+        "warning: changed since the checkpoint: optim.lr 0.001 -> 0.0001",
+        "warning: changed since the checkpoint: sources.1.weight 0.5 -> 0.7",
+    ]
+    with opened(tmp_path, settings=settings) as run:
+        run.restore({"x": abstract(jnp.int32(0))})
+    assert run.said() == ""
+
+
+@pytest.mark.parametrize("version", [None, 3])
+def test_versions(folder, version):
+    """Without a version it is the first one, which is still read; a later one belongs to a later program."""
+    path = folder / "4" / "about" / "data.json"
+    about = json.loads(path.read_text())["about"]
+    assert about.pop("version") == 2
+    if version is None:
+        del about["settings"]
+    else:
+        about["version"] = version
+    path.write_text(json.dumps({"about": about, "crc32": checkpoints._crc32(about)}))
+    with opened(folder) as run:
+        if version is None:
+            assert_same(run.restore(abstract(STATE)).state, at(4))
+        else:
+            with pytest.raises(UserError, match="another version of this program: its format is 3, .* reads 1, 2"):
+                run.restore(abstract(STATE))
+
+
 def test_starting_over_keeps_the_old_run(folder):
+    (folder.parent / "lines").write_text("of the old run")
     with opened(folder) as run:
         with pytest.raises(UserError, match="holds a checkpoint of step 4, made by another run"):
             run.save(1, at(1))
-        run.start_over()
+        run.start_over(folder.parent / "lines", folder.parent / "nothing")
         assert run.steps() == [] and "checkpoints.old" in run.said()
         run.save(1, at(1))
-    assert sorted(path.name for path in folder.with_name("checkpoints.old").iterdir()) == ["3", "4"]
+    assert sorted(path.name for path in folder.with_name("checkpoints.old").iterdir()) == ["3", "4", "lines"]
+    assert not (folder.parent / "lines").exists()
 
 
 @contextlib.contextmanager
@@ -324,6 +375,81 @@ def check_failed_write(folder, limit, reason):
         assert_same(run.restore(abstract(small)).state, small)
         run.save(2, small)  # the same step again, now that there is room
     assert run.steps() == [2]
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    """Orbax would report it in a thread of its own, and wait minutes for it when the process ends."""
+    with opened(tmp_path / "checkpoints") as run:
+        run.save(1, {"x": jnp.int32(1)})
+        run.wait()
+        os.rename(tmp_path / "checkpoints", tmp_path / "elsewhere")
+        (tmp_path / "checkpoints").write_text("in the way")
+        with pytest.raises(OSError, match=r"step 2 could not be written to .*: .*Not a directory.*GB were free there"):
+            run.save(2, {"x": jnp.int32(2)})
+        os.unlink(tmp_path / "checkpoints")
+        with pytest.raises(OSError, match="No such file or directory.*There is no other one"):
+            run.save(2, {"x": jnp.int32(2)})
+        os.rename(tmp_path / "elsewhere", tmp_path / "checkpoints")
+        run.save(2, {"x": jnp.int32(2)})
+    assert run.steps() == [1, 2]
+    (tmp_path / "checkpoints" / "3.probe").mkdir()  # of a run that was killed
+    with opened(tmp_path / "checkpoints") as run:
+        assert sorted(path.name for path in run.folder.iterdir()) == ["1", "2"]
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_ends_no_run(tmp_path, monkeypatch):
+    rmtree = shutil.rmtree
+
+    def refuse(path, **options):
+        if str(path).endswith(".deleting"):
+            raise OSError(errno.EBUSY, "Device or resource busy", str(path))
+        rmtree(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints.shutil, "rmtree", refuse)
+        with opened(tmp_path, keep_last=1) as run:
+            for step in (1, 2):
+                run.save(step, {"x": jnp.int32(step)})
+            run.wait()
+            told = f"warning: {tmp_path / '1'} is no longer needed and cannot be removed: "
+            assert told in run.said() and "Device or resource busy" in run.said()
+        with opened(tmp_path) as run:  # nor does it keep one from starting
+            assert run.restore({"x": abstract(jnp.int32(0))}).step == 2
+    with opened(tmp_path) as run:
+        assert [path.name for path in tmp_path.iterdir()] == ["2"]
+
+
+def test_the_free_space_is_what_it_was_when_writing_failed(tmp_path, monkeypatch):
+    there, usage = [], shutil.disk_usage
+    half = tmp_path / "2.orbax-checkpoint-tmp"
+
+    def disk_usage(path):
+        there.append(half.exists())
+        return usage(path)
+
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", disk_usage)
+    with pytest.raises(OSError, match="GB were free there"), opened(tmp_path) as run:
+        fail_to_save(run)
+    assert there == [True] and not half.exists()
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), PermissionError(errno.EACCES, "denied")])
+def test_a_disk_that_cannot_read_is_damage_and_a_missing_right_is_not(folder, monkeypatch, error):
+    read = Path.read_bytes
+
+    def fail(path):
+        if path.name == "data.json" and path.parents[1].name == "4":
+            raise error
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    with opened(folder) as run:
+        if isinstance(error, PermissionError):
+            with pytest.raises(PermissionError):
+                run.restore(abstract(STATE))
+        else:
+            assert run.restore(abstract(STATE)).step == 3
+            assert "4 is damaged: 4/about/data.json cannot be read ([Errno 5] Input/output error)" in run.said()
 
 
 def fail_to_save(run, then=None):

@@ -16,6 +16,7 @@ import pytest
 from rich.console import Console
 
 import qwen2_jax
+import tiny
 from qwen2_jax import checkpoint
 from qwen2_jax.config import ModelConfig
 from qwen2_jax.data import bpe
@@ -23,7 +24,8 @@ from qwen2_jax.data.spec import Data, Source
 from qwen2_jax.errors import UserError
 from qwen2_jax.observe import Logging
 from qwen2_jax.observe.lines import read
-from qwen2_jax.train import Checkpointing, Evaluation, Guard, Lora, Optim, Pretrain, Sft, Start, loop
+from qwen2_jax.train import Checkpointing, Evaluation, Guard, Lora, Optim, Pretrain, Sft, Start, loop, step
+from qwen2_jax.train.checkpoints import Checkpoints
 from qwen2_jax.train.lock import alone
 from qwen2_jax.train.step import Trainer
 
@@ -364,12 +366,17 @@ config = Pretrain(
     assert steps == list(range(1, done + 3))
 
 
-def test_every_device_of_a_mesh_has_its_part():
-    """Eight devices: the losses of one, and parameters and moments split as the declarations say."""
+def test_every_device_of_a_mesh_has_its_part(tmp_path):
+    """Eight devices: the losses of one, and parameters and moments split as the declarations say.
+
+    Their checkpoint is then continued on the one device of this process, where a run has no mesh.
+    """
     program = """
-import dataclasses, jax, numpy as np
+import dataclasses, sys, jax, numpy as np
+from rich.console import Console
 from qwen2_jax import sharding
 from qwen2_jax.train import step
+from qwen2_jax.train.checkpoints import Checkpointing, Checkpoints
 from test_step import RUN, random_batch
 from tiny import random_params
 import tiny
@@ -390,13 +397,25 @@ leaf = state.params["embed_VD"]
 assert leaf.sharding.shard_shape(leaf.shape) == (64, 24), leaf.sharding
 moments = [x for path, x in jax.tree.leaves_with_path(state.optimizer) if "embed_VD" in str(path)]
 assert moments and all(x.sharding == leaf.sharding for x in moments)
-print("equal")
+with Checkpoints(sys.argv[1], Checkpointing(), identity={}, console=Console()) as saved:
+    saved.save(3, state)
+print("equal", float(np.asarray(leaf).sum()))
 """
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
         "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT / "tests" / "train")]),
     }
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "equal" in done.stdout
+    word, total = done.stdout.split()
+    assert word == "equal"
+    model = dataclasses.replace(
+        tiny.CONFIGS["dense"], num_attention_heads=4, num_key_value_heads=2, head_dim=12, vocab_size=128
+    )
+    config = pretrain(tmp_path, tmp_path, model=model, optim=Optim(lr=1e-2, schedule="constant", decay=0.0), ema=None)
+    with Checkpoints(tmp_path, Checkpointing(), identity={}, console=Console()) as saved:
+        found = saved.restore(step.Trainer(config, model, 20).abstract)
+    assert found.step == 3
+    assert float(np.asarray(found.state.params["embed_VD"]).sum()) == float(total)
