@@ -179,8 +179,8 @@ def write(runs: Path, out: Path) -> Path:
         costs(found),
         "Minutes are those of the training processes, with compiling, evaluating and saving, without imports.",
         "## Held-out loss",
-        f"{losses(found)}\n\nEach stage packs held-out texts into rows as its own texts: what comes after a row's end has"
-        "\nlost its beginning. Comparable are before and after, moe and dense, sft and sft_dense.",
+        f"{losses(found)}\n\nEach stage packs held-out texts into rows as its own: what comes after a row's end has lost"
+        "\nits beginning. Comparable are before and after, moe and dense, sft and sft_dense.",
         "## Held-out questions",
         f"{answers(found)}\n\nGreedy answers that equal the expected one to the last letter. Texts in which a code is"
         "\nhidden have up to 1,024 tokens at every stage, also where the model was trained on 256.",
