@@ -16,7 +16,6 @@ except ModuleNotFoundError:  # not on Windows: two writers of one folder then go
 from qwen2_jax.checkpoint.places import MARKER, UNFINISHED
 from qwen2_jax.checkpoint.tensorfile import CheckpointError
 
-
 REPLACED = "replaced"  # in the folder that is worked in: what was at the target until the new one took its place
 
 
