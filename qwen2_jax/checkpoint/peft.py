@@ -21,7 +21,7 @@ from qwen2_jax.checkpoint.hf import HfFolder, Layout
 from qwen2_jax.checkpoint.names import Slot
 from qwen2_jax.checkpoint.places import NotFound, Source
 from qwen2_jax.checkpoint.problems import Problems
-from qwen2_jax.checkpoint.store import MARGIN_BYTES, TreeTensors
+from qwen2_jax.checkpoint.store import MARGIN_BYTES, TreeTensors, by_first_process
 from qwen2_jax.checkpoint.tensorfile import CheckpointError, TensorInfo, header_text
 from qwen2_jax.checkpoint.workspace import new_folder, write_file
 from qwen2_jax.config import ModelConfig
@@ -72,7 +72,8 @@ def save_peft(
     """Writes adapters as a new folder that peft.PeftModel.from_pretrained loads onto the base model. Returns its path.
 
     base_name: the base model's name on the Hub or its folder, recorded for the reader. The folder appears whole or not
-    at all. replace: one that is there gives its place to the new one when that is complete.
+    at all. replace: one that is there gives its place to the new one when that is complete. Where several processes
+    run, all of them call this and the first one writes.
     """
     tensors = AdapterTensors(config, adapters, lora)
     about = {
@@ -93,9 +94,13 @@ def save_peft(
     }
     layout = Layout({WEIGHTS: header_text(tensors.infos)})
     nbytes = sum(info.nbytes for info in tensors.infos.values()) + MARGIN_BYTES
-    with new_folder(folder, nbytes, replace=replace) as work:
-        hf.write(work, tensors, layout, _unobserved)
-        write_file(work / CONFIG, (json.dumps(about, indent=2) + "\n").encode())
+
+    def first() -> None:
+        with new_folder(folder, nbytes, replace=replace) as work:
+            hf.write(work, tensors, layout, _unobserved)
+            write_file(work / CONFIG, (json.dumps(about, indent=2) + "\n").encode())
+
+    by_first_process(first, tensors)
     return Path(folder)
 
 

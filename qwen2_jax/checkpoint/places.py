@@ -145,6 +145,13 @@ def _in_folder(folder: Path) -> Source:
     names = {file.name for file in folder.iterdir()}
     if MARKER in names or (folder.absolute().parent / MARKER).exists():
         raise CheckpointError(f"{folder} is an unfinished conversion; run the conversion again")
+    for state in (folder, folder.absolute().parent):
+        if (state / "about" / "data.json").exists() and (state / "state").is_dir():
+            run = state.absolute().parent.parent
+            raise CheckpointError(
+                f"{folder} is the state of a training run, from which only that run continues; give the model that it "
+                f"wrote: {run / 'hf'}, which is there when the run is done, or one that checkpoints.export_every made"
+            )
     if {"orbax.checkpoint", "_CHECKPOINT_METADATA"} & names:
         if CONFIG not in names:
             raise CheckpointError(f"{folder} is an Orbax checkpoint without {CONFIG}; put the model's {CONFIG} into it")

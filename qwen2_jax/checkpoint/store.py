@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from qwen2_jax.checkpoint import fill, hf, names
 from qwen2_jax.checkpoint.casting import cast_into
@@ -55,7 +56,7 @@ class TreeTensors:
             slot = self.table[name]
             if at != (slot.path, slot.repeat):  # experts of one layer come over together
                 at, param = (slot.path, slot.repeat), names.get(self.params, slot.path)
-                array = np.asarray(param if slot.repeat is None else param[slot.repeat])
+                array = _on_host(param if slot.repeat is None else param[slot.repeat])
             yield name, (array if slot.expert is None else array[slot.expert]).reshape(slot.shape)
 
 
@@ -85,6 +86,28 @@ class Recast:
 
     def stream(self, wanted: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
         return self.tensors.stream(wanted)
+
+
+def _recast(tensors: Tensors, dtype: str) -> Recast:
+    return Recast(tensors, {name: TensorInfo(jnp.dtype(dtype), info.shape) for name, info in tensors.infos.items()})
+
+
+def by_first_process(write: Callable[[], None], tensors: Tensors) -> None:
+    """The first process writes tensors whose parts several processes hold: the others bring theirs, in its order."""
+    if jax.process_index() == 0:
+        write()
+    else:
+        for _ in tensors.stream(list(tensors.infos)):
+            pass
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("checkpoint: written")
+
+
+def _on_host(array) -> np.ndarray:
+    """All of an array. Where its parts are on several hosts, all of them ask for it at the same time."""
+    if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    return np.asarray(array)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,6 +183,7 @@ def save_hf(
     config: ModelConfig,
     params: Tree,
     *,
+    dtype: str | None = None,
     tokenizer_files_from: str | Path | Source | None = None,
     max_shard_bytes: int = SHARD_BYTES,
     replace: bool = False,
@@ -167,13 +191,22 @@ def save_hf(
 ) -> Path:
     """Writes a Hugging Face folder that transformers loads, one tensor at a time. Returns its path.
 
-    params: stacked or unrolled, on any devices; written in their dtypes. tokenizer_files_from: a checkpoint whose
-    tokenizer, generation settings and other small files are copied. max_shard_bytes: size above which weights go to a
-    new file. replace: a folder that is there gives its place to the new one when that is complete.
+    params: stacked or unrolled, on any devices. dtype: to write them in, one layer cast at a time; default: their own.
+    tokenizer_files_from: a checkpoint whose tokenizer, generation settings and other small files are copied.
+    max_shard_bytes: size above which weights go to a new file. replace: a folder that is there gives its place to the
+    new one when that is complete. Where several processes run, all of them call this and the first one writes.
     """
-    tensors = TreeTensors(config, params)
-    files = _files(config, tensors.infos, tokenizer_files_from)
-    return _write_hf(path, tensors, hf.new_layout(tensors.infos, max_shard_bytes), files, progress, replace=replace)
+    tensors: Tensors = TreeTensors(config, params)
+    if dtype is not None:
+        tensors = _recast(tensors, dtype)
+
+    def first() -> None:
+        files = _files(config, tensors.infos, tokenizer_files_from)
+        layout = hf.new_layout(tensors.infos, max_shard_bytes)
+        _write_hf(path, tensors, layout, files, progress, replace=replace)
+
+    by_first_process(first, tensors)
+    return Path(path)
 
 
 def save_orbax(
@@ -216,8 +249,7 @@ def convert(
     tensors: Tensors = opened.tensors
     layout, config = opened.layout, opened.config
     if dtype is not None:
-        recast = {name: TensorInfo(jnp.dtype(dtype), info.shape) for name, info in tensors.infos.items()}
-        tensors, layout, config = Recast(tensors, recast), None, dataclasses.replace(config, dtype=dtype)
+        tensors, layout, config = _recast(tensors, dtype), None, dataclasses.replace(config, dtype=dtype)
     if layout is not None and not layout.serves(tensors.infos):
         layout = None  # the weights were changed since
     files = _files(config, tensors.infos, source, keep_dtype=dtype is None)

@@ -179,7 +179,7 @@ def write(runs: Path, out: Path) -> Path:
         costs(found),
         "Minutes are those of the training processes, with compiling, evaluating and saving, without imports.",
         "## Held-out loss",
-        f"{losses(found)}\n\nEach stage packs held-out texts into rows as its own: what comes after a row's end has lost"
+        f"{losses(found)}\n\nEach stage packs held-out texts into rows as its own: what follows a row's end has lost"
         "\nits beginning. Comparable are before and after, moe and dense, sft and sft_dense.",
         "## Held-out questions",
         f"{answers(found)}\n\nGreedy answers that equal the expected one to the last letter. Texts in which a code is"

@@ -88,7 +88,7 @@ def weights_of(folder: Path) -> bytes:
 @pytest.mark.parametrize("where", ["writing", "first rename", "second rename", "removal"])
 @pytest.mark.parametrize("killed", [False, True])
 def test_a_replaced_folder_is_never_lost(tmp_path, monkeypatch, where, killed):
-    """Whatever stops the replacement: the old folder or the new one is whole, after a new start at the latest."""
+    """Whatever stops the replacement: the old folder or the new one is there, at the latest after a new start."""
     target, other = tmp_path / "out", tmp_path / "other"
     old = weights_of(checkpoint.save_hf(target, *model_of(0)))
     new = weights_of(checkpoint.save_hf(other, *model_of(1)))

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+import tiny
+from qwen2_jax import checkpoint
 from qwen2_jax.train.checkpoints import Checkpointing, Checkpoints
 from qwen2_jax.train.preemption import Preemption
 
@@ -44,6 +47,7 @@ import jax
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 from rich.console import Console
 from qwen2_jax.sharding import make_mesh
@@ -70,6 +74,22 @@ with Checkpoints(sys.argv[3], config, identity={}, console=Console(stderr=True))
             break
         time.sleep(0.01)
 print(first, n, int(state["n"]), float(state["w"].addressable_data(0).sum()))
+
+# An export of weights whose parts both processes hold: the first one writes all of them.
+import tiny
+from qwen2_jax import checkpoint, sharding
+from qwen2_jax.model import declare
+from qwen2_jax.params import leaves
+from qwen2_jax.checkpoint.names import get, nested
+model = tiny.CONFIGS["dense"]
+specs, params = declare(model)[1], tiny.random_params(model)
+def spread(path, spec):
+    whole, place = np.asarray(get(params, path)), sharding.sharding(spec.axes, spec.shape, mesh)
+    return jax.make_array_from_callback(spec.shape, place, lambda index: whole[index])
+tree = nested({path: spread(path, spec) for path, spec in leaves(specs)})
+assert not tree["embed_VD"].is_fully_addressable
+for _ in range(2):
+    checkpoint.save_hf(sys.argv[3] + "-hf", model, tree, dtype="bfloat16", replace=True)
 """
 
 
@@ -77,7 +97,7 @@ def both_processes(folder) -> list[list[float]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(Path(__file__).parents[1])}
     command = [sys.executable, "-c", PROCESS, address]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     processes = [subprocess.Popen([*command, str(rank), str(folder)], env=environment, **pipes) for rank in (0, 1)]
@@ -92,10 +112,14 @@ def both_processes(folder) -> list[list[float]]:
 
 
 def test_two_processes_stop_after_the_same_step_and_continue(tmp_path):
-    """Only one hears the signal. Both save; both continue there; one process alone can read what two have written."""
+    """Only one hears the signal. Both save; both continue there; one process alone can read what two have written.
+
+    What they then export is what one process exports, byte for byte.
+    """
     before = 0.0
+    folder = tmp_path / "checkpoints"
     for _ in range(2):
-        (first, last, count, total), other = both_processes(tmp_path)
+        (first, last, count, total), other = both_processes(folder)
         assert other == [first, last, count, total]
         assert first == before and first + 14 <= last < first + 1000
         assert count == last and total == 32 * 0.5 * last
@@ -103,6 +127,10 @@ def test_two_processes_stop_after_the_same_step_and_continue(tmp_path):
     like = {"w": np.zeros((8, 8), np.float32), "n": np.int32(0)}
     where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), like)
-    with Checkpoints(tmp_path, Checkpointing(), identity={}, console=Console(stderr=True)) as run:
+    with Checkpoints(folder, Checkpointing(), identity={}, console=Console(stderr=True)) as run:
         found = run.restore(like)
     assert found.step == before and bool(jnp.all(found.state["w"] == 0.5 * before))
+    model = tiny.CONFIGS["dense"]
+    checkpoint.save_hf(tmp_path / "one", model, tiny.random_params(model, dtype=jnp.bfloat16))
+    for path in (tmp_path / "one").iterdir():
+        assert (tmp_path / "checkpoints-hf" / path.name).read_bytes() == path.read_bytes()
