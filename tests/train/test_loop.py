@@ -4,6 +4,7 @@
 import dataclasses
 import errno
 import functools
+import importlib.util
 import io
 import json
 import os
@@ -443,6 +444,33 @@ def test_sigterm_saves_and_the_same_command_goes_on(corpus, tmp_path):
     assert f"continuing after step {done}" in more.stderr
     steps = [line["step"] for line in lines_of(tmp_path / "out")]
     assert steps == list(range(1, done + 3))
+
+
+def test_killed_runs_end_as_undisturbed_ones(corpus, tmp_path):
+    """SIGKILL while a checkpoint is written, between steps, and while the result is written."""
+    file = config_file(corpus, tmp_path, "steps=60, checkpoints=Checkpointing(every_steps=5)")
+    command = [sys.executable, str(ROOT / "benchmarks" / "kill_test.py"), "--work", str(tmp_path / "work"), "--kills"]
+    command += ["3", "--command", f"{sys.executable} train.py {file}"]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "3 of 3 kills survived" in done.stdout
+    for kind in ("saving", "stepping", "exporting"):
+        assert f"while {kind}" in done.stdout
+
+
+def test_kills_that_show_nothing_do_not_pass(tmp_path, monkeypatch):
+    """A command that never gets anywhere, and kills that never left a half-written checkpoint."""
+    path = ROOT / "benchmarks" / "kill_test.py"
+    kill_test = importlib.util.module_from_spec(spec := importlib.util.spec_from_file_location("kill_test", path))
+    monkeypatch.setitem(sys.modules, "kill_test", kill_test)  # where its dataclass looks for its annotations
+    spec.loader.exec_module(kill_test)
+    monkeypatch.setattr(kill_test, "PATIENCE", 0.5)
+    command = f"{sys.executable} -c 'import time; time.sleep(100)'"
+    with pytest.raises(SystemExit, match="0.5 seconds the command did not get to its first step"):
+        kill_test.main(["--work", str(tmp_path / "work"), "--command", command])
+    assert "none of 20 kills left a half-written checkpoint" in kill_test.too_easy(20, 0)
+    assert kill_test.too_easy(20, 1) == kill_test.too_easy(3, 0) == ""
 
 
 def test_every_device_of_a_mesh_has_its_part(tmp_path):
