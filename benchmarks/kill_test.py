@@ -70,6 +70,7 @@ class Trainee:
         while not condition() and self.process.poll() is None:
             if time.monotonic() > end:
                 os.killpg(self.process.pid, signal.SIGKILL)
+                self.process.wait()
                 sys.exit(f"in {PATIENCE} seconds the command did not get to {what}; {self.output} has what it printed")
             time.sleep(0.002)
 
