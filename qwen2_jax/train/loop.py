@@ -85,7 +85,7 @@ def _run(job: Job, trainer: Trainer, console: Console) -> Path | None:
             console.print(_where_it_goes_on(job, done), soft_wrap=True)
         del start, restored  # the arrays they hold: the first step gives the state's buffers away
         recorder.start(done, about)
-        if done < job.steps and saved.export_due(done) and _lost(config, done):
+        if 0 < done < job.steps and saved.export_due(done) and _lost(config, done):
             with recorder.goodput("save"):
                 export(job, trainer, state, frozen, config.out / f"hf-{done}")
         state, done = _train(job, trainer, state, done, frozen, saved, recorder, stop)
