@@ -25,6 +25,7 @@ def main(arguments: list[str]) -> int:
     from qwen2_jax.errors import UserError
     from qwen2_jax.train import config
 
+    run = None
     try:
         run = config.load(Path(arguments[0]), arguments[1:])
         from qwen2_jax.train import recipes  # takes seconds: after the mistakes that can be told at once
@@ -34,7 +35,8 @@ def main(arguments: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; the same command continues from the last checkpoint", file=sys.stderr)
+        again = "" if run is None or run.resume else " without --no-resume"
+        print(f"stopped; the same command{again} continues from the last checkpoint", file=sys.stderr)
         return 130
     return 0
 

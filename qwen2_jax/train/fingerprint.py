@@ -17,6 +17,8 @@ The fingerprint is two sums mod 2**32 of one term per element,
 * Changes of several elements cancel out in both sums with a probability of about 2**-64.
 """
 
+import hashlib
+import json
 from typing import Any
 
 import jax
@@ -43,6 +45,13 @@ def fingerprints(tree: Any) -> dict[str, str]:
     leaves = named(tree)
     sums = jax.device_get(_sums(list(leaves.values())))
     return {name: f"{int(a):08x}{int(b):08x}" for name, (a, b) in zip(leaves, sums, strict=True)}
+
+
+def digest(tree: Any) -> str:
+    """One text for all arrays of a pytree, their names, dtypes and shapes: 16 hexadecimal digits."""
+    about = {name: [leaf.dtype.name, list(leaf.shape)] for name, leaf in named(tree).items()}
+    text = json.dumps([about, fingerprints(tree)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @jax.jit

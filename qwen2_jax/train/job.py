@@ -54,6 +54,22 @@ class Job:
         return json.loads(json.dumps(whole, default=_plain))
 
     @property
+    def meanings(self) -> dict[str, str]:
+        """What to say where the identity differs in digests, which tell a person nothing."""
+        sources = enumerate(self.run.data.sources)
+        said = {f"data.tokens.{i}": f"the data of {s.path} has changed, or the tokenizer has" for i, s in sources}
+        said["base"] = (
+            "the weights under the adapters are others than those that the checkpoint's adapters were trained on: give "
+            "the same start.checkpoint and lora_base"
+        )
+        return said
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The run's whole configuration as JSON, for a checkpoint to keep."""
+        return json.loads(json.dumps(dataclasses.asdict(self.run), default=str))  # str: of paths
+
+    @property
     def row_parts(self) -> int:
         """Devices, or groups of them, that a batch's rows are divided among."""
         return _row_parts(self.mesh)

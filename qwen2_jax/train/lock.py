@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """One run at a time in a run folder: a second one would write over the first one's lines and checkpoints."""
 
-import fcntl
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # not on Windows: two runs in one folder then go unnoticed
+    fcntl = None  # type: ignore[assignment]
 
 import jax
 
@@ -26,7 +31,8 @@ def alone(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / NAME).open("a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             raise UserError(
@@ -34,6 +40,6 @@ def alone(folder: Path) -> Iterator[None]:
                 "stop it, or choose another --out"
             ) from None
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
         file.flush()
         yield

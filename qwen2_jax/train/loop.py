@@ -19,6 +19,7 @@ from qwen2_jax.tokenizer import IM_END
 from qwen2_jax.train import curve, dry_run
 from qwen2_jax.train.checkpoints import Checkpoints
 from qwen2_jax.train.config import Run, Sft
+from qwen2_jax.train.fingerprint import digest
 from qwen2_jax.train.job import Job, prepare
 from qwen2_jax.train.lock import alone
 from qwen2_jax.train.preemption import Preemption
@@ -32,8 +33,8 @@ LEFT_OUT = ("empty", "untargeted", "outside", "dropped", "cut")
 def run(config: Run, console: Console | None = None) -> Path | None:
     """Trains what a configuration describes, from the beginning or from the last checkpoint in its folder.
 
-    Returns the folder with the result, config.out / "hf"; None when a signal asked to stop before the end: everything
-    is saved then, and the same configuration goes on.
+    Returns the folder with the result: config.out / "hf", or "adapter" where that is all. None when a signal asked to
+    stop before the end: everything is saved then, and the same configuration goes on.
     """
     console = console or Console(stderr=True)
     job = prepare(config, console)
@@ -57,14 +58,23 @@ def _run(job: Job, trainer: Trainer, console: Console) -> Path | None:
         + f", {job.steps} steps of {config.rows} x {config.length} tokens, run folder {config.out}",
         soft_wrap=True,
     )
-    saved = Checkpoints(config.out / "checkpoints", config.checkpoints, identity=job.identity, console=console)
+    # Adapters mean nothing on other weights. Of other runs the start is in the state: another one is only told.
+    identity = job.identity if frozen is None else job.identity | {"base": digest(frozen)}
+    saved = Checkpoints(
+        config.out / "checkpoints",
+        config.checkpoints,
+        identity=identity,
+        meanings=job.meanings,
+        settings=job.settings,
+        console=console,
+    )
     cost = partial(flops.train_flops, job.config, frozen=config.lora is not None)
     recorder = Recorder(
         config.log, config.out, total=job.steps, cost=cost, about=dataclasses.asdict(config), console=console
     )
     with Preemption() as stop, saved, recorder:
         if not config.resume:
-            saved.start_over()
+            saved.start_over(config.out / "metrics.jsonl")
             recorder.start_over()
         restored = saved.restore(trainer.abstract) if config.resume else None
         if restored is None:
@@ -72,18 +82,43 @@ def _run(job: Job, trainer: Trainer, console: Console) -> Path | None:
         else:
             done, state, extras = restored
             about = extras.get("recorder")
-            console.print(f"continuing after step {done}")
+            console.print(_where_it_goes_on(job, done), soft_wrap=True)
         del start, restored  # the arrays they hold: the first step gives the state's buffers away
         recorder.start(done, about)
+        if 0 < done < job.steps and saved.export_due(done) and _lost(config, done):
+            with recorder.goodput("save"):
+                export(job, trainer, state, frozen, config.out / f"hf-{done}")
         state, done = _train(job, trainer, state, done, frozen, saved, recorder, stop)
         if done < job.steps:
-            console.print(f"stopped after step {done}, which is saved; resume with the same command")
+            again = "the same command" if config.resume else "the same command without --no-resume"
+            console.print(f"stopped after step {done}, which is saved; resume with {again}", soft_wrap=True)
             return None
-    folder = config.out / "hf"
-    export(job, trainer, state, frozen, folder)
-    _draw(config, console)
+    folder = export(job, trainer, state, frozen, config.out / "hf")
+    if jax.process_index() == 0:
+        _draw(config, console)
     console.print(f"wrote {folder}", soft_wrap=True)
+    if (other := config.out / "hf") != folder and other.exists():
+        console.print(f"warning: {other} is the result of an earlier run, not of this one", soft_wrap=True)
     return folder
+
+
+def _where_it_goes_on(job: Job, done: int) -> str:
+    """What to say of a checkpoint after `done` steps. Raises UserError if the run ends before it."""
+    more = "--steps" if job.run.epochs is None else "--epochs"
+    if done > job.steps:
+        raise UserError(
+            f"the checkpoint in {job.run.out} is the state after step {done}, and this run has {job.steps} steps: it "
+            f"cannot go back. Raise {more}, or give another --out or --no-resume to start over"
+        )
+    if done == job.steps:
+        return f"this run is finished; nothing is trained: raise {more}, or start over with --no-resume"
+    return f"continuing after step {done}"
+
+
+def _lost(config: Run, step: int) -> bool:
+    """Whether the export of this step, which comes after its checkpoint, may have been prevented by a kill."""
+    # Several processes may see a shared folder differently, and must all do the same: they write it again.
+    return jax.process_count() > 1 or not all(path.exists() for path in results(config, config.out / f"hf-{step}"))
 
 
 def _tell(job: Job, trainer: Trainer, console: Console) -> None:
@@ -234,21 +269,33 @@ def _adapters(job: Job) -> Callable[[], Tree]:
     return lambda: adapters
 
 
-def export(job: Job, trainer: Trainer, state: State, frozen: Tree | None, folder: Path) -> None:
-    """Writes the trained weights as a Hugging Face folder in place of an earlier one, and adapters as PEFT's files."""
+def results(run: Run, folder: Path) -> list[Path]:
+    """The folders that an export to `folder` makes: adapters as PEFT's files, and last the whole weights if it can."""
+    if run.lora is None:
+        return [folder]
+    adapters = folder.with_name(folder.name.replace("hf", "adapter"))
+    return [adapters] if run.lora_base == "int8" else [adapters, folder]  # merging would round the adapters away
+
+
+def export(job: Job, trainer: Trainer, state: State, frozen: Tree | None, folder: Path) -> Path:
+    """Writes the trained weights as a Hugging Face folder in place of an earlier one, and adapters as PEFT's files.
+
+    Returns the last folder that it wrote. Where several processes train, all of them call it and the first one writes.
+    """
     run = job.run
+    made = results(run, folder)
     if run.lora is not None and run.start is not None:
-        adapters = folder.with_name(folder.name.replace("hf", "adapter"))
         params = state.params if state.ema is None else state.ema
-        peft.save_peft(adapters, job.config, params, run.lora, base_name=run.start.checkpoint, replace=True)
-        if run.lora_base == "int8":  # merging would round the adapters away
-            return
-    dtype = jnp.dtype(run.export_dtype)
-    params = jax.jit(lambda p: jax.tree.map(lambda x: x.astype(dtype), p))(trainer.weights(state, frozen))
-    config = job.config
-    if isinstance(run, Sft) and (end := job.tokenizer.token_id(IM_END)) is not None:
-        config = dataclasses.replace(config, eos_token_id=end)
-    checkpoint.save_hf(folder, config, params, tokenizer_files_from=job.files, replace=True)
+        peft.save_peft(made[0], job.config, params, run.lora, base_name=run.start.checkpoint, replace=True)
+    if made[-1] == folder:
+        config = job.config
+        if isinstance(run, Sft) and (end := job.tokenizer.token_id(IM_END)) is not None:
+            config = dataclasses.replace(config, eos_token_id=end)
+        weights = trainer.weights(state, frozen)
+        checkpoint.save_hf(
+            folder, config, weights, dtype=run.export_dtype, tokenizer_files_from=job.files, replace=True
+        )
+    return made[-1]
 
 
 def _draw(config: Run, console: Console) -> None:

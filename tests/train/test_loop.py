@@ -2,10 +2,13 @@
 """A run from its command to its result: learns, resumes bit for bit, exports, and fails with a message of use."""
 
 import dataclasses
+import errno
 import functools
+import importlib.util
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,13 +21,14 @@ from rich.console import Console
 import qwen2_jax
 import tiny
 from qwen2_jax import checkpoint
+from qwen2_jax.checkpoint import store
 from qwen2_jax.config import ModelConfig
 from qwen2_jax.data import bpe
 from qwen2_jax.data.spec import Data, Source
 from qwen2_jax.errors import UserError
 from qwen2_jax.observe import Logging
 from qwen2_jax.observe.lines import read
-from qwen2_jax.train import Checkpointing, Evaluation, Guard, Lora, Optim, Pretrain, Sft, Start, loop, step
+from qwen2_jax.train import Checkpointing, Evaluation, Guard, Lora, Optim, Pretrain, Sft, Start, lock, loop, step
 from qwen2_jax.train.checkpoints import Checkpoints
 from qwen2_jax.train.lock import alone
 from qwen2_jax.train.step import Trainer
@@ -163,6 +167,62 @@ def test_another_model_or_order_of_data_is_refused(straight, corpus):
         run(pretrain(corpus, out, model=wider))
 
 
+def test_changed_settings_are_told(straight, corpus, tmp_path):
+    """A new learning rate goes on from the checkpoint, with a line that says so; a changed text does not go on."""
+    shutil.copytree(straight[0], tmp_path / "out")
+    optim = Optim(lr=2e-3, schedule="wsd", warmup=2)
+    _, screen = run(pretrain(corpus, tmp_path / "out", optim=optim, ema=0.25, log=Logging(every=3)))
+    said = [line for line in screen.splitlines() if "changed since the checkpoint" in line]
+    assert said == [  # in the order of the fields; log is no matter of the training
+        "warning: changed since the checkpoint: optim.lr 0.01 -> 0.002",
+        "warning: changed since the checkpoint: ema 0.5 -> 0.25",
+    ]
+    about = json.loads((tmp_path / "out" / "checkpoints" / "8" / "about" / "data.json").read_text())["about"]
+    assert about["settings"]["optim"]["lr"] == 1e-2
+    assert about["settings"]["data"]["sources"][0]["path"] == str(corpus / "text.jsonl")
+
+    longer = tmp_path / "text.jsonl"
+    longer.write_text((corpus / "text.jsonl").read_text("utf-8") + json.dumps({"text": "One more."}) + "\n", "utf-8")
+    with pytest.raises(UserError, match=rf"this run\): the data of {longer} has changed, or the tokenizer has\. Give"):
+        run(pretrain(corpus, tmp_path / "out", data=Data(sources=(Source(path=str(longer)),))))
+
+
+def test_a_finished_run_says_so(straight, corpus):
+    """Its result is written again; a run that would have to go back is refused, and its result stays."""
+    out, folder, _ = straight
+    before = (folder / "model.safetensors").read_bytes()
+    lines = lines_of(out)
+    again, screen = run(pretrain(corpus, out))
+    assert "this run is finished; nothing is trained: raise --steps, or start over with --no-resume" in screen
+    assert again == folder and lines_of(out) == lines
+    with pytest.raises(
+        UserError, match=r"state after step 8, and this run has 5 steps: it cannot go back\. Raise --steps"
+    ):
+        run(pretrain(corpus, out, steps=5))
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_a_failed_export_leaves_the_old_one(straight, corpus, tmp_path, monkeypatch):
+    shutil.copytree(straight[0], tmp_path / "out")
+    before = (straight[1] / "model.safetensors").read_bytes()
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(store, "_write_files", full)
+    with pytest.raises(OSError, match="the disk became full"):
+        run(pretrain(corpus, tmp_path / "out"))
+    assert (tmp_path / "out" / "hf" / "model.safetensors").read_bytes() == before
+
+
+def test_starting_over_keeps_the_lines_with_their_checkpoints(straight, corpus, tmp_path):
+    shutil.copytree(straight[0], tmp_path / "out")
+    lines = (straight[0] / "metrics.jsonl").read_bytes()
+    run(pretrain(corpus, tmp_path / "out", resume=False))
+    assert (tmp_path / "out" / "checkpoints.old" / "metrics.jsonl").read_bytes() == lines
+    assert told(tmp_path / "out") == told(straight[0])
+
+
 def test_what_cannot_be_is_said_before_anything_is_computed(corpus, tmp_path):
     with pytest.raises(UserError, match="max_position_embeddings 64: shorten them"):
         run(pretrain(corpus, tmp_path, length=128))
@@ -243,12 +303,20 @@ def test_fine_tuning_makes_a_chat_model(corpus, straight, tmp_path):
 
 @pytest.mark.parametrize("base", ["bfloat16", "int8"])
 def test_lora_leaves_the_weights_alone(base, corpus, straight, tmp_path):
+    """The folder that is told and returned is one that was written. Other weights under the adapters are refused."""
     config = sft(corpus, straight, tmp_path, lora=Lora(rank=4, alpha=8.0), lora_base=base, export_dtype="float32")
-    run(config)
+    folder, screen = run(config)
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
     losses = [line["loss"] for line in lines_of(tmp_path)]
     assert all(np.isfinite(losses))
     assert (tmp_path / "hf").exists() == (base != "int8")
+    assert folder == tmp_path / ("adapter" if base == "int8" else "hf") and f"wrote {folder}" in screen
+    other = {"bfloat16": "float32", "int8": "bfloat16"}[base]
+    with pytest.raises(UserError, match=r"weights under the adapters are others.*same start\.checkpoint and lora_base"):
+        run(dataclasses.replace(config, lora_base=other))
+    if base == "int8":
+        (tmp_path / "hf").mkdir()
+        assert f"warning: {tmp_path / 'hf'} is the result of an earlier run" in run(config)[1]
 
 
 def test_lora_goes_on_from_an_adapter(corpus, straight, tmp_path):
@@ -306,6 +374,37 @@ def test_a_model_trained_under_yarn_says_so(corpus, tmp_path):
     assert (scaling.type, scaling.factor, scaling.original_max_position_embeddings) == ("yarn", 2.0, 32)
 
 
+def test_an_export_that_a_kill_prevented_is_made_up_for(corpus, tmp_path, monkeypatch):
+    """Saved after step 4, and killed before the weights of step 4 were exported: the next start does it."""
+    config = pretrain(corpus, tmp_path, checkpoints=Checkpointing(every_steps=4, export_every=4))
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "export", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(config)
+    assert not (tmp_path / "hf-4").exists()
+    _, screen = run(config)
+    assert "continuing after step 4" in screen
+    assert sorted(path.name for path in tmp_path.glob("hf*")) == ["hf", "hf-4"]
+
+
+def test_the_state_of_a_run_is_no_start(straight, corpus, tmp_path):
+    state = straight[0] / "checkpoints" / "8"
+    for given in (state, state / "state"):
+        told = rf"{given} is the state of a training run.*give the model that it wrote: {straight[1]}"
+        with pytest.raises(checkpoint.CheckpointError, match=told):
+            run(sft(corpus, straight, tmp_path, start=Start(checkpoint=str(given))))
+
+
+def test_the_same_command_is_not_one_that_starts_over(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop.Preemption, "requested", lambda self, step: True)
+    assert "resume with the same command\n" in run(pretrain(corpus, tmp_path))[1]
+    assert "resume with the same command without --no-resume\n" in run(pretrain(corpus, tmp_path, resume=False))[1]
+
+
 def test_a_folder_serves_one_run_at_a_time(corpus, tmp_path):
     with (
         alone(tmp_path),
@@ -316,6 +415,10 @@ def test_a_folder_serves_one_run_at_a_time(corpus, tmp_path):
     assert not (tmp_path / "tokenizer").exists()  # what the other run will put into its result
     with alone(tmp_path):  # free again
         pass
+    with pytest.MonkeyPatch.context() as patch:  # as on Windows
+        patch.setattr(lock, "fcntl", None)
+        with alone(tmp_path), alone(tmp_path):
+            pass
 
 
 def test_a_dry_run_prints_and_writes_nothing(corpus, tmp_path):
@@ -327,25 +430,31 @@ def test_a_dry_run_prints_and_writes_nothing(corpus, tmp_path):
     assert not (tmp_path / "out" / "checkpoints").exists()
 
 
-def test_sigterm_saves_and_the_same_command_goes_on(corpus, tmp_path):
-    """The whole program, in a process of its own: exit code 0, a word of advice, and a run that ends as one piece."""
-    file = tmp_path / "config.py"
+def config_file(corpus, folder, changes):
+    """A config of a very small run as a file, for a process of its own. changes: fields, as Python."""
+    file = folder / "config.py"
     file.write_text(
         f'''"""python train.py"""
 from pathlib import Path
 from qwen2_jax.config import ModelConfig
 from qwen2_jax.data.spec import Data, Source
 from qwen2_jax.observe import Logging
-from qwen2_jax.train import Optim, Pretrain
+from qwen2_jax.train import Checkpointing, Optim, Pretrain
 config = Pretrain(
     model=ModelConfig(vocab_size=384, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
         max_position_embeddings=64), tokenizer={str(corpus / "tokenizer")!r},
-    data=Data(sources=(Source(path={str(corpus / "text.jsonl")!r}),)), rows=4, length=32, steps=100000,
-    optim=Optim(lr=1e-2, schedule="constant"), dtype="float32", remat=None, log=Logging(every=1),
-    out=Path({str(tmp_path / "out")!r}))
+    data=Data(sources=(Source(path={str(corpus / "text.jsonl")!r}),)), rows=4, length=32,
+    optim=Optim(lr=1e-2, schedule="constant"), dtype="float32", remat=None, log=Logging(every=1, batch_digest=True),
+    out=Path({str(folder / "out")!r}), {changes})
 ''',
         "utf-8",
     )
+    return file
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(corpus, tmp_path):
+    """The whole program, in a process of its own: exit code 0, a word of advice, and a run that ends as one piece."""
+    file = config_file(corpus, tmp_path, "steps=100000")
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "train.py", str(file)]
     with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as process:
@@ -364,6 +473,33 @@ config = Pretrain(
     assert f"continuing after step {done}" in more.stderr
     steps = [line["step"] for line in lines_of(tmp_path / "out")]
     assert steps == list(range(1, done + 3))
+
+
+def test_killed_runs_end_as_undisturbed_ones(corpus, tmp_path):
+    """SIGKILL while a checkpoint is written, between steps, and while the result is written."""
+    file = config_file(corpus, tmp_path, "steps=60, checkpoints=Checkpointing(every_steps=5)")
+    command = [sys.executable, str(ROOT / "benchmarks" / "kill_test.py"), "--work", str(tmp_path / "work"), "--kills"]
+    command += ["3", "--command", f"{sys.executable} train.py {file}"]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "3 of 3 kills survived" in done.stdout
+    for kind in ("saving", "stepping", "exporting"):
+        assert f"while {kind}" in done.stdout
+
+
+def test_kills_that_show_nothing_do_not_pass(tmp_path, monkeypatch):
+    """A command that never gets anywhere, and kills that never left a half-written checkpoint."""
+    path = ROOT / "benchmarks" / "kill_test.py"
+    kill_test = importlib.util.module_from_spec(spec := importlib.util.spec_from_file_location("kill_test", path))
+    monkeypatch.setitem(sys.modules, "kill_test", kill_test)  # where its dataclass looks for its annotations
+    spec.loader.exec_module(kill_test)
+    monkeypatch.setattr(kill_test, "PATIENCE", 0.5)
+    command = f"{sys.executable} -c 'import time; time.sleep(100)'"
+    with pytest.raises(SystemExit, match="0.5 seconds the command did not get to its first step"):
+        kill_test.main(["--work", str(tmp_path / "work"), "--command", command])
+    assert "none of 20 kills left a half-written checkpoint" in kill_test.too_easy(20, 0)
+    assert kill_test.too_easy(20, 1) == kill_test.too_easy(3, 0) == ""
 
 
 def test_every_device_of_a_mesh_has_its_part(tmp_path):
