@@ -51,6 +51,10 @@ def _run(job: Job, trainer: Trainer, console: Console) -> Path | None:
     if jax.process_index() == 0:
         job.write_small_files()
     _tell_what_is_left_out(job, console)
+    cost = partial(flops.train_flops, job.config, frozen=config.lora is not None)
+    recorder = Recorder(
+        config.log, config.out, total=job.steps, cost=cost, about=dataclasses.asdict(config), console=console
+    )
     start, frozen = _weights(job, trainer)
     console.print(
         f"{count(trainer.model_specs) / 1e6:,.2f} M parameters"
@@ -67,10 +71,6 @@ def _run(job: Job, trainer: Trainer, console: Console) -> Path | None:
         meanings=job.meanings,
         settings=job.settings,
         console=console,
-    )
-    cost = partial(flops.train_flops, job.config, frozen=config.lora is not None)
-    recorder = Recorder(
-        config.log, config.out, total=job.steps, cost=cost, about=dataclasses.asdict(config), console=console
     )
     with Preemption() as stop, saved, recorder:
         if not config.resume:
