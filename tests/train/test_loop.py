@@ -304,7 +304,15 @@ def test_fine_tuning_makes_a_chat_model(corpus, straight, tmp_path):
 @pytest.mark.parametrize("base", ["bfloat16", "int8"])
 def test_lora_leaves_the_weights_alone(base, corpus, straight, tmp_path):
     """The folder that is told and returned is one that was written. Other weights under the adapters are refused."""
-    config = sft(corpus, straight, tmp_path, lora=Lora(rank=4, alpha=8.0), lora_base=base, export_dtype="float32")
+    config = sft(
+        corpus,
+        straight,
+        tmp_path,
+        lora=Lora(rank=4, alpha=8.0),
+        lora_base=base,
+        dtype="bfloat16",
+        export_dtype="float32",
+    )
     folder, screen = run(config)
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
     losses = [line["loss"] for line in lines_of(tmp_path)]
@@ -313,7 +321,7 @@ def test_lora_leaves_the_weights_alone(base, corpus, straight, tmp_path):
     assert folder == tmp_path / ("adapter" if base == "int8" else "hf") and f"wrote {folder}" in screen
     other = {"bfloat16": "float32", "int8": "bfloat16"}[base]
     with pytest.raises(UserError, match=r"weights under the adapters are others.*same start\.checkpoint and lora_base"):
-        run(dataclasses.replace(config, lora_base=other))
+        run(dataclasses.replace(config, lora_base=other, dtype="float32" if other == "float32" else "bfloat16"))
     if base == "int8":
         (tmp_path / "hf").mkdir()
         assert f"warning: {tmp_path / 'hf'} is the result of an earlier run" in run(config)[1]
