@@ -51,6 +51,7 @@ class Trainee:
 
     def __init__(self, command: list[str], folder: Path):
         self.command, self.folder, self.output = command, folder, folder.with_name(f"{folder.name}.output")
+        self.looked_at = 0  # when metrics.jsonl was written that was read last
 
     def start(self) -> None:
         with self.output.open("ab") as output:
@@ -93,15 +94,12 @@ class Trainee:
         lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
         return [line for line in lines if "loss" in line]
 
-    def stamp(self) -> tuple[int, int]:
-        """Changes when metrics.jsonl does."""
+    def stepping(self, before: list[dict]) -> bool:
+        """Whether a line was written since there were those: a removal of lines after the checkpoint is none."""
         path = self.folder / "metrics.jsonl"
-        return (path.stat().st_size, path.stat().st_mtime_ns) if path.exists() else (0, 0)
-
-    def stepping(self, since: tuple[int, int]) -> bool:
-        """Whether lines were written: a first change may only be the removal of lines after the checkpoint."""
-        now = self.stamp()
-        return now != since and now[0] > 0 and bool(self.lines())
+        now = path.stat().st_mtime_ns if path.exists() else 0
+        changed, self.looked_at = now != self.looked_at, now
+        return changed and continued_after(before, self.lines()) is not None
 
     def checkpoints(self) -> list[Path]:
         folder = self.folder / "checkpoints"
@@ -145,7 +143,7 @@ def continued_after(before: list[dict], after: list[dict]) -> int | None:
 
 def disturb(trainee: Trainee, aim: str, rng: random.Random, starting: float, stepping: float) -> Start:
     """Starts the command and kills it. starting: seconds to its first step; stepping: seconds of steps to allow."""
-    since, left = trainee.stamp(), trainee.saving()
+    before, left = trainee.lines(), trainee.saving()
     trainee.start()
     if aim == "starting":
         time.sleep(rng.uniform(0.1, starting))
@@ -155,7 +153,7 @@ def disturb(trainee: Trainee, aim: str, rng: random.Random, starting: float, ste
     else:
         if left:  # by the kill before; the new start removes it
             trainee.wait_until(lambda: not trainee.saving(), "removing the half-written checkpoint")
-        trainee.wait_until(lambda: trainee.stepping(since), "its first step")
+        trainee.wait_until(lambda: trainee.stepping(before), "its first step")
         time.sleep(rng.uniform(0.0, stepping))
         if aim == "saving":
             trainee.wait_until(trainee.saving, "its next checkpoint")
@@ -192,7 +190,7 @@ def main(arguments: list[str] | None = None) -> int:
     command, rng = shlex.split(options.command), random.Random(options.seed)
     calm, began = Trainee(command, work / "whole"), time.monotonic()
     calm.start()
-    calm.wait_until(lambda: calm.stepping((0, 0)), "its first step")
+    calm.wait_until(lambda: calm.stepping([]), "its first step")
     starting = time.monotonic() - began
     calm.wait()
     stepping = time.monotonic() - began - starting
