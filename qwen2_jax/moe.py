@@ -76,8 +76,11 @@ class SparseMLP(nnx.Module):
         """
         x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
         # HIGHEST: by default TPUs and recent GPUs round the inputs of a float32 product to 8 or 10 bits.
-        logits_ME = jnp.einsum(
-            "md,ed->me", x_MD.astype(jnp.float32), self.router_ED[...].astype(jnp.float32), precision="highest"
+        logits_ME = jax.lax.dot_general(
+            x_MD.astype(jnp.float32),
+            self.router_ED[...].astype(jnp.float32),
+            (((1,), (1,)), ((), ())),
+            precision=jax.lax.Precision.HIGHEST,
         )
         p_ME = jax.nn.softmax(logits_ME, axis=-1)
         p_Mk, expert_Mk = jax.lax.top_k(p_ME, self.top_k)

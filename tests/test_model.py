@@ -100,7 +100,9 @@ def test_cached_steps_equal_one_forward(name, unroll):
         pieces.append(logits)
         at += width
     assert at == 40
-    np.testing.assert_allclose(np.concatenate(pieces, axis=1), whole, atol=TOLERANCE, rtol=0)
+    # Of the largest logit, as test_golden_training.py has it: how XLA:CPU orders a sum depends on the rows and on the
+    # processor, and 2.2e-5 of 9.4 was seen on an AMD EPYC where an Intel Xeon had less than 2e-5.
+    np.testing.assert_allclose(np.concatenate(pieces, axis=1), whole, atol=1e-5 * np.abs(whole).max(), rtol=0)
 
 
 @pytest.mark.parametrize("name", ["dense", "moe_mixed"])

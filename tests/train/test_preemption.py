@@ -36,7 +36,9 @@ def test_sigterm_is_a_request():
         signal.signal(signal.SIGTERM, before)
 
 
-def test_sigint_stays_an_interrupt():
+def test_sigint_stays_an_interrupt(request):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, if a shell started this in background
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     with pytest.raises(KeyboardInterrupt), Preemption():
         signal.raise_signal(signal.SIGINT)
 
