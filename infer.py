@@ -1,9 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ask a Qwen2 model: one prompt, a chat, or a file of prompts. `python infer.py --help` shows how."""
 
+import argparse
 import sys
 
 from qwen2_jax.infer.cli import main
 
+
+def plan(args: argparse.Namespace) -> int:
+    """What --plan does: above the engine, which knows of no plans."""
+    from qwen2_jax.plan import command
+
+    return command.infer(args)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(plan=plan))

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trains what a configuration file describes: `python train.py configs/sft.py [--any.field value]`."""
 
+import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -9,25 +11,53 @@ USAGE = """usage: python train.py CONFIG.py [--any.field value]
   python train.py configs/finetune.py --data.sources chats.jsonl        # as the file says, on your own chats
   python train.py configs/finetune.py --optim.lr 1e-4 --epochs 5 --out runs/mine
   python train.py configs/finetune.py --dry-run                         # what would be done, and the first batch
+  python train.py configs/pretrain_7b.py --plan v5e-64                  # does it fit, and how fast would it be: the
+      step is compiled for a machine that is not here, without the data; also v5p-256, 8xh100, 2x8xh200, ...
+      --json: for programs; --search: which mesh, remat and accumulate are fastest among those that fit
   python train.py configs/finetune.py --help                            # every field with its value
 
 The same command continues a run that was interrupted."""
 
 
+def _plan(flags: list[str]) -> tuple[str | None, dict[str, bool], list[str]]:
+    """(machine to plan for or None, how to plan, flags for the configuration)."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--plan")
+    found, flags = parser.parse_known_args(flags)
+    if found.plan is None:
+        return None, {}, flags
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--search", action="store_true")
+    how, flags = parser.parse_known_args(flags)
+    return found.plan, {"as_json": how.json, "search": how.search}, flags
+
+
 def main(arguments: list[str]) -> int:
-    """Runs one configuration. 0 = done, or stopped by SIGTERM and saved; 2 = the user must change something."""
+    """Runs or plans one configuration.
+
+    0 = done, stopped by SIGTERM and saved, or a plan that fits; 1 = a plan does not fit; 2 = the user must change
+    something.
+    """
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, file=sys.stdout if arguments else sys.stderr)
         return 0 if arguments else 2
     if arguments[0].startswith("-"):
         print(f"error: the first argument must be a config file, not {arguments[0]}\n{USAGE}", file=sys.stderr)
         return 2
+    machine, how, flags = _plan(arguments[1:])
+    if machine is not None:
+        os.environ["JAX_PLATFORMS"] = "cpu"  # read when jax is imported: a plan needs no accelerator and takes none
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from qwen2_jax.errors import UserError
     from qwen2_jax.train import config
 
     run = None
     try:
-        run = config.load(Path(arguments[0]), arguments[1:])
+        run = config.load(Path(arguments[0]), flags)
+        if machine is not None:
+            from qwen2_jax.plan import command
+
+            return command.train(run, machine, Path(arguments[0]), **how)
         from qwen2_jax.train import recipes  # takes seconds: after the mistakes that can be told at once
 
         recipes.run(run)

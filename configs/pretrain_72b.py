@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Qwen2-72B from random weights at 4,096 tokens, on 256 chips of a TPU v5p, or eight nodes of eight H100.
+"""Qwen2-72B from random weights at 4,096 tokens, on a TPU v5p-256 (128 chips), or eight nodes of eight H100.
 
     python train.py configs/pretrain_72b.py --data.sources gs-mount/corpus/
+
+--plan v5p-256: 40.9 GiB per device, 50.8 to 57.2 s a step, MFU 56% to 63%.
 
 4,194,304 tokens a step. The optimizer's numbers are stand-ins (see pretrain_0p5b.py). Not run at this size by us.
 """

@@ -34,7 +34,7 @@ def forward_flops(config: ModelConfig, length: int) -> int:
     A multiply-add counts as two. Counted are the matrix products and causal attention (half the square, or a band of
     the window's width); norms, rotary embedding and softmax are left out.
     """
-    return 2 * length * _matrices(config) + _attention(config, (length,))
+    return 2 * length * matrix_parameters(config) + attention_flops(config, (length,))
 
 
 def train_flops(config: ModelConfig, lengths: Iterable[int], *, frozen: bool = False) -> int:
@@ -47,7 +47,31 @@ def train_flops(config: ModelConfig, lengths: Iterable[int], *, frozen: bool = F
     """
     lengths = np.asarray(lengths, np.int64)
     passes = 4 if frozen else 6
-    return passes * int(lengths.sum()) * _matrices(config) + 3 * _attention(config, lengths)
+    return passes * int(lengths.sum()) * matrix_parameters(config) + 3 * attention_flops(config, lengths)
+
+
+def matrix_parameters(config: ModelConfig) -> int:
+    """Parameters of the matrices that a token is multiplied with; the embedding is a lookup, the head is one of them,
+    also where they are the same array."""
+    L, D = config.num_hidden_layers, config.hidden_size
+    layers = active_parameters(config) - embedding_parameters(config) - D * (2 * L + 1) - L * _biases(config)
+    return layers + config.vocab_size * D
+
+
+def expert_parameters(config: ModelConfig) -> int:
+    """Those of `matrix_parameters` that are in routed experts; 0 for a dense model."""
+    layers = sum(config.is_sparse(layer) for layer in range(config.num_hidden_layers))
+    return layers * config.num_experts_per_tok * 3 * config.hidden_size * config.moe_intermediate_size if layers else 0
+
+
+def attention_flops(config: ModelConfig, lengths: Iterable[int]) -> int:
+    """Operations of one forward pass of attention over documents of these lengths, all layers.
+
+    For every visible pair, query times key and probability times value.
+    """
+    lengths = np.asarray(lengths, np.int64)
+    pairs = {window: _visible_pairs(lengths, window) for window in set(config.windows)}
+    return 4 * config.num_attention_heads * config.head_dim * sum(pairs[window] for window in config.windows)
 
 
 def segment_lengths(segments_BT) -> np.ndarray:
@@ -59,21 +83,6 @@ def segment_lengths(segments_BT) -> np.ndarray:
     starts = np.flatnonzero(starts_BT)
     lengths = np.diff(starts, append=rows_BT.size)
     return lengths[rows_BT.reshape(-1)[starts] >= 0]
-
-
-def _matrices(config: ModelConfig) -> int:
-    """Parameters of the matrices that a token is multiplied with; the embedding is a lookup, the head is one of them,
-    also where they are the same array."""
-    L, D = config.num_hidden_layers, config.hidden_size
-    layers = active_parameters(config) - embedding_parameters(config) - D * (2 * L + 1) - L * _biases(config)
-    return layers + config.vocab_size * D
-
-
-def _attention(config: ModelConfig, lengths: Iterable[int]) -> int:
-    """Operations of one forward pass of attention: for every pair, query times key and probability times value."""
-    lengths = np.asarray(lengths, np.int64)
-    pairs = {window: _visible_pairs(lengths, window) for window in set(config.windows)}
-    return 4 * config.num_attention_heads * config.head_dim * sum(pairs[window] for window in config.windows)
 
 
 def _visible_pairs(lengths: np.ndarray, window: int) -> int:

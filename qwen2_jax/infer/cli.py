@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,11 +30,13 @@ EXAMPLES = """examples:
   python infer.py --ckpt qwen2-7b-instruct --input prompts.jsonl --output answers.jsonl
         one JSON object per line: {"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]}, and if you
         like "id" and settings of its own ("temperature": 0.5, "max_new_tokens": 32, ...). Interrupted? Run it again.
+  python infer.py --ckpt qwen2-72b --plan 8xh100             does it fit there, and how fast would it be: compiled for a
+        machine that is not here, without the weights; also v5e-16, v5p-8, 2x8xh200, ... with --context and --batch
   python infer.py --json "Once upon" | python -m json.tool   text, token ids, finish reason and timings for a program
 
 Answers go to standard output, everything else to standard error. Exit code 0: done, 1: some lines of --input failed,
-2: the command or its files cannot be used. Sampling options not given come from the checkpoint's own defaults
-(generation_config.json).
+2: the command or its files cannot be used; of --plan 0: it fits, 1: it does not. Sampling options not given come from
+the checkpoint's own defaults (generation_config.json).
 """
 
 
@@ -71,12 +73,21 @@ def parser() -> argparse.ArgumentParser:
     text = p.add_argument_group("prompt and answer")
     text.add_argument("--system", metavar="TEXT", help="system message for a chat model")
     text.add_argument("--raw", action="store_true", help="no chat template: continue the text as it is")
-    text.add_argument("--json", action="store_true", help="one line of JSON per answer instead of text")
+    text.add_argument("--json", action="store_true", help="one line of JSON per answer, or for a plan, instead of text")
     text.add_argument("--input", metavar="FILE", type=Path, help="JSON lines with a prompt each; see the examples")
     text.add_argument(
         "--output", metavar="FILE", type=Path,
         help="where the answers to --input go; what is already there is kept and not computed again",
     )  # fmt: skip
+    plan = p.add_argument_group("plan")
+    plan.add_argument("--plan", metavar="MACHINE", help="compile for this machine and say what it needs; runs nothing")
+    plan.add_argument(
+        "--context", type=int, metavar="N", help="tokens of a row, prompt and answer (default: 4096 at most)"
+    )
+    plan.add_argument("--batch", type=int, default=1, metavar="N", help="rows at a time (default: 1)")
+    plan.add_argument(
+        "--mesh", metavar="AXES", help="tensor=8,fsdp=2 (default: as many parts of heads as there can be)"
+    )
     draw = p.add_argument_group("sampling")
     draw.add_argument("--max-new-tokens", type=int, metavar="N", help="at most so many tokens per answer")
     draw.add_argument(
@@ -100,10 +111,15 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs infer.py and returns its exit code. Mistakes of the user become one line on standard error."""
+def main(argv: Sequence[str] | None = None, *, plan: Callable[[argparse.Namespace], int] | None = None) -> int:
+    """Runs infer.py and returns its exit code. Mistakes of the user become one line on standard error.
+
+    plan: what --plan does, which belongs to a layer above this one.
+    """
     args = parser().parse_args(argv)
     try:
+        if args.plan is not None:
+            return _planned(args, plan)
         return _run(args)
     except BrokenPipeError:  # the reader of our output has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -124,6 +140,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _fail(message: object) -> int:
     print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
     return 2
+
+
+def _planned(args: argparse.Namespace, plan: Callable[[argparse.Namespace], int] | None) -> int:
+    if plan is None:
+        raise UserError("--plan is for infer.py at the top of a clone")
+    if args.prompt is not None or args.input is not None:
+        raise UserError("--plan runs nothing: give no prompt and no --input, but --context and --batch")
+    return plan(args)
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A training step's bytes and seconds by formula alone: what is cheap enough to ask for hundreds of settings.
+
+A search ranks by it before it compiles, and advice is the difference between two estimates. It knows what the compiled
+steps were seen to do: weights gathered for the forward and the backward pass, their gradient scattered, activations
+summed over the tensor axis, the head gathered and its gradient summed for every tile of the loss.
+"""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from qwen2_jax import lora, sharding
+from qwen2_jax.chips import Chip
+from qwen2_jax.config import ModelConfig
+from qwen2_jax.logprob import CHUNK
+from qwen2_jax.params import ParamSpec, Tree
+from qwen2_jax.plan import cost
+from qwen2_jax.plan.hlo import Collective
+from qwen2_jax.plan.machine import Machine
+from qwen2_jax.plan.roofline import Network, Seconds
+from qwen2_jax.plan.shapes import is_spec
+from qwen2_jax.train.config import Run
+from qwen2_jax.train.dry_run import kept_per_token
+
+MOMENTS = {"adamw": 2, "adafactor": 0}  # float32 numbers per weight that an optimizer keeps; rows and columns are few
+
+
+class Estimate(NamedTuple):
+    """Of one step on each device."""
+
+    bytes: float
+    seconds: Seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """A run on a mesh. specs: declarations of the model's parameters, model.declare(config)[1]."""
+
+    run: Run
+    config: ModelConfig
+    specs: Tree
+    machine: Machine
+    mesh: Mesh
+
+    @property
+    def chip(self) -> Chip:
+        return self.machine.chip
+
+    def parts(self, name: str) -> int:
+        """Into how many parts the mesh cuts the dimension called `name`."""
+        return math.prod(self.mesh.shape[axis] for axis in sharding.axes_of(name, self.mesh))
+
+    @property
+    def tokens(self) -> float:
+        """Of one micro-batch on a device."""
+        return self.run.rows * self.run.length / self.run.accumulate / self.parts("batch")
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number that activations are made of."""
+        return jnp.dtype(self.run.dtype).itemsize
+
+    def held(self, trained: bool = False) -> int:
+        """Parameters, or those of them that are trained, that a device holds."""
+        specs = self.specs
+        if trained and self.run.lora is not None:
+            specs = lora.declare(self.config, self.run.lora)
+        return sum(math.prod(self._place(spec).shard_shape(spec.shape)) for spec in _leaves(specs))
+
+    def met(self) -> int:
+        """Parameters that a device multiplies with: gathered over the axes that only store."""
+        total = 0
+        for spec in _leaves(self.specs):
+            parts = math.prod(self.parts(axis) for axis in spec.axes if axis != "embed")
+            total += int(np.prod(spec.shape, dtype=np.int64)) // parts
+        return total
+
+    def _place(self, spec: ParamSpec) -> jax.sharding.NamedSharding:
+        return sharding.sharding(spec.axes, spec.shape, self.mesh)
+
+
+def estimate(setting: Setting) -> Estimate:
+    """Bytes and seconds of one step."""
+    return Estimate(_bytes(setting), _seconds(setting))
+
+
+def activation_bytes(setting: Setting) -> float:
+    """Of one micro-batch on a device: what is kept for the backward pass, and a tile of logits with its gradient."""
+    kept = setting.tokens * kept_per_token(setting.config, setting.run.remat) * setting.itemsize
+    rows = min(CHUNK, setting.tokens)
+    return kept + 2 * rows * setting.config.vocab_size * 4 / setting.parts("vocab")
+
+
+def _bytes(setting: Setting) -> float:
+    run, config = setting.run, setting.config
+    trained = setting.held(trained=True)
+    moments = MOMENTS[run.optim.algorithm] if run.optim.muon is None else 1
+    total = 4.0 * trained * (1 + moments + (run.ema is not None))
+    total += trained * (setting.itemsize if run.accumulate == 1 else 4 + setting.itemsize)
+    if run.lora is not None:
+        total += setting.held() * jnp.dtype("int8" if run.lora_base == "int8" else run.lora_base).itemsize
+    elif setting.itemsize < 4:
+        total += trained * setting.itemsize
+    if setting.parts("embed") > 1:  # two layers' weights gathered, this one's and the next one's; the head and its sum
+        layer = setting.met() / config.num_hidden_layers
+        total += 2 * layer * setting.itemsize
+        total += config.vocab_size * config.hidden_size / setting.parts("vocab") * (4 + setting.itemsize)
+    return total + activation_bytes(setting)
+
+
+def _seconds(setting: Setting) -> Seconds:
+    run, config, mesh = setting.run, setting.config, setting.mesh
+    state = 4 * setting.held(trained=True) * (3 + (run.ema is not None))
+    kept = setting.tokens * run.accumulate * kept_per_token(config, None) * setting.itemsize
+    work = cost.train_work(
+        config, setting.chip, cost.parts(config, mesh, run.rows // run.accumulate), lengths=[run.length] * run.rows,
+        remat=run.remat, frozen=run.lora is not None, accumulate=run.accumulate, state_bytes=state,
+        weight_bytes=setting.met() * setting.itemsize, kept_bytes=kept,
+    )  # fmt: skip
+    return Seconds(work.compute, work.memory, _messages(setting))
+
+
+def _messages(setting: Setting) -> float:
+    run, config, mesh = setting.run, setting.config, setting.mesh
+    network = Network(setting.machine, mesh)
+    ids = np.arange(mesh.size).reshape(mesh.devices.shape)
+    A, L, width = run.accumulate, config.num_hidden_layers, setting.itemsize
+    again = run.remat is not None
+    total = 0.0
+
+    def spend(kind: str, axes: tuple[str, ...], size: float, times: int) -> None:
+        nonlocal total
+        axes = tuple(axis for axis in axes if mesh.shape[axis] > 1)
+        if axes:
+            at = [mesh.axis_names.index(axis) for axis in axes]
+            groups = np.moveaxis(ids, at, range(-len(at), 0)).reshape(-1, math.prod(mesh.shape[a] for a in axes))
+            total += network.seconds(Collective(kind, int(size), times, tuple(map(tuple, groups[:1].tolist()))))
+
+    stored = sharding.axes_of("embed", mesh)
+    weights = setting.met() / L * width
+    spend("all-gather", stored, weights, 2 * A * L)
+    if run.lora is None:
+        spend("reduce-scatter", stored, weights, A * L)
+        copies = tuple(axis for axis in sharding.axes_of("batch", mesh) if axis not in stored)
+        spend("all-reduce", copies, setting.held() * 4, 1)
+    head = config.vocab_size * config.hidden_size / setting.parts("vocab")
+    spend("all-gather", stored, head * width, A)  # once for all chunks of the loss
+    spend("all-reduce", sharding.axes_of("batch", mesh), head * 4, A)
+    activations = setting.tokens * config.hidden_size
+    spend("all-reduce", sharding.axes_of("mlp", mesh), activations * width, (4 + 2 * again) * A * L)
+    sparse = sum(config.is_sparse(layer) for layer in range(L))
+    spend("all-reduce", sharding.axes_of("experts", mesh), activations * 4, (2 + again) * A * sparse)
+    return total
+
+
+def _leaves(specs: Tree) -> list[ParamSpec]:
+    return jax.tree.leaves(specs, is_leaf=is_spec)

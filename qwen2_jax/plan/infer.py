@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plan of inference: a prefill chunk and a decoding step, compiled for a machine that is not here."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
+
+from qwen2_jax import flops, model, rope
+from qwen2_jax.config import ModelConfig
+from qwen2_jax.errors import UserError
+from qwen2_jax.infer import ahead
+from qwen2_jax.infer.buckets import Buckets, context_limit
+from qwen2_jax.infer.generate import Generator
+from qwen2_jax.params import Tree
+from qwen2_jax.plan import architecture, cost, machine, roofline
+from qwen2_jax.plan.program import Program, compiled, device_bytes
+from qwen2_jax.plan.report import GIB, Part, Plan
+from qwen2_jax.plan.shapes import int8_shapes, shapes
+from qwen2_jax.train.step import places_of
+
+AXES = ("data", "fsdp", "tensor", "expert")
+CHUNKS = (128, 512, 2048)  # of a prefill, as Buckets.of chooses on accelerators
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is asked of a model. context: tokens of prompt and answer together, of each row; None: 4,096, or what the
+    model takes. mesh: sizes of axes; None lets default_mesh choose."""
+
+    context: int | None = None
+    rows: int = 1
+    dtype: str = "bfloat16"
+    long_context: rope.LongContext = "auto"
+    mesh: Mapping[str, int] | None = None
+    implementation: str | None = None
+
+
+def plan(checkpoint: str, name: str, job: Job) -> Plan:
+    """Compiles prefill and decoding of a checkpoint's architecture for the machine called `name`.
+
+    checkpoint: as architecture.named; no weights are needed. Raises UserError for what contradicts itself, and where
+    the machine's compiler is not installed.
+    """
+    where = machine.parse(name)
+    config = architecture.named(checkpoint)
+    limit = context_limit(config, job.long_context)
+    context = min(4096, limit) if job.context is None else job.context
+    if not 2 <= context <= limit:
+        raise UserError(
+            f"--context is {context}; {checkpoint} takes 2 to {limit} tokens (--long-context {job.long_context})"
+        )
+    if job.rows < 1:
+        raise UserError(f"--batch is {job.rows}; give 1 or more rows")
+    chosen = default_mesh(config, where.devices) if job.mesh is None else sizes(job.mesh, where.devices)
+    mesh = machine.mesh_of(where, chosen)
+    generator = make_generator(config, mesh, job)
+    buckets = generator.buckets
+    rows, length = buckets.batch(job.rows), buckets.length(context)
+    chunk = buckets.cut(context - 1)[0]
+    shape = (rows, length, job.long_context)
+    prefill = compiled(
+        f"prefill, {rows} x {chunk:,} tokens", lambda: ahead.lower_prefill(generator, chunk, *shape), where
+    )
+    decode = compiled(f"decoding step, {rows} rows", lambda: ahead.lower_decode(generator, *shape), where)
+    parts = (
+        _prefill(config, where, mesh, prefill, rows=rows, length=context, chunk=chunk, params=generator.params),
+        _decode(config, where, mesh, decode, rows=rows, length=context, params=generator.params),
+    )
+    settings = {
+        "context": context,
+        "rows": rows,
+        "cache slots": length,
+        "dtype": job.dtype,
+        "long_context": job.long_context,
+    }
+    whole = Plan(f"{checkpoint}, inference", where, dict(mesh.shape), settings, parts)
+    return whole if whole.fits else dataclasses.replace(whole, advice=tuple(advice(config, whole, job, rows, context)))
+
+
+def default_mesh(config: ModelConfig, devices: int) -> dict[str, int]:
+    """As many parts of heads and widths as the model can be cut into, then experts, then fsdp for what is left.
+
+    Inside a layer the first two cost one sum over the devices; fsdp moves weights over the links at each token.
+    """
+    _, specs = model.declare(config)
+    for tensor in (n for n in range(devices, 0, -1) if devices % n == 0):
+        left = devices // tensor
+        expert = math.gcd(left, config.num_experts) if config.num_experts else 1
+        found = {"data": 1, "fsdp": left // expert, "tensor": tensor, "expert": expert}
+        try:
+            abstract = AbstractMesh(tuple(found.values()), tuple(found))
+            places_of(specs, abstract)  # type: ignore[arg-type]  # shapes need no devices
+        except UserError:
+            continue
+        return found
+    raise UserError(f"no mesh of {devices} devices cuts this model; give one with --mesh")
+
+
+def sizes(asked: Mapping[str, int], devices: int) -> dict[str, int]:
+    """All axes, those not asked for with one part; -1 takes what is left."""
+    if unknown := set(asked) - set(AXES):
+        raise UserError(f"--mesh has no axis {', '.join(sorted(unknown))}; axes are {', '.join(AXES)}")
+    known = math.prod(size for size in asked.values() if size > 0)
+    return {axis: devices // known if asked.get(axis, 1) == -1 else asked.get(axis, 1) for axis in AXES}
+
+
+def make_generator(config: ModelConfig, mesh: Mesh, job: Job) -> Generator:
+    """The generator as load() makes it, with shapes for parameters."""
+    dtype = jnp.dtype("bfloat16" if job.dtype == "int8" else job.dtype)
+    graphdef, specs = model.declare(config, dtype=dtype, unroll=True)
+    params = (int8_shapes if job.dtype == "int8" else shapes)(specs, mesh, dtype)
+    buckets = Buckets(rows=1, chunks=CHUNKS, limit=max(context_limit(config, mode) for mode in rope.MODES))
+    return Generator(
+        graphdef, params, config, dtype=dtype, unroll=True, mesh=mesh, buckets=buckets,
+        implementation=job.implementation,
+    )  # fmt: skip
+
+
+def _prefill(config, where, mesh, program: Program, *, rows: int, length: int, chunk: int, params: Tree) -> Part:
+    """All chunks of a prompt that fills the context."""
+    cut, chunks = cost.parts(config, mesh, rows), math.ceil(length / chunk)
+    weights, cache = device_bytes(params), program.arguments["cache"]
+    work = cost.prefill_work(
+        config, where.chip, cut, rows=rows, length=length, chunk=chunk, weight_bytes=weights, cache_bytes=cache
+    )
+    head = 2 * length * config.vocab_size * config.hidden_size  # forward_flops has all logits, a prefill none
+    operations = rows * (flops.forward_flops(config, length) - head)
+    traffic = roofline.traffic(program.collectives, where, mesh)
+    if not program.known:
+        return Part(program, {}, operations, None, traffic, {}, chunks)
+    seconds = roofline.Seconds(work.compute, work.memory, chunks * sum(row.seconds for row in traffic))
+    rates = {
+        "seconds to the first token": (seconds.exposed, seconds.hidden),
+        "prompt tokens/s": (rows * length / seconds.exposed, rows * length / seconds.hidden),
+    }
+    return Part(program, {}, operations, seconds, traffic, rates, chunks)
+
+
+def _decode(config, where, mesh, program: Program, *, rows: int, length: int, params: Tree) -> Part:
+    """One token for every row, with full caches."""
+    experts = device_bytes(_experts(params))
+    work = cost.decode_work(
+        config, where.chip, cost.parts(config, mesh, rows), rows=rows, length=length,
+        weight_bytes=device_bytes(params) - experts, expert_bytes=experts, cache_bytes=program.arguments["cache"],
+    )  # fmt: skip
+    operations = rows * (flops.forward_flops(config, length) - flops.forward_flops(config, length - 1))
+    traffic = roofline.traffic(program.collectives, where, mesh)
+    if not program.known:
+        return Part(program, {}, operations, None, traffic, {})
+    seconds = roofline.Seconds(work.compute, work.memory, sum(row.seconds for row in traffic))
+    # The next token waits for the last one's messages: nothing hides them.
+    rates = {
+        "tokens/s of a row": (1 / seconds.exposed, 1 / seconds.hidden),
+        "tokens/s of all": (rows / seconds.exposed, rows / seconds.hidden),
+    }
+    return Part(program, {}, operations, seconds, traffic, rates)
+
+
+def _experts(params: Tree) -> list[Any]:
+    """The routed experts' arrays: those with a dimension for experts before two others."""
+    found = []
+    for name, leaf in params.items():
+        if isinstance(leaf, dict):
+            found += _experts(leaf)
+        elif name in ("gate_EFD", "up_EFD", "down_EDF"):
+            found.append(leaf)
+    return found
+
+
+def advice(config: ModelConfig, made: Plan, job: Job, rows: int, context: int) -> list[str]:
+    """Changes that would make both programs fit, judged by formula from what they need now."""
+    weights, cache = (max(part.program.arguments[kind] for part in made.parts) for kind in ("parameters", "cache"))
+    room = made.limit - (made.needed - cache)
+    found = []
+    if room > 0:
+        if (most := int(rows * room / cache)) >= 1:
+            found.append(f"--batch {2 ** int(math.log2(most))} at this context fits")
+        if (shorter := int(context * room / cache) // 256 * 256) >= 256:
+            found.append(f"--context {shorter} with --batch {job.rows} fits")
+    if job.dtype != "int8":
+        layers = sum(config.is_sparse(layer) for layer in range(config.num_hidden_layers))
+        experts = layers * config.num_experts * 3 * config.hidden_size * config.moe_intermediate_size if layers else 0
+        rounded = 1 - experts / flops.parameters(config)  # routed experts stay as they are
+        after = made.needed - weights * (1 - 1 / jnp.dtype(job.dtype).itemsize) * rounded
+        verdict = "fits" if after <= made.limit else "is not enough alone"
+        found.append(f"--dtype int8 {verdict}: about {after / GIB:.1f} GiB per device")
+    for more in (2, 4, 8, 16):
+        tensor = default_mesh(config, made.machine.devices * more)["tensor"]
+        heads = math.gcd(tensor, config.num_key_value_heads) / math.gcd(made.mesh["tensor"], config.num_key_value_heads)
+        after = weights / more + (made.needed - weights) / max(heads, 1)
+        if after <= made.limit:
+            found.append(f"{more} times as many devices fit: about {after / GIB:.1f} GiB per device")
+            break
+    else:
+        heads = config.num_key_value_heads
+        found.append(f"more devices alone do not fit: a row's cache is cut by key heads, of which there are {heads}")
+    return found

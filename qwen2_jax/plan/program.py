@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One compiled function: its bytes on a device, its collectives, how long the compiler took; or why it was refused."""
+
+import dataclasses
+import re
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from qwen2_jax.plan import hlo
+from qwen2_jax.plan.machine import Machine
+
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """bytes are per device. arguments: by kind, exact, from shapes and shardings. temporaries: everything that exists
+    only while the program runs, laid out by the compiler. code: the program itself. padding: what the compiler's layout
+    of the arguments takes beyond their numbers. known: False where the compiler refused the program for its size; then
+    temporaries is what it says it needs, and there are no collectives."""
+
+    name: str
+    arguments: Mapping[str, int]
+    padding: int
+    temporaries: int
+    code: int
+    collectives: tuple[hlo.Collective, ...]
+    lower_seconds: float
+    compile_seconds: float
+    known: bool = True
+
+    @property
+    def bytes(self) -> int:
+        """All of it."""
+        return sum(self.arguments.values()) + self.padding + self.temporaries + self.code
+
+
+def compiled(name: str, lower: Callable[[], tuple[jax.stages.Lowered, Mapping[str, Any]]], machine: Machine) -> Program:
+    """Lowers and compiles a function for a machine.
+
+    lower: gives what is to be compiled and its arguments by kind, trees of jax.ShapeDtypeStruct with shardings.
+    """
+    begin = time.perf_counter()
+    lowered, arguments = lower()
+    between = time.perf_counter()
+    given = {kind: device_bytes(tree) for kind, tree in arguments.items()}
+    try:
+        executable = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        needed = refused(str(error))
+        if needed is None:
+            raise
+        took = time.perf_counter() - between
+        # The compiler counts the temporaries alone, or everything: whichever it was, no less than that is needed.
+        temporaries = max(needed - sum(given.values()), 0)
+        return Program(name, given, 0, temporaries, 0, (), between - begin, took, known=False)
+    took = time.perf_counter() - between
+    memory, text = executable.memory_analysis(), executable.as_text()
+    assert memory is not None
+    assert text is not None
+    outside = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return Program(
+        name,
+        given,
+        max(0, memory.argument_size_in_bytes - sum(given.values())),
+        memory.temp_size_in_bytes + max(0, outside),
+        memory.generated_code_size_in_bytes,
+        tuple(hlo.collectives(text, machine.devices)),
+        between - begin,
+        took,
+    )
+
+
+def refused(message: str) -> int | None:
+    """Bytes that a program needs, from the compiler's words when it refuses it for its size; None for other words."""
+    match = re.search(r"\((\d+(?:\.\d+)?)([KMGT]?)\) exceeds available HBM", message)
+    match = match or re.search(r"Used (\d+(?:\.\d+)?)([KMGT]?) of \S+ hbm", message)
+    if "RESOURCE_EXHAUSTED" not in message or match is None:
+        return None
+    return int(float(match[1]) * UNITS[match[2]])
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes of a tree of shapes on the device that holds the most of it."""
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        part = leaf.shape if getattr(leaf, "sharding", None) is None else leaf.sharding.shard_shape(leaf.shape)
+        total += int(np.prod(part, dtype=np.int64)) * np.dtype(leaf.dtype).itemsize
+    return total
