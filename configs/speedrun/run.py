@@ -3,7 +3,7 @@
 
     python configs/speedrun/run.py
 
-On two CPU cores and without a network it takes an hour or so; docs/speedrun/report.md has the measured time. What is
+On two CPU cores and without a network it takes about 80 minutes; docs/speedrun/report.md has each stage's. What is
 done already is not done again: after an interruption the same command goes on. `--only pretrain` does one stage,
 `--dry-run` prints the commands. Further words go to every training: `--steps 20` for a rehearsal, whose folder is to
 be removed before the real run.
