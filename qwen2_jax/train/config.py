@@ -133,7 +133,10 @@ class Mesh:
         for size in sizes.values():
             known *= max(size, 1)
         if devices % known:
-            raise UserError(f"{self} is for a multiple of {known} devices, and {devices} are here")
+            raise UserError(
+                f"{self} is for a multiple of {known} devices, and {devices} are here: the sizes' product must be "
+                f"{devices}, with -1 for what the other axes leave"
+            )
         return {axis: devices // known if size == -1 else size for axis, size in sizes.items()}
 
 
