@@ -6,7 +6,9 @@ The only place that knows how weights are stored.
 
 import dataclasses
 import math
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -149,6 +151,26 @@ def is_matrix(spec: ParamSpec) -> bool:
 def summed(spec: ParamSpec) -> int:
     """How many of a matrix's last dimensions `linear` sums over."""
     return 2 if spec.axes[-2:] == ("heads", "head_dim") else 1
+
+
+def along(w: Weight, spec: ParamSpec, axis: int, change: Callable[[jax.Array], jax.Array]) -> Weight:
+    """The weight with `change` applied along one of its dimensions, which `change` gets as an array's first.
+
+    change: picks, repeats or fills up with zeros along that dimension, and leaves the others.
+    """
+
+    def moved(x: jax.Array, axis: int) -> jax.Array:
+        return jnp.moveaxis(change(jnp.moveaxis(x, axis, 0)), 0, axis)
+
+    outputs = len(spec.shape) - summed(spec)
+    if isinstance(w, Adapted):
+        base: Any = along(w.base, spec, axis, change)
+        if axis < outputs:
+            return dataclasses.replace(w, base=base, b=moved(w.b, axis))
+        return dataclasses.replace(w, base=base, a=moved(w.a, axis - outputs + bool(spec.layers) + 1))
+    if isinstance(w, Int8):
+        return Int8(moved(w.values, axis), moved(w.scale, axis) if axis < outputs else w.scale)
+    return moved(w, axis)
 
 
 def merged(w: Adapted) -> jax.Array:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwen2_jax import checkpoint, model, ops, sharding
+from qwen2_jax import checkpoint, heads, model, ops, sharding
 from qwen2_jax.config import DTYPES, ModelConfig
 from qwen2_jax.errors import UserError
 from qwen2_jax.infer import memory
@@ -56,7 +56,8 @@ class LM:
         max_rows: int | None = None,
         implementation: str | None = None,
     ):
-        """params: nested dict of arrays of dtype `dtype` (model.init, model.split or checkpoint.load_params makes one).
+        """params: nested dict of arrays of dtype `dtype` (model.init, model.split or checkpoint.load_params makes one);
+        on a mesh that does not divide the heads it is emptied, see heads.py.
 
         source: the checkpoint whose tokenizer and other small files travel along in `save`. max_rows: most prompts in
         one batch. implementation: of the kernels, see ops.
@@ -67,11 +68,15 @@ class LM:
         self.generation_config = dict(generation_config or {})
         self.source = source
         self.max_rows = max_rows or (8 if jax.default_backend() == "cpu" else 64)
-        graphdef, _ = model.declare(config, dtype=jnp.dtype(dtype), unroll=unroll)
+        self._specs = model.declare(config, unroll=unroll)[1]
+        self._heads = heads.spread(config, mesh)
+        served = config
+        if self._heads is not None and mesh is not None:
+            served, params = self._heads.config, heads.place(params, self._specs, self._heads, mesh)
         self.generator = Generator(
-            graphdef,
+            model.declare(served, dtype=jnp.dtype(dtype), unroll=unroll)[0],
             params,
-            config,
+            served,
             vocab_size=tokenizer.vocab_size if tokenizer else None,
             dtype=jnp.dtype(dtype),
             unroll=unroll,
@@ -81,8 +86,9 @@ class LM:
 
     @property
     def params(self) -> Tree:
-        """The parameters, as the generator holds them."""
-        return self.generator.params
+        """The model's parameters: those that the generator holds, or a copy where it holds repeated heads."""
+        served, wider = self.generator.params, self._heads
+        return served if wider is None else jax.jit(lambda params: wider.narrow(params, self._specs))(served)
 
     @property
     def is_chat(self) -> bool:

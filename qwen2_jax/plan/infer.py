@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
-from qwen2_jax import flops, model, rope, sharding
+from qwen2_jax import flops, heads, model, rope, sharding
 from qwen2_jax.config import ModelConfig
 from qwen2_jax.errors import UserError
 from qwen2_jax.infer import ahead
@@ -110,6 +110,8 @@ def sizes(asked: Mapping[str, int], devices: int) -> dict[str, int]:
 def make_generator(config: ModelConfig, mesh: Mesh, job: Job) -> Generator:
     """The generator as load() makes it, with shapes for parameters."""
     dtype = jnp.dtype("bfloat16" if job.dtype == "int8" else job.dtype)
+    if (wider := heads.spread(config, mesh)) is not None:
+        config = wider.config
     graphdef, specs = model.declare(config, dtype=dtype, unroll=True)
     params = (int8_shapes if job.dtype == "int8" else shapes)(specs, mesh, dtype, sharding.SERVING)
     buckets = Buckets(rows=1, chunks=CHUNKS, limit=max(context_limit(config, mode) for mode in rope.MODES))

@@ -16,7 +16,7 @@ import optax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from qwen2_jax import lora, model, moe, ops, rope, sharding
+from qwen2_jax import heads, lora, model, moe, ops, rope, sharding
 from qwen2_jax.config import ModelConfig
 from qwen2_jax.data.packing import Batch
 from qwen2_jax.logprob import TokenSums, cross_entropy
@@ -66,7 +66,9 @@ class Trainer:
         ops.check_implementation(run.implementation)
         self.run, self.config, self.mesh = run, config, mesh
         self.place = Placing(mesh)
-        self.graphdef, self.model_specs = model.declare(config)
+        self.model_specs = model.declare(config)[1]
+        self.heads = heads.spread(config, mesh)
+        self.graphdef = model.declare(config if self.heads is None else self.heads.config)[0]
         self.specs = self.model_specs if run.lora is None else lora.declare(config, run.lora)
         self.tx = optimizer.make(run.optim, self.specs, steps)
         self.rate = optimizer.schedule(run.optim.lr, run.optim, steps)
@@ -143,6 +145,8 @@ class Trainer:
         return lora.attach(frozen, params, self.run.lora)
 
     def _sums(self, weights: Tree, batch: Batch) -> tuple[TokenSums, RouterStats | None]:
+        if self.heads is not None:
+            weights = self.heads.widen(weights, self.model_specs)
         qwen2 = nnx.merge(self.graphdef, weights)
         output = qwen2(
             batch.tokens_BT,

@@ -31,7 +31,7 @@ from qwen2_jax.observe.lines import read
 from qwen2_jax.train import Checkpointing, Evaluation, Guard, Lora, Optim, Pretrain, Sft, Start, lock, loop, step
 from qwen2_jax.train.checkpoints import Checkpoints
 from qwen2_jax.train.lock import alone
-from qwen2_jax.train.step import Trainer
+from qwen2_jax.train.placing import Placing
 
 ROOT = Path(__file__).parents[2]
 MODEL = ModelConfig(
@@ -356,8 +356,10 @@ def test_weights_are_exported_on_the_way(corpus, tmp_path):
 
 def test_evaluation_takes_no_more_rows_at_once_than_training(straight, corpus, tmp_path, monkeypatch):
     """The same scores, in micro-batches."""
-    shapes, place = set(), Trainer.place
-    monkeypatch.setattr(Trainer, "place", lambda self, batch: shapes.add(batch.tokens_BT.shape) or place(self, batch))
+    shapes, place = set(), Placing.__call__
+    monkeypatch.setattr(
+        Placing, "__call__", lambda self, batch: shapes.add(batch.tokens_BT.shape) or place(self, batch)
+    )
     run(pretrain(corpus, tmp_path, accumulate=2, steps=4))
     assert shapes == {(4, 32), (2, 32)}
     held_out = lambda out: next(line["held_out"]["text"] for line in read(out / "metrics.jsonl") if "held_out" in line)
