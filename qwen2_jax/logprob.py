@@ -4,7 +4,7 @@
 The output head is the largest product of a small model, and its logits the largest array of any: 8,192 positions of a
 vocabulary of 151,936 are 5 GB in float32, several times over in the backward pass. Here a chunk of positions goes
 through the head at a time. The positions of a row are cut, never the batch: on a mesh (sharding.on) each device takes
-the rows it has, with the whole head, and the head's gradient is summed over devices once, not chunk by chunk.
+the tokens it has, with the whole head, and the head's gradient is summed over devices once, not chunk by chunk.
 """
 
 import functools
@@ -31,7 +31,7 @@ def token_logprobs(hidden_BTD: jax.Array, head_VD: Weight, targets_BT: jax.Array
     because the gradients of the results are not known before), so memory does not grow with the number of tokens.
     """
 
-    def rows(axes, hidden_BTD, head_VD, targets_BT):
+    def own(axes, hidden_BTD, head_VD, targets_BT):
         @jax.checkpoint
         def one(hidden_BCD, targets_BC):
             logits_BCV = linear(hidden_BCD, head_VD, dtype=jnp.float32)
@@ -40,7 +40,7 @@ def token_logprobs(hidden_BTD: jax.Array, head_VD: Weight, targets_BT: jax.Array
         logprobs_nBC = jax.lax.map(lambda args: one(*args), _cut((hidden_BTD, targets_BT), chunk))
         return _whole(logprobs_nBC, targets_BT.shape[1])
 
-    return _on_own_rows(rows, hidden_BTD, head_VD, targets_BT, per_row=True)
+    return _on_own_tokens(own, hidden_BTD, head_VD, targets_BT, per_token=True)
 
 
 class TokenSums(NamedTuple):
@@ -75,27 +75,30 @@ def cross_entropy(
     with the head instead of four). Those gradients are in float32 for the head, in its own dtype for the hidden state.
     """
 
-    def rows(axes, *args):
+    def own(axes, *args):
         sums = _cross_entropy((float(z_loss), chunk), *args)
         return jax.tree.map(lambda x: jax.lax.psum(x, axes), sums) if axes else sums
 
-    return _on_own_rows(rows, hidden_BTD, head_VD, targets_BT, weights_BT.astype(jnp.float32), per_row=False)
+    return _on_own_tokens(own, hidden_BTD, head_VD, targets_BT, weights_BT.astype(jnp.float32), per_token=False)
 
 
-def _on_own_rows(run: Callable, hidden_BTD, head_VD: Weight, *of_BT, per_row: bool):
-    """run(axes, hidden_BTD, head_VD, *of_BT), on a mesh with each device's share of the rows.
+def _on_own_tokens(run: Callable, hidden_BTD, head_VD: Weight, *of_BT, per_token: bool):
+    """run(axes, hidden_BTD, head_VD, *of_BT), on a mesh with each device's share of the tokens.
 
-    axes: those that the rows are split over, () where they are not. Other axes stay XLA's: the head may be split over
-    its vocabulary. per_row: the result is [B, ...], else it must be the same on all devices.
+    axes: those that the tokens are split over, () where they are not. Other axes stay XLA's: the head may be split over
+    its vocabulary. per_token: the result is [B, T], else it must be the same on all devices.
     """
     mesh = sharding.current_mesh()
-    axes = () if mesh is None else sharding.dividing("batch", len(hidden_BTD), mesh)
+    B, T, _ = hidden_BTD.shape
+    rows = () if mesh is None else sharding.dividing("batch", B, mesh)
+    places = () if mesh is None else sharding.dividing("length", T, mesh)
+    axes = (*rows, *places)
     run = functools.partial(run, axes)
     if axes:
-        rows, whole = PartitionSpec(axes), PartitionSpec()
+        tokens, whole = PartitionSpec(rows or None, places or None), PartitionSpec()
         run = jax.shard_map(
-            run, mesh=mesh, axis_names=set(axes), in_specs=(rows, whole, *(rows for _ in of_BT)),
-            out_specs=rows if per_row else whole, check_vma=False,
+            run, mesh=mesh, axis_names=set(axes), in_specs=(tokens, whole, *(tokens for _ in of_BT)),
+            out_specs=tokens if per_token else whole, check_vma=False,
         )  # fmt: skip
     return run(hidden_BTD, head_VD, *of_BT)
 

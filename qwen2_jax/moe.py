@@ -87,18 +87,19 @@ class SparseMLP(nnx.Module):
         weight_Mk = p_Mk / p_Mk.sum(axis=-1, keepdims=True) if self.renormalise else p_Mk
 
         E, real_M = p_ME.shape[-1], real_BT.reshape(-1)
-        routed_MD = ops.experts(
-            x_MD,
-            jnp.where(real_M[:, None], expert_Mk, E),  # padding goes to no expert
-            weight_Mk,
+        in_rows = lambda x_M: x_M.reshape(*real_BT.shape, -1)  # noqa: E731
+        routed_BTD = ops.experts(
+            x_BTD,
+            in_rows(jnp.where(real_M[:, None], expert_Mk, E)),  # padding goes to no expert
+            in_rows(weight_Mk),
             self.gate_EFD[...],
             self.up_EFD[...],
             self.down_EDF[...],
             implementation=implementation,
         )
-        gate_M = jax.nn.sigmoid(jnp.sum(x_MD * self.shared_gate_D[...], axis=-1))
-        y_MD = routed_MD + gate_M[:, None] * self.shared(x_MD)
-        return y_MD.reshape(x_BTD.shape), _stats(logits_ME, p_ME, expert_Mk, real_M)
+        gate_BT = jax.nn.sigmoid(jnp.sum(x_BTD * self.shared_gate_D[...], axis=-1))
+        y_BTD = routed_BTD + gate_BT[..., None] * self.shared(x_BTD)
+        return y_BTD, _stats(logits_ME, p_ME, expert_Mk, real_M)
 
 
 def _stats(logits_ME, p_ME, expert_Mk, real_M) -> RouterStats:

@@ -2,9 +2,9 @@
 """The only door to the kernels: one function per operation of the model, implementations chosen by name.
 
 A kernel sees the arrays of one device. Where the caller is traced on a mesh (sharding.on), every operation here runs in
-a shard_map: rows of the batch, heads and experts are split as sharding.RULES says, and what a dimension's size does not
-allow is not split. Attention needs no communication then; the experts' outputs are summed over the devices that hold
-different experts, or different parts of one.
+a shard_map: rows of the batch, their tokens, heads and experts are split as sharding.RULES says, and what a dimension's
+size does not allow is not split. Attention gathers keys and values over the devices that have other tokens of the same
+rows, and needs nothing else. Experts gather the tokens of the devices that hold other experts, and add what comes out.
 
 `implementation` is None (the best that serves the device), one name for all operations ("xla"), or names by operation
 ("attention=splash,experts=ragged_dot"; those left out take the best that serves).
@@ -47,10 +47,11 @@ OPERATIONS = {
     "experts": (*_grouped.IMPLEMENTATIONS, *_grouped.ONLY_BY_NAME),
 }
 
-QUERY = ("batch", None, "heads", "head_dim")
-KEY = ("batch", None, "kv_heads", "head_dim")
-CACHE = ("layers", "batch", "kv_heads", None, "head_dim")
-TOKENS = ("batch", None)
+QUERY = ("batch", "length", "heads", None)
+KEY = ("batch", "length", "kv_heads", None)
+TOKENS = ("batch", "length")
+STEP = ("batch", None, "heads", None)  # the queries of a decode step
+CACHE = ("layers", "batch", "kv_heads", None, None)
 ROW = ("batch",)
 
 
@@ -93,9 +94,20 @@ def attention(
     scale are numbers or [B]. Returns [B, T, N, H].
     """
 
+    masks = (q_positions_BT, kv_positions_BS, q_segments_BT, kv_segments_BS)
+    numbers = (window, scale, None if len(queries) == 1 else chunk_len)
+    args = (queries, k_BSKH, v_BSKH, masks, _per_row(numbers, len(k_BSKH)))
+    names = (QUERY, KEY, KEY, TOKENS, ROW)
+    pieces = _axes(args, names).get("length", ())
     name = _implementation("attention", implementation)
 
     def run(queries, k_BSKH, v_BSKH, masks, numbers):
+        if pieces:
+            # Grouped heads make the keys of a whole row small: with 7 or 8 queries to a key, less than its activations.
+            whole = lambda x: jax.lax.all_gather(x, pieces, axis=1, tiled=True)  # noqa: E731
+            q_at, kv_at, q_in, kv_in = masks
+            k_BSKH, v_BSKH, kv_at, kv_in = jax.tree.map(whole, (k_BSKH, v_BSKH, kv_at, kv_in))
+            masks = q_at, kv_at, q_in, kv_in
         masks = dict(zip(("q_positions_BT", "kv_positions_BS", "q_segments_BT", "kv_segments_BS"), masks, strict=True))
         window, scale, chunk_len = numbers
         common = {**masks, "window": window, "scale": scale, "implementation": name}
@@ -103,10 +115,7 @@ def attention(
             return _flash.flash_attention(*queries, k_BSKH, v_BSKH, **common)
         return dual_chunk_attention(*queries, k_BSKH, v_BSKH, chunk_len=chunk_len, **common)
 
-    masks = (q_positions_BT, kv_positions_BS, q_segments_BT, kv_segments_BS)
-    numbers = (window, scale, None if len(queries) == 1 else chunk_len)
-    args = (queries, k_BSKH, v_BSKH, masks, _per_row(numbers, len(k_BSKH)))
-    return _on_each_device(run, args, (QUERY, KEY, KEY, TOKENS, ROW), QUERY, name)
+    return _on_each_device(run, args, names, QUERY, name)
 
 
 def cached_attention(
@@ -150,43 +159,56 @@ def cached_attention(
 
     numbers = (window, scale, None if len(queries) == 1 else chunk_len)
     args = (queries, k_RBKSH, v_RBKSH, q_positions_BT, _per_row(numbers, B), jnp.asarray(repeat, jnp.int32))
-    return _on_each_device(run, args, (QUERY, CACHE, CACHE, TOKENS, ROW, ()), QUERY, name)
+    return _on_each_device(run, args, (STEP, CACHE, CACHE, ("batch", None), ROW, ()), STEP, name)
 
 
 def experts(
-    x_MD: jax.Array,
-    chosen_Mk: jax.Array,
-    weights_Mk: jax.Array,
+    x_BTD: jax.Array,
+    chosen_BTk: jax.Array,
+    weights_BTk: jax.Array,
     gate_EFD: jax.Array,
     up_EFD: jax.Array,
     down_EDF: jax.Array,
     *,
     implementation: str | None = None,
 ) -> jax.Array:
-    """sum over a token's k experts e of weight_e * down_e(silu(gate_e x) * up_e x), [M, D] in x's dtype.
+    """sum over a token's k experts e of weight_e * down_e(silu(gate_e x) * up_e x), [B, T, D] in x's dtype.
 
-    chosen_Mk: experts of each token; E or more means none (padding). Nothing is dropped, whatever the load. On a mesh
-    every device runs the experts it holds for the tokens of its batch shard, and the partial sums are added in float32.
+    chosen_BTk: experts of each token; E or more means none (padding). Nothing is dropped, whatever the load. On a mesh
+    every device runs the experts it holds: for the tokens of all devices that hold others, where each has its own
+    tokens, or for tokens that they all have (a decode step's few rows). Partial sums are added in float32.
     """
-    args = (x_MD, chosen_Mk, weights_Mk, gate_EFD, up_EFD, down_EDF)
-    names = (("batch", None),) * 3 + (("experts", "mlp", None),) * 2 + (("experts", None, "mlp"),)
+    args = (x_BTD, chosen_BTk, weights_BTk, gate_EFD, up_EFD, down_EDF)
+    tokens = ("batch", "length", None)
+    names = (tokens, tokens, tokens, ("experts", "mlp", None), ("experts", "mlp", None), ("experts", None, "mlp"))
     axes = _axes(args, names)
-    summed = (*axes.get("experts", ()), *axes.get("mlp", ()))
-
+    holders, widths = axes.get("experts", ()), axes.get("mlp", ())
+    apart = tuple(axis for axis in holders if axis in axes.get("batch", ()))  # axes along which tokens differ too
     name = _implementation("experts", implementation)
 
-    def run(x_MD, chosen_Mk, weights_Mk, gate_EFD, up_EFD, down_EDF):
+    def run(x_BTD, chosen_BTk, weights_BTk, gate_EFD, up_EFD, down_EDF):
+        if apart:
+            gather = lambda x: jax.lax.all_gather(x, apart, axis=0, tiled=True)  # noqa: E731
+            x_BTD, chosen_BTk, weights_BTk = gather(x_BTD), gather(chosen_BTk), gather(weights_BTk)
+        x_MD, chosen_Mk, weights_Mk = (x.reshape(-1, x.shape[-1]) for x in (x_BTD, chosen_BTk, weights_BTk))
         mine = len(gate_EFD)
-        if axes.get("experts"):  # another device's experts are none of mine: their rows cost nothing and give zeros
-            chosen_Mk = chosen_Mk - jax.lax.axis_index(axes["experts"]) * mine
+        if holders:  # another device's experts are none of mine: their rows cost nothing and give zeros
+            chosen_Mk = chosen_Mk - jax.lax.axis_index(holders) * mine
         order = sort_by_expert(chosen_Mk, mine)
         rows = permute(x_MD, order)
         hidden = _grouped.grouped_swiglu(rows, gate_EFD, up_EFD, order.group_sizes_E, implementation=name)
         rows = _grouped.grouped_matmul(hidden, down_EDF, order.group_sizes_E, transpose_w=True, implementation=name)
-        y_MD = unpermute(rows, weights_Mk, order)
-        return jax.lax.psum(y_MD.astype(jnp.float32), summed).astype(y_MD.dtype) if summed else y_MD
+        y_BTD = unpermute(rows, weights_Mk, order).reshape(x_BTD.shape)
+        if not holders and not widths:
+            return y_BTD
+        sums_BTD = y_BTD.astype(jnp.float32)
+        if apart:
+            sums_BTD = jax.lax.psum_scatter(sums_BTD, apart, scatter_dimension=0, tiled=True)
+        elif holders:
+            sums_BTD = jax.lax.psum(sums_BTD, holders)
+        return (jax.lax.psum(sums_BTD, widths) if widths else sums_BTD).astype(y_BTD.dtype)
 
-    return _on_each_device(run, args, names, ("batch", None), name)
+    return _on_each_device(run, args, names, tokens, name)
 
 
 # ---------------------------------------------------------------------- from logical names to one device's share

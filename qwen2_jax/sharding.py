@@ -1,35 +1,101 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the names of a parameter's dimensions to its place on a device mesh: one table, one check."""
+"""From the names of an array's dimensions to its place on a device mesh: one table of rules, one check, one layout."""
 
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from qwen2_jax.errors import UserError
 
-# The name of a dimension -> the mesh axis (or axes) it is split over. None: every device holds all of it.
-RULES: Mapping[str, str | tuple[str, ...] | None] = {
-    "batch": ("data", "fsdp"),
-    "layers": None,
-    "embed": "fsdp",
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "head_dim": None,
-    "mlp": "tensor",
-    "vocab": "tensor",
-    "experts": "expert",
+# The axes that a mesh may have, outermost first. Devices that differ in the last ones are neighbours; those that differ
+# in the first ones may be in different slices or nodes.
+AXES = {
+    "replica": "copies of the model that meet once a step, to add their gradients: slices of TPUs, groups of nodes",
+    "data": "copies of the model, each with its rows of the batch",
+    "fsdp": "parts of parameters and optimizer state, each with its rows of the batch",
+    "expert": "parts of the experts, each with its rows of the batch",
+    "context": "parts of each row's tokens, or of its cache",
+    "tensor": "parts of heads, feed-forward width and vocabulary",
 }
+
+# The name of a dimension -> the axes it is split over. An axis splits one dimension of an array: the first, in the
+# array's order, that names it and that it divides.
+RULES: Mapping[str, tuple[str, ...]] = {
+    "batch": ("replica", "data", "fsdp", "expert"),
+    "length": ("context",),
+    "slots": ("context",),
+    "layers": (),
+    "embed": ("fsdp", "context", "expert"),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_dim": ("tensor",),  # of the stored weights, where the heads do not divide; see heads.py
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+    "experts": ("expert",),
+}
+# Where weights are read at every token, and not once for thousands: they are gathered over fsdp alone, which is there
+# for models that fit no other way.
+SERVING: Mapping[str, tuple[str, ...]] = {**RULES, "embed": ("fsdp",)}
 
 
 def make_mesh(**axes: int) -> Mesh:
-    """A mesh with the given axes, e.g. make_mesh(fsdp=4, tensor=2). Axes are Auto: XLA places the collectives."""
-    sizes, devices = math.prod(axes.values()), len(jax.devices())
-    if sizes != devices:
-        raise UserError(f"mesh {axes} needs {sizes} devices; {devices} are here: the sizes' product must be {devices}")
-    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
+    """A mesh of all devices with the given axes, e.g. make_mesh(fsdp=4, tensor=2), laid out as `lay_out` says.
+
+    Raises UserError for an axis that RULES do not know, sizes that do not multiply to the number of devices, and axes
+    that the devices' links do not allow.
+    """
+    if unknown := set(axes) - set(AXES):
+        raise UserError(f"a mesh has no axis {', '.join(sorted(unknown))}; choose from {', '.join(AXES)}")
+    sizes, devices = math.prod(axes.values()), jax.devices()
+    if sizes != len(devices) or min(axes.values(), default=1) < 1:
+        raise UserError(
+            f"mesh {axes} needs {sizes} devices; {len(devices)} are here: the sizes' product must be {len(devices)}"
+        )
+    return lay_out(axes, devices, _islands(devices))
+
+
+def lay_out(axes: Mapping[str, int], devices: Sequence[Any], islands: int = 1) -> Mesh:
+    """A mesh of devices that come as `islands` equal groups, one after the other: slices, or nodes.
+
+    The first axes that divide the number of islands go across them: what stays inside is fast. Axes are Auto: XLA
+    places the collectives. Raises UserError where the islands or the links inside one do not allow it.
+    """
+    names, sizes = tuple(axes), tuple(axes.values())
+    auto = (AxisType.Auto,) * len(names)
+    across, left = [], islands
+    for size in sizes:
+        across.append(math.gcd(size, left))
+        left //= across[-1]
+    if left > 1:
+        raise UserError(
+            f"mesh {dict(axes)} cannot be cut into {islands} slices or nodes: its first axes must multiply to {islands}"
+        )
+    inside = tuple(size // out for size, out in zip(sizes, across, strict=True))
+    parts = []
+    for island in np.array(devices).reshape(islands, -1):
+        try:
+            parts.append(jax.make_mesh(inside, names, axis_types=auto, devices=list(island)).devices)
+        except NotImplementedError as why:
+            sides = "x".join(str(max(at) + 1) for at in zip(*(device.coords for device in island), strict=True))
+            raise UserError(
+                f"mesh {dict(axes)} cannot be laid out on the {sides} chips of a slice: each axis must be a side of "
+                "the torus, or a product of sides"
+            ) from why
+    grid = np.stack(parts).reshape(*across, *inside)
+    order = [axis for pair in zip(range(len(names)), range(len(names), 2 * len(names)), strict=True) for axis in pair]
+    return Mesh(grid.transpose(order).reshape(sizes), names, axis_types=auto)
+
+
+def _islands(devices: Sequence[Any]) -> int:
+    """Slices of TPUs, or nodes of GPUs, between which the links are slow."""
+    if devices[0].platform == "gpu":
+        return len({device.process_index for device in devices})
+    return len({getattr(device, "slice_index", None) for device in devices})
 
 
 def on(mesh: Mesh | None, function: Callable) -> Callable:
@@ -53,36 +119,46 @@ def current_mesh() -> AbstractMesh | None:
 
 def axes_of(name: str | None, mesh: Mesh | AbstractMesh, rules: Mapping = RULES) -> tuple[str, ...]:
     """The axes of `mesh` over which the dimension called `name` is split."""
-    axis = None if name is None else rules[name]
-    wanted = () if axis is None else (axis,) if isinstance(axis, str) else axis
-    return tuple(a for a in wanted if a in mesh.axis_names)
+    return () if name is None else tuple(a for a in rules[name] if a in mesh.axis_names)
 
 
 def dividing(name: str, size: int, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
     """As many of the axes of `name`, from the first, as divide a dimension of this size."""
     axes = axes_of(name, mesh)
-    while size % math.prod(mesh.shape[a] for a in axes):
+    while size % parts(axes, mesh):
         axes = axes[:-1]
     return axes
 
 
-def spec(names: Sequence[str | None], mesh: Mesh, rules: Mapping = RULES) -> PartitionSpec:
-    """PartitionSpec of an array whose dimensions are called `names`; axes that `mesh` lacks are left out."""
+def parts(axes: Sequence[str], mesh: Mesh | AbstractMesh) -> int:
+    """Number of parts that axes of `mesh` cut a dimension into."""
+    return math.prod(mesh.shape[axis] for axis in axes)
 
-    axes = [axes_of(name, mesh, rules) for name in names]
-    used = [a for group in axes for a in group]
-    if len(set(used)) < len(used):
-        raise ValueError(f"two dimensions of {tuple(names)} map to one mesh axis: {axes}")
-    return PartitionSpec(*(group if len(group) > 1 else group[0] if group else None for group in axes))
+
+def spec(
+    names: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh, rules: Mapping = RULES
+) -> PartitionSpec:
+    """PartitionSpec of an array of this shape whose dimensions are called `names`; axes that `mesh` lacks are left out.
+
+    Raises UserError, naming the sizes that divide, where an axis divides none of the dimensions that name it.
+    """
+    groups: list[tuple[str, ...]] = []
+    for name, size in zip(names, shape, strict=True):
+        group: tuple[str, ...] = ()
+        for axis in axes_of(name, mesh, rules):
+            if all(axis not in earlier for earlier in groups) and size % parts((*group, axis), mesh) == 0:
+                group = (*group, axis)
+        groups.append(group)
+    for name, size, group in zip(names, shape, groups, strict=True):
+        for axis in axes_of(name, mesh, rules):
+            if all(axis not in taken for taken in groups) and mesh.shape[axis] > 1:
+                wanted = " x ".join(f"{a}={mesh.shape[a]}" for a in (*group, axis))
+                divisors = [d for d in range(1, size + 1) if size % d == 0]
+                shown = ", ".join(map(str, divisors[:12])) + (", ..." if len(divisors) > 12 else "")
+                raise UserError(f"dimension {name} = {size} cannot be split over {wanted}; these divide: {shown}")
+    return PartitionSpec(*(group if len(group) > 1 else group[0] if group else None for group in groups))
 
 
 def sharding(names: Sequence[str | None], shape: Sequence[int], mesh: Mesh, rules: Mapping = RULES) -> NamedSharding:
-    """Where an array of this shape and these dimension names lives. Raises UserError naming the sizes that divide."""
-    partition = spec(names, mesh, rules)
-    for name, size, axes in zip(names, shape, partition, strict=True):
-        parts = math.prod(mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes or ()))
-        if size % parts:
-            divisors = [d for d in range(1, size + 1) if size % d == 0]
-            shown = ", ".join(map(str, divisors[:12])) + (", ..." if len(divisors) > 12 else "")
-            raise UserError(f"dimension {name} = {size} cannot be split over {axes}={parts}; these divide: {shown}")
-    return NamedSharding(mesh, partition)
+    """Where an array of this shape and these dimension names lives; see `spec`."""
+    return NamedSharding(mesh, spec(names, shape, mesh, rules))

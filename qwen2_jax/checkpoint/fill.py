@@ -9,7 +9,7 @@ updated in place; then it is one shard of one layer.
 import functools
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -21,18 +21,18 @@ from qwen2_jax.checkpoint.hf import HfFolder, Progress
 from qwen2_jax.checkpoint.names import Tree, hf_names, put
 from qwen2_jax.checkpoint.tensorfile import aligned
 from qwen2_jax.params import ParamSpec, leaves
-from qwen2_jax.sharding import sharding
+from qwen2_jax.sharding import RULES, sharding
 
 STAGE_BYTES = 512 * 2**20  # a larger shard of stacked layers is filled on the device, layer by layer
 Place = Callable[[ParamSpec], jax.sharding.Sharding]
 
 
-def places(mesh: jax.sharding.Mesh | None) -> Place:
-    """Where a parameter lives: on `mesh` by the rules of qwen2_jax.sharding, or whole on the first device."""
+def places(mesh: jax.sharding.Mesh | None, rules: Mapping = RULES) -> Place:
+    """Where a parameter lives: on `mesh` by rules of qwen2_jax.sharding, or whole on the first device."""
     if mesh is None:
         single = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         return lambda spec: single
-    return lambda spec: sharding(spec.axes, spec.shape, mesh)
+    return lambda spec: sharding(spec.axes, spec.shape, mesh, rules)
 
 
 def read_params(

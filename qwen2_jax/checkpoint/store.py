@@ -24,6 +24,7 @@ from qwen2_jax.checkpoint.workspace import new_folder, write_file
 from qwen2_jax.config import DTYPES, ModelConfig
 from qwen2_jax.model import declare
 from qwen2_jax.params import count, leaves
+from qwen2_jax.sharding import RULES
 
 if TYPE_CHECKING:  # Orbax takes a second to import, and most runs do without it
     from qwen2_jax.checkpoint.orbax import OrbaxFolder
@@ -155,18 +156,20 @@ def load_params(
     dtype=None,
     unroll: bool = False,
     mesh: jax.sharding.Mesh | None = None,
+    rules: Mapping = RULES,
     progress: Progress | None = None,
 ) -> Tree:
     """The parameters of a checkpoint as a nested dict of arrays, born sharded: each device gets only its own bytes.
 
     dtype: of all parameters, e.g. "bfloat16"; default: the config's. unroll: one array per layer. mesh: devices to
-    spread over by the rules of qwen2_jax.sharding; default: the first device. progress(bytes done, bytes in all).
+    spread over by `rules` (of qwen2_jax.sharding: RULES to train, SERVING to generate); default: the first device.
+    progress(bytes done, bytes in all).
     """
     opened = open_checkpoint(source, config)
     wanted = jnp.dtype(dtype or opened.config.dtype)
     specs = names.unrolled(opened.specs) if unroll else opened.specs
     specs = names.nested({path: dataclasses.replace(spec, dtype=wanted) for path, spec in leaves(specs)})
-    place = fill.places(mesh)
+    place = fill.places(mesh, rules)
     if isinstance(opened.tensors, HfFolder):
         return fill.read_params(opened.tensors, specs, place, progress=progress)
     return opened.tensors.read_params(specs, place, progress=progress)

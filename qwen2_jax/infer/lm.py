@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwen2_jax import checkpoint, model, ops
+from qwen2_jax import checkpoint, model, ops, sharding
 from qwen2_jax.config import DTYPES, ModelConfig
 from qwen2_jax.errors import UserError
 from qwen2_jax.infer import memory
@@ -313,7 +313,9 @@ def load(
     length = min(4096, context_limit(config, long_context))
     memory.check_load(config, rows=1, length=length, dtype=dtype, devices=devices)
     # One array per layer: a scan would copy each layer's weights out of a stack at every token (docs/decisions.md).
-    params = checkpoint.load_params(source, config, dtype=jnp.dtype(dtype), unroll=True, mesh=mesh, progress=progress)
+    params = checkpoint.load_params(
+        source, config, dtype=jnp.dtype(dtype), unroll=True, mesh=mesh, rules=sharding.SERVING, progress=progress
+    )
     if rounded:
         params = quantize(params, model.declare(config, unroll=True)[1])
     return LM(

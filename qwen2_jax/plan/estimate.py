@@ -54,12 +54,12 @@ class Setting:
 
     def parts(self, name: str) -> int:
         """Into how many parts the mesh cuts the dimension called `name`."""
-        return math.prod(self.mesh.shape[axis] for axis in sharding.axes_of(name, self.mesh))
+        return sharding.parts(sharding.axes_of(name, self.mesh), self.mesh)
 
     @property
     def tokens(self) -> float:
         """Of one micro-batch on a device."""
-        return self.run.rows * self.run.length / self.run.accumulate / self.parts("batch")
+        return self.run.rows * self.run.length / self.run.accumulate / self.parts("batch") / self.parts("length")
 
     @property
     def itemsize(self) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
-from qwen2_jax import flops, model, rope
+from qwen2_jax import flops, model, rope, sharding
 from qwen2_jax.config import ModelConfig
 from qwen2_jax.errors import UserError
 from qwen2_jax.infer import ahead
@@ -22,7 +22,6 @@ from qwen2_jax.plan.report import GIB, Part, Plan
 from qwen2_jax.plan.shapes import int8_shapes, shapes
 from qwen2_jax.train.step import places_of
 
-AXES = ("data", "fsdp", "tensor", "expert")
 CHUNKS = (128, 512, 2048)  # of a prefill, as Buckets.of chooses on accelerators
 
 
@@ -90,10 +89,10 @@ def default_mesh(config: ModelConfig, devices: int) -> dict[str, int]:
     for tensor in (n for n in range(devices, 0, -1) if devices % n == 0):
         left = devices // tensor
         expert = math.gcd(left, config.num_experts) if config.num_experts else 1
-        found = {"data": 1, "fsdp": left // expert, "tensor": tensor, "expert": expert}
+        found = sizes({"fsdp": left // expert, "expert": expert, "tensor": tensor}, devices)
         try:
             abstract = AbstractMesh(tuple(found.values()), tuple(found))
-            places_of(specs, abstract)  # type: ignore[arg-type]  # shapes need no devices
+            places_of(specs, abstract, sharding.SERVING)  # type: ignore[arg-type]  # shapes need no devices
         except UserError:
             continue
         return found
@@ -102,17 +101,17 @@ def default_mesh(config: ModelConfig, devices: int) -> dict[str, int]:
 
 def sizes(asked: Mapping[str, int], devices: int) -> dict[str, int]:
     """All axes, those not asked for with one part; -1 takes what is left."""
-    if unknown := set(asked) - set(AXES):
-        raise UserError(f"--mesh has no axis {', '.join(sorted(unknown))}; axes are {', '.join(AXES)}")
+    if unknown := set(asked) - set(sharding.AXES):
+        raise UserError(f"--mesh has no axis {', '.join(sorted(unknown))}; axes are {', '.join(sharding.AXES)}")
     known = math.prod(size for size in asked.values() if size > 0)
-    return {axis: devices // known if asked.get(axis, 1) == -1 else asked.get(axis, 1) for axis in AXES}
+    return {axis: devices // known if asked.get(axis, 1) == -1 else asked.get(axis, 1) for axis in sharding.AXES}
 
 
 def make_generator(config: ModelConfig, mesh: Mesh, job: Job) -> Generator:
     """The generator as load() makes it, with shapes for parameters."""
     dtype = jnp.dtype("bfloat16" if job.dtype == "int8" else job.dtype)
     graphdef, specs = model.declare(config, dtype=dtype, unroll=True)
-    params = (int8_shapes if job.dtype == "int8" else shapes)(specs, mesh, dtype)
+    params = (int8_shapes if job.dtype == "int8" else shapes)(specs, mesh, dtype, sharding.SERVING)
     buckets = Buckets(rows=1, chunks=CHUNKS, limit=max(context_limit(config, mode) for mode in rope.MODES))
     return Generator(
         graphdef, params, config, dtype=dtype, unroll=True, mesh=mesh, buckets=buckets,

@@ -13,9 +13,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
+from qwen2_jax import sharding
 from qwen2_jax.chips import CHIPS, Chip
 from qwen2_jax.errors import UserError
 
@@ -114,10 +114,10 @@ def parse(name: str) -> Machine:
 
 
 def mesh_of(machine: Machine, sizes: Mapping[str, int]) -> Mesh:
-    """A mesh over the machine's devices, in the order in which jax.make_mesh lays them out there.
+    """A mesh over the machine's devices, laid out as a run there does it (sharding.make_mesh).
 
-    Over several slices or nodes, the first axes that divide their number go across them: what stays inside is fast.
-    Raises UserError where the sizes do not multiply to the number of devices, or the compiler is not installed.
+    Raises UserError where the sizes do not multiply to the number of devices, the links do not allow the axes, or the
+    compiler is not installed.
     """
     needed = math.prod(sizes.values())
     if needed != machine.devices or min(sizes.values()) < 1:
@@ -127,35 +127,7 @@ def mesh_of(machine: Machine, sizes: Mapping[str, int]) -> Mesh:
         )
     devices = _devices(machine.chip.name, machine.slices, machine.shape)
     assert len(devices) == machine.devices, (machine, len(devices))
-    if machine.slices == 1:
-        return _laid_out(machine, sizes, list(devices))
-    across, left = [], machine.slices
-    for size in sizes.values():
-        across.append(math.gcd(size, left))
-        left //= across[-1]
-    if left > 1:
-        raise UserError(f"mesh {dict(sizes)} cannot be cut into the {machine.slices} slices or nodes of {machine.name}")
-    inside = [size // out for size, out in zip(sizes.values(), across, strict=True)]
-    each = np.array(devices).reshape(machine.slices, -1)
-    parts = [_laid_out(machine, dict(zip(sizes, inside, strict=True)), list(part)).devices for part in each]
-    grid = np.stack(parts).reshape(*across, *inside)
-    order = [axis for pair in zip(range(len(sizes)), range(len(sizes), 2 * len(sizes)), strict=True) for axis in pair]
-    return Mesh(
-        grid.transpose(order).reshape(tuple(sizes.values())), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes)
-    )
-
-
-def _laid_out(machine: Machine, sizes: Mapping[str, int], devices: list[Any]) -> Mesh:
-    """A mesh inside one slice or node, as jax.make_mesh makes it. Raises UserError where it says that it cannot."""
-    auto = (AxisType.Auto,) * len(sizes)
-    try:
-        return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=auto, devices=devices)
-    except NotImplementedError as why:
-        sides = "x".join(map(str, machine.shape))
-        raise UserError(
-            f"mesh {dict(sizes)} cannot be laid out on the {sides} chips of a slice of {machine.name}: each axis must "
-            "be a side of the torus, or a product of sides"
-        ) from why
+    return sharding.lay_out(sizes, devices, machine.slices)
 
 
 @functools.cache

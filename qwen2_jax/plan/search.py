@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from qwen2_jax import model
+from qwen2_jax import model, sharding
 from qwen2_jax.config import ModelConfig
 from qwen2_jax.errors import UserError
 from qwen2_jax.plan import architecture, machine
@@ -62,8 +62,8 @@ def search(run: Run, name: str, path: Path | None = None) -> list[Candidate]:
             Setting(changed, config, specs, where, grid).held()
         except UserError:  # not a mesh of this torus, or a dimension that it does not divide
             continue
-        rows = run.rows // (sizes["data"] * sizes["fsdp"])
-        if not rows or run.rows % (sizes["data"] * sizes["fsdp"]):
+        rows, rest = divmod(run.rows, sharding.parts(sharding.axes_of("batch", grid), grid))
+        if not rows or rest:
             continue
         pieces = [n for n in range(1, rows + 1) if rows % n == 0]
         for remat, accumulate in itertools.product(REMAT, pieces):
@@ -86,7 +86,7 @@ def meshes(config: ModelConfig, devices: int) -> Iterator[dict[str, int]]:
     experts = [n for n in _divisors(config.num_experts) if n <= devices] if config.num_experts else [1]
     for tensor, expert in itertools.product(_divisors(devices), experts):
         if tensor <= MOST_TENSOR and devices % (tensor * expert) == 0:
-            yield {"data": 1, "fsdp": devices // (tensor * expert), "tensor": tensor, "expert": expert}
+            yield Mesh(expert=expert, tensor=tensor).sizes(devices)
 
 
 def _divisors(number: int) -> Sequence[int]:

@@ -2,13 +2,12 @@
 """The plan of a training run: its step, compiled for a machine that is not here."""
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from qwen2_jax import flops, sharding
 from qwen2_jax.config import ModelConfig
@@ -39,7 +38,13 @@ class Job:
 
     @property
     def row_parts(self) -> int:
-        return math.prod(self.mesh.shape[axis] for axis in sharding.axes_of("batch", self.mesh))
+        """Parts that a batch's rows are cut into."""
+        return sharding.parts(sharding.axes_of("batch", self.mesh), self.mesh)
+
+    @property
+    def token_parts(self) -> int:
+        """Parts that a batch's tokens are cut into."""
+        return self.row_parts * sharding.parts(sharding.axes_of("length", self.mesh), self.mesh)
 
     def setting(self, run: Run) -> estimate.Setting:
         """Another run on the same mesh, to be estimated."""
@@ -48,10 +53,10 @@ class Job:
     @property
     def batch(self) -> Batch:
         """Shapes of a batch, in their places."""
-        rows = NamedSharding(self.mesh, sharding.spec(("batch", None), self.mesh))
         dtypes = Batch(jnp.int32, jnp.int32, jnp.float32, jnp.int32, jnp.int32)
         shape = (self.run.rows, self.run.length)
-        return Batch(*(jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for dtype in dtypes))
+        place = sharding.sharding(("batch", "length"), shape, self.mesh)
+        return Batch(*(jax.ShapeDtypeStruct(shape, dtype, sharding=place) for dtype in dtypes))
 
     @property
     def frozen(self) -> Tree | None:
@@ -87,7 +92,8 @@ def prepare(run: Run, name: str, path: Path | None = None) -> Job:
     if run.rows % (pieces := run.accumulate * job.row_parts):
         raise UserError(
             f"rows={run.rows} cannot be cut into {run.accumulate} micro-batches for {job.row_parts} parts of the mesh "
-            f"(data x fsdp) on {name}: choose rows as a multiple of {pieces}, a smaller accumulate, or more tensor"
+            f"({' x '.join(sharding.RULES['batch'])}) on {name}: choose rows as a multiple of {pieces}, a smaller "
+            "accumulate, or more tensor or context"
         )
     return job
 
@@ -115,7 +121,7 @@ def describe(job: Job, program: Program) -> Plan:
     operations = flops.train_flops(config, lengths, frozen=frozen)
     rows = roofline.traffic(program.collectives, job.machine, mesh)
     cut = cost.parts(config, mesh, run.rows // run.accumulate)
-    kept = kept_per_token(config, None) * run.rows * run.length / job.row_parts
+    kept = kept_per_token(config, None) * run.rows * run.length / job.token_parts
     work = cost.train_work(
         config, chip, cut, lengths=lengths, remat=run.remat, frozen=frozen, accumulate=run.accumulate,
         state_bytes=sum(program.arguments.get(kind, 0) for kind in STATE),

@@ -114,12 +114,17 @@ class Moe:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mesh:
-    """How many parts the devices' axes have; their product is the number of devices. -1 takes what is left."""
+    """How many parts the devices' axes have; their product is the number of devices. -1 takes what is left.
 
-    data: int = 1  # copies of the model, each with its part of the batch
-    fsdp: int = -1  # parts of parameters and optimizer state; each also has its part of the batch
-    tensor: int = 1  # parts of heads and of feed-forward width
-    expert: int = 1  # parts of the experts
+    The order is that of sharding.AXES: the first go across slices or nodes, the last are neighbours.
+    """
+
+    replica: int = 1  # copies of the model that meet once a step: slices, or groups of nodes
+    data: int = 1  # copies of the model, each with its rows of the batch
+    fsdp: int = -1  # parts of parameters and optimizer state, each with its rows of the batch
+    expert: int = 1  # parts of the experts, each with its rows of the batch
+    context: int = 1  # parts of each row's tokens
+    tensor: int = 1  # parts of heads, feed-forward width and vocabulary
 
     def __post_init__(self):
         check.number(self, "mesh", [f.name for f in dataclasses.fields(self)], int, -1)

@@ -72,7 +72,7 @@ class Job:
     @property
     def row_parts(self) -> int:
         """Devices, or groups of them, that a batch's rows are divided among."""
-        return _row_parts(self.mesh)
+        return _parts("batch", self.mesh)
 
     @property
     def files(self) -> checkpoint.Source:
@@ -110,10 +110,15 @@ def prepare(run: Run, console: Console) -> Job:
     tokenizer = Tokenizer.from_folder(files.path)
     config = _architecture(run, source, tokenizer)
     mesh = _mesh(run)
-    if run.rows % (pieces := run.accumulate * _row_parts(mesh)):
+    if run.rows % (pieces := run.accumulate * _parts("batch", mesh)):
         raise UserError(
-            f"rows={run.rows} cannot be cut into {run.accumulate} micro-batches for {_row_parts(mesh)} parts of the "
-            f"mesh (data x fsdp): choose rows as a multiple of {pieces}"
+            f"rows={run.rows} cannot be cut into {run.accumulate} micro-batches for {_parts('batch', mesh)} parts of "
+            f"the mesh ({' x '.join(sharding.RULES['batch'])}): choose rows as a multiple of {pieces}"
+        )
+    if run.length % _parts("length", mesh):
+        raise UserError(
+            f"length={run.length} cannot be cut into the {_parts('length', mesh)} parts of the mesh's context axis: "
+            f"choose a multiple of {2 * _parts('length', mesh)}, which also gives the parts equal work"
         )
     opened = partial(
         open_data, tokenizer=tokenizer, length=run.length, seed=run.seed, cache=run.out / "tokens", console=console
@@ -158,8 +163,9 @@ def _mesh(run: Run) -> jax.sharding.Mesh | None:
     return None if math.prod(sizes.values()) == len(jax.devices()) == 1 else sharding.make_mesh(**sizes)
 
 
-def _row_parts(mesh: jax.sharding.Mesh | None) -> int:
-    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in sharding.axes_of("batch", mesh))
+def _parts(name: str, mesh: jax.sharding.Mesh | None) -> int:
+    """Into how many parts a mesh cuts the dimension called `name`."""
+    return 1 if mesh is None else sharding.parts(sharding.axes_of(name, mesh), mesh)
 
 
 def _tokenizer_files(name: str | None) -> checkpoint.Source:

@@ -129,7 +129,7 @@ def _lost(config: Run, step: int) -> bool:
 def _tell(job: Job, trainer: Trainer, console: Console) -> None:
     """What the run would be, and the first row that it would see."""
     run = job.run
-    batch = next(job.data.batches(run.rows, host=(jax.process_index(), jax.process_count())))
+    batch = next(job.data.batches(run.rows, host=trainer.place.host))
     specs, places = trainer.model_specs, job.mesh and places_of(trainer.model_specs, job.mesh)
     dtype = jnp.dtype("bfloat16" if run.lora_base == "int8" else run.lora_base)
     frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), abstract(specs))
@@ -170,7 +170,7 @@ def _train(
 ):
     """Steps until the end or a request to stop; returns the state and the number of steps done, which is saved."""
     run = job.run
-    batches = job.data.batches(run.rows, start=done, host=(jax.process_index(), jax.process_count()))
+    batches = job.data.batches(run.rows, start=done, host=trainer.place.host)
     health = None
 
     def score() -> None:
@@ -237,7 +237,7 @@ def evaluate(job: Job, trainer: Trainer, state: State, frozen: Tree | None) -> d
     rows, most = job.run.rows // job.run.accumulate, job.run.evaluation.batches * job.run.accumulate
     for name, data in job.held_out.items():
         sums = None
-        for i, batch in enumerate(data.once(rows, host=(jax.process_index(), jax.process_count()))):
+        for i, batch in enumerate(data.once(rows, host=trainer.place.host)):
             if i == most:
                 break
             more = trainer.score(state, trainer.place(batch), frozen)

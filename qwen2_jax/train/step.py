@@ -7,6 +7,7 @@ Everything a step changes is in State, and the step is a function of (State, Bat
 run equal to one that never stopped.
 """
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
@@ -22,6 +23,7 @@ from qwen2_jax.logprob import TokenSums, cross_entropy
 from qwen2_jax.moe import RouterStats
 from qwen2_jax.params import ParamSpec, Tree, leaves
 from qwen2_jax.train import losses, optimizer
+from qwen2_jax.train.placing import Placing
 
 if TYPE_CHECKING:
     from qwen2_jax.train.config import Guard, Run
@@ -56,13 +58,14 @@ class State(NamedTuple):
 class Trainer:
     """The compiled functions of one run: `init`, `step` and `score`.
 
-    specs: declarations of what is trained. shardings: of a State, in its structure.
+    specs: declarations of what is trained. shardings: of a State, in its structure. place: puts batches on the devices.
     """
 
     def __init__(self, run: "Run", config: ModelConfig, steps: int, *, mesh: jax.sharding.Mesh | None = None):
         """config: the model's architecture. steps: length of the run, for the learning rate's schedule."""
         ops.check_implementation(run.implementation)
         self.run, self.config, self.mesh = run, config, mesh
+        self.place = Placing(mesh)
         self.graphdef, self.model_specs = model.declare(config)
         self.specs = self.model_specs if run.lora is None else lora.declare(config, run.lora)
         self.tx = optimizer.make(run.optim, self.specs, steps)
@@ -97,13 +100,6 @@ class Trainer:
         if self.shardings is not None:
             params = jax.device_put(params, self.shardings.params)  # where they are already, unless a test made them
         return self.begin(params)
-
-    def place(self, batch: Batch) -> Batch:
-        """A batch of this host's rows on the devices."""
-        if self.mesh is None:
-            return jax.tree.map(jnp.asarray, batch)
-        rows = NamedSharding(self.mesh, sharding.spec(("batch", None), self.mesh))
-        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), batch)
 
     def weights(self, state: State, frozen: Tree | None = None) -> Tree:
         """The weights as they are evaluated and exported: averaged where the run has an EMA, adapters merged."""
@@ -249,9 +245,9 @@ def abstract(specs: Tree) -> Tree:
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), specs, is_leaf=_is_spec)
 
 
-def places_of(specs: Tree, mesh: jax.sharding.Mesh) -> Tree:
+def places_of(specs: Tree, mesh: jax.sharding.Mesh, rules: Mapping = sharding.RULES) -> Tree:
     """Where each declared parameter lives on the mesh."""
-    return jax.tree.map(lambda s: sharding.sharding(s.axes, s.shape, mesh), specs, is_leaf=_is_spec)
+    return jax.tree.map(lambda s: sharding.sharding(s.axes, s.shape, mesh, rules), specs, is_leaf=_is_spec)
 
 
 def is_router(spec: ParamSpec) -> bool:

@@ -86,7 +86,9 @@ def test_optimizer_and_mesh_values_are_checked():
         Mesh(data=-1, fsdp=-1)
     with pytest.raises(UserError, match="tensor=3.* is for a multiple of 3 devices, and 8 are here"):
         Mesh(tensor=3).sizes(8)
-    assert Mesh(tensor=2).sizes(8) == {"data": 1, "fsdp": 4, "tensor": 2, "expert": 1}
+    assert Mesh(tensor=2).sizes(8) == {
+        "replica": 1, "data": 1, "fsdp": 4, "expert": 1, "context": 1, "tensor": 2,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
