@@ -2,8 +2,8 @@
 """Ask a Qwen2 model: one prompt, a chat, or a file of prompts. `python infer.py --help` shows how."""
 
 import argparse
-import sys
 
+from qwen2_jax import hosts
 from qwen2_jax.infer.cli import main
 
 
@@ -15,4 +15,4 @@ def plan(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(plan=plan))
+    hosts.leave(main(plan=plan))

@@ -2,11 +2,15 @@
 """Trains what a configuration file describes: `python train.py configs/sft.py [--any.field value]`."""
 
 import argparse
+import dataclasses
 import os
 import sys
 from pathlib import Path
 
-USAGE = """usage: python train.py CONFIG.py [--any.field value]
+from qwen2_jax import hosts
+from qwen2_jax.errors import UserError
+
+USAGE = f"""usage: python train.py CONFIG.py [--any.field value]
 
   python train.py configs/finetune.py --data.sources chats.jsonl        # as the file says, on your own chats
   python train.py configs/finetune.py --optim.lr 1e-4 --epochs 5 --out runs/mine
@@ -16,7 +20,10 @@ USAGE = """usage: python train.py CONFIG.py [--any.field value]
       --json: for programs; --search: which mesh, remat and accumulate are fastest among those that fit
   python train.py configs/finetune.py --help                            # every field with its value
 
+{hosts.FLAGS}
+
 The same command continues a run that was interrupted."""
+GOES_ON = "The same command on all hosts continues from the last checkpoint"
 
 
 def _plan(flags: list[str]) -> tuple[str | None, dict[str, bool], list[str]]:
@@ -32,11 +39,19 @@ def _plan(flags: list[str]) -> tuple[str | None, dict[str, bool], list[str]]:
     return found.plan, {"as_json": how.json, "search": how.search}, flags
 
 
+def _hosts(flags: list[str]) -> tuple[hosts.Flags, list[str]]:
+    """(what is said about several hosts, the other flags)."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    hosts.add_flags(parser)
+    found, flags = parser.parse_known_args(flags)
+    return hosts.flags_of(found), flags
+
+
 def main(arguments: list[str]) -> int:
     """Runs or plans one configuration.
 
     0 = done, stopped by SIGTERM and saved, or a plan that fits; 1 = a plan does not fit; 2 = the user must change
-    something.
+    something. hosts.LOST: another process is gone, and the same command on all hosts goes on.
     """
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, file=sys.stdout if arguments else sys.stderr)
@@ -48,19 +63,23 @@ def main(arguments: list[str]) -> int:
     if machine is not None:
         os.environ["JAX_PLATFORMS"] = "cpu"  # read when jax is imported: a plan needs no accelerator and takes none
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    from qwen2_jax.errors import UserError
-    from qwen2_jax.train import config
-
+    launch, flags = _hosts(flags)
     run = None
     try:
-        run = config.load(Path(arguments[0]), flags)
-        if machine is not None:
-            from qwen2_jax.plan import command
+        alone = machine is not None or not {"-h", "--help"}.isdisjoint(flags)
+        with hosts.joined(None if alone else hosts.find(launch), goes_on=GOES_ON) as group:
+            from qwen2_jax.train import config
 
-            return command.train(run, machine, Path(arguments[0]), **how)
-        from qwen2_jax.train import recipes  # takes seconds: after the mistakes that can be told at once
+            run = config.load(Path(arguments[0]), flags)
+            if machine is not None:
+                from qwen2_jax.plan import command
 
-        recipes.run(run)
+                return command.train(run, machine, Path(arguments[0]), **how)
+            hosts.check(group, {"config": arguments[0], **dataclasses.asdict(run)})
+            hosts.check_devices(group)
+            from qwen2_jax.train import recipes  # takes seconds: after the mistakes that can be told at once
+
+            recipes.run(run, group=group)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -72,4 +91,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    hosts.leave(main(sys.argv[1:]))

@@ -18,11 +18,10 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from qwen2_jax import check
+from qwen2_jax import check, hosts
 from qwen2_jax.data import store as stores
 from qwen2_jax.data.encode import Encoder, Targets
 from qwen2_jax.data.files import library
-from qwen2_jax.data.hosts import check_equal
 from qwen2_jax.data.packing import Batch, empty_row, stack
 from qwen2_jax.data.plan import BestFitRows, ConcatRows, Documents, Rows, efficiency
 from qwen2_jax.data.records import is_store, open_records
@@ -33,6 +32,7 @@ from qwen2_jax.tokenizer import Tokenizer
 
 THREADS = 4  # that read rows ahead
 AHEAD = 8  # batches
+HOSTS_WAIT = 24 * 3600.0  # seconds: a host may still be tokenising
 Host = slice | tuple[int, int]
 
 
@@ -187,8 +187,24 @@ def open_data(
         _plan(data, Documents([parts[i] for i in group]), length, pad, _names(data, group)) for group in _groups(data)
     ]
     loaded = Loaded(data, plans, seed=seed, found=[store.meta for store in found])
-    check_equal([source.path for source in data.sources], loaded.identity)
+    _check_hosts(data, loaded.identity)
     return loaded
+
+
+def _check_hosts(data: Data, digests: Sequence[str]) -> None:
+    """Each host takes its part of what it believes to be the batch of all: they must have read the same tokens."""
+    facts = {f"{i} {source.path}": digest for i, (source, digest) in enumerate(zip(data.sources, digests, strict=True))}
+    told = []
+    for found in hosts.differences("comparing data", facts, seconds=HOSTS_WAIT):
+        first = next(who for _, who in found.values if 0 in who)
+        others = sorted(i for _, who in found.values if who is not first for i in who)
+        path = found.fact.partition(" ")[2]
+        told.append(f"{path} (hosts {', '.join(map(str, others[:8]))}{', ...' * (len(others) > 8)})")
+    if told:
+        raise UserError(
+            f"hosts have other data than host 0: {'; '.join(told)}; give all hosts the same files, tokenizer and "
+            "targets, or a cache on a disk that they share"
+        )
 
 
 def _open_source(

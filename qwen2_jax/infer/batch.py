@@ -5,6 +5,7 @@ Every answer names the input line it belongs to and a digest of that line. A sec
 cuts off a half-written last one, and computes the rest: no line is lost and none is doubled.
 """
 
+import functools
 import hashlib
 import itertools
 import json
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen2_jax.errors import UserError
+from qwen2_jax.hosts import Group
 from qwen2_jax.infer.exchange import phrase
 
 if TYPE_CHECKING:
@@ -36,13 +38,7 @@ class Lines:
 
     def __init__(self, source: Path, output: Path | None):
         self.source, self.output = source, output
-        if not source.exists():
-            raise UserError(f"--input {source} does not exist")
-        if source.is_dir():
-            raise UserError(f"--input {source} is a folder; give a file of JSON lines")
-        if output is not None and output.exists() and output.samefile(source):
-            raise UserError(f"--input and --output are the same file, {source}")
-        source.open("rb").close()
+        check_paths(source, output)
         self.done: dict[int, str] = {}  # input line -> digest of the line that was answered
         if output is not None:
             self._resume(output)
@@ -78,20 +74,44 @@ class Lines:
             pass
         if not output.is_file():  # a pipe or a device: there is nothing to go on from
             return
+        whole = 0
+        for first, size, number, found in read_answers(output):
+            self.done[number] = found
+            whole = first + size
         with output.open("r+b") as file:
-            whole = 0
-            for number, line in enumerate(file, start=1):
-                if not line.endswith(b"\n"):
-                    break
-                whole += len(line)
-                try:
-                    record = json.loads(line)
-                    self.done[int(record["line"])] = str(record["digest"])
-                except (ValueError, TypeError, KeyError) as error:
-                    raise UserError(
-                        f"line {number} of {output} is not an answer of an earlier run; choose another --output"
-                    ) from error
             file.truncate(whole)  # an answer cut in half by an interruption is computed again
+
+
+def check_paths(source: Path, output: Path | None) -> None:
+    """Raises UserError or OSError when the input cannot be read or is the output."""
+    if not source.exists():
+        raise UserError(f"--input {source} does not exist")
+    if source.is_dir():
+        raise UserError(f"--input {source} is a folder; give a file of JSON lines")
+    if output is not None and output.exists() and output.samefile(source):
+        raise UserError(f"--input and --output are the same file, {source}")
+    source.open("rb").close()
+
+
+def read_answers(path: Path) -> Iterator[tuple[int, int, int, str]]:
+    """(first byte, bytes, input line, digest of that line) of each complete answer in a file.
+
+    Raises UserError where a line is something else.
+    """
+    with path.open("rb") as file:
+        first = 0
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                record = json.loads(line)
+                answered, found = int(record["line"]), str(record["digest"])
+            except (ValueError, TypeError, KeyError) as error:
+                raise UserError(
+                    f"line {number} of {path} is not an answer of an earlier run; choose another --output"
+                ) from error
+            yield first, len(line), answered, found
+            first += len(line)
 
 
 def answer(
@@ -102,18 +122,23 @@ def answer(
     *,
     system: str | None = None,
     raw: bool = False,
+    group: Group | None = None,
 ) -> int:
     """Answers every line that has no answer yet, a batch at a time. Returns the exit code: 1 if any line failed.
 
-    defaults: from (lm, settings, chat=) to the settings of a line that does not give its own.
+    defaults: from (lm, settings, chat=) to the settings of a line that does not give its own. group: the processes
+    that answer together, of which the first one tells how far it is.
     """
+    group = group or Group()
+    say = functools.partial(print, file=sys.stderr) if group.first else lambda text: None
     if lines.done:
-        print(f"{len(lines.done)} answers are there already; going on", file=sys.stderr)
+        say(f"{len(lines.done)} answers are there already; going on")
     failed, answered, tokens, begin = 0, 0, 0, time.perf_counter()
-    for group in itertools.batched(lines.todo(), lm.max_rows):
+    for some in itertools.batched(lines.todo(), lm.max_rows):
+        group.at(f"answering line {some[0][0]}")
         requests: list[Request] = []
         heads: list[dict[str, Any]] = []
-        for number, line in group:
+        for number, line in some:
             try:
                 head, request = _request(lm, line, given, defaults, system, raw)
             except UserError as error:
@@ -140,8 +165,8 @@ def answer(
         ])  # fmt: skip
         answered += len(requests)
         tokens += sum(len(g.token_ids) for g in generations)
-        print(f"{answered} answered, {tokens / (time.perf_counter() - begin):.1f} tokens/s", file=sys.stderr)
-    print(f"done: {answered} answered, {len(lines.done)} were there, {failed} failed", file=sys.stderr)
+        say(f"{answered} answered, {tokens / (time.perf_counter() - begin):.1f} tokens/s")
+    say(f"done: {answered} answered, {len(lines.done)} were there, {failed} failed")
     return 1 if failed else 0
 
 

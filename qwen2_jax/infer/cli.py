@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwen2_jax import hosts
 from qwen2_jax.errors import UserError
 from qwen2_jax.infer.exchange import phrase, record, summary
 from qwen2_jax.infer.settings import Settings
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from qwen2_jax.infer.lm import LM, Stream
 
 CHAT_TOKENS, COMPLETION_TOKENS = 512, 128  # --max-new-tokens where neither the user nor the checkpoint says
+GOES_ON = "The same command on all hosts goes on after the answers that are there"
 SHOW_PREFILL = 1000  # prompt tokens from which a progress bar is worth its lines
 
 EXAMPLES = """examples:
@@ -30,13 +32,14 @@ EXAMPLES = """examples:
   python infer.py --ckpt qwen2-7b-instruct --input prompts.jsonl --output answers.jsonl
         one JSON object per line: {"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]}, and if you
         like "id" and settings of its own ("temperature": 0.5, "max_new_tokens": 32, ...). Interrupted? Run it again.
+        On several hosts at once, each answers its share, and --output is one file in the end (docs/pods.md).
   python infer.py --ckpt qwen2-72b --plan 8xh100             does it fit there, and how fast would it be: compiled for a
         machine that is not here, without the weights; also v5e-16, v5p-8, 2x8xh200, ... with --context and --batch
   python infer.py --json "Once upon" | python -m json.tool   text, token ids, finish reason and timings for a program
 
 Answers go to standard output, everything else to standard error. Exit code 0: done, 1: some lines of --input failed,
-2: the command or its files cannot be used; of --plan 0: it fits, 1: it does not. Sampling options not given come from
-the checkpoint's own defaults (generation_config.json).
+2: the command or its files cannot be used, 75: another host is gone; of --plan 0: it fits, 1: it does not. Sampling
+options not given come from the checkpoint's own defaults (generation_config.json).
 """
 
 
@@ -79,6 +82,7 @@ def parser() -> argparse.ArgumentParser:
         "--output", metavar="FILE", type=Path,
         help="where the answers to --input go; what is already there is kept and not computed again",
     )  # fmt: skip
+    hosts.add_flags(p.add_argument_group("several hosts, for --input (found by itself on pods, GKE, SLURM, Open MPI)"))
     plan = p.add_argument_group("plan")
     plan.add_argument("--plan", metavar="MACHINE", help="compile for this machine and say what it needs; runs nothing")
     plan.add_argument(
@@ -153,11 +157,14 @@ def _planned(args: argparse.Namespace, plan: Callable[[argparse.Namespace], int]
 def _run(args: argparse.Namespace) -> int:
     given = _settings(args)
     prompt = _prompt(args)
+    launch = hosts.find(hosts.flags_of(args))
     if args.input is not None:
-        from qwen2_jax.infer import batch
-
-        lines = batch.Lines(args.input, args.output)  # refuses what it cannot read or write before the model is loaded
-        return batch.answer(_load(args), lines, given, _defaults, system=args.system, raw=args.raw)
+        return _answer_file(args, given, launch)
+    if launch is not None:
+        raise UserError(
+            f"this is process {launch.process} of {launch.processes} (known from {launch.how}), and several hosts only "
+            "answer files: give --input and --output, or --processes 1 for this process alone"
+        )
     if prompt is None and args.json:
         raise UserError("--json needs a prompt or --input")
     lm = _load(args)
@@ -185,6 +192,24 @@ def _run(args: argparse.Namespace) -> int:
     print(flush=True)
     _status(summary(stream))
     return 0
+
+
+def _answer_file(args: argparse.Namespace, given: dict[str, Any], launch: hosts.Launch | None) -> int:
+    from qwen2_jax.infer import batch
+
+    if launch is None:
+        lines = batch.Lines(args.input, args.output)  # refuses what it cannot read or write before the model is loaded
+        return batch.answer(_load(args), lines, given, _defaults, system=args.system, raw=args.raw)
+    if args.output is None:
+        raise UserError("several hosts need --output, on a disk that they share: each writes its answers beside it")
+    from qwen2_jax.infer import shares
+
+    with hosts.joined(launch, goes_on=GOES_ON, preemption=False) as group:
+        hosts.check(group, {name: value for name, value in vars(args).items() if name != "process"})
+        share = shares.Share(args.input, args.output, group)
+        lm = _load(args, group)
+        code = batch.answer(lm, share, given, _defaults, system=args.system, raw=args.raw, group=group)
+        return share.join(code)
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -223,7 +248,7 @@ def _prompt(args: argparse.Namespace) -> str | None:
     return args.prompt
 
 
-def _load(args: argparse.Namespace) -> "LM":
+def _load(args: argparse.Namespace, group: hosts.Group | None = None) -> "LM":
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's chatter, read when jax is imported
     import jax
 
@@ -241,10 +266,11 @@ def _load(args: argparse.Namespace) -> "LM":
             progress=progress,
         )
     count = flops.parameters(loaded.config) / 1e6
-    _status(
-        f"{args.ckpt}: {count:.1f} M parameters, {args.dtype}, {jax.device_count()} x {jax.devices()[0].device_kind}, "
-        f"loaded in {time.perf_counter() - begin:.1f} s"
-    )
+    if group is None or group.first:
+        _status(
+            f"{args.ckpt}: {count:.1f} M parameters, {args.dtype}, {jax.device_count()} x "
+            f"{jax.devices()[0].device_kind}, loaded in {time.perf_counter() - begin:.1f} s"
+        )
     return loaded
 
 

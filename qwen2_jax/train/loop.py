@@ -13,6 +13,7 @@ from rich.console import Console
 from qwen2_jax import checkpoint, flops, linear, lora
 from qwen2_jax.checkpoint import peft
 from qwen2_jax.errors import UserError
+from qwen2_jax.hosts import Group
 from qwen2_jax.observe import Recorder
 from qwen2_jax.params import Tree, count
 from qwen2_jax.tokenizer import IM_END
@@ -30,24 +31,27 @@ from qwen2_jax.train.step import State, Trainer, abstract, places_of
 LEFT_OUT = ("empty", "untargeted", "outside", "dropped", "cut")
 
 
-def run(config: Run, console: Console | None = None) -> Path | None:
+def run(config: Run, console: Console | None = None, *, group: Group | None = None) -> Path | None:
     """Trains what a configuration describes, from the beginning or from the last checkpoint in its folder.
 
+    group: the processes that train together, default this one alone; all of them call this, on one shared folder.
     Returns the folder with the result: config.out / "hf", or "adapter" where that is all. None when a signal asked to
     stop before the end: everything is saved then, and the same configuration goes on.
     """
-    console = console or Console(stderr=True)
+    console, group = console or Console(stderr=True), group or Group()
+    group.at("reading the data", unhurried=True)
     job = prepare(config, console)
     trainer = Trainer(config, job.config, job.steps, mesh=job.mesh)
     if config.dry_run:
         _tell(job, trainer, console)
         return None
     with alone(config.out):
-        return _run(job, trainer, console)
+        return _run(job, trainer, console, group)
 
 
-def _run(job: Job, trainer: Trainer, console: Console) -> Path | None:
+def _run(job: Job, trainer: Trainer, console: Console, group: Group) -> Path | None:
     config = job.run
+    group.at("loading weights or a checkpoint")
     if jax.process_index() == 0:
         job.write_small_files()
     _tell_what_is_left_out(job, console)
@@ -88,11 +92,12 @@ def _run(job: Job, trainer: Trainer, console: Console) -> Path | None:
         if 0 < done < job.steps and saved.export_due(done) and _lost(config, done):
             with recorder.goodput("save"):
                 export(job, trainer, state, frozen, config.out / f"hf-{done}")
-        state, done = _train(job, trainer, state, done, frozen, saved, recorder, stop)
+        state, done = _train(job, trainer, state, done, frozen, saved, recorder, stop, group)
         if done < job.steps:
             again = "the same command" if config.resume else "the same command without --no-resume"
             console.print(f"stopped after step {done}, which is saved; resume with {again}", soft_wrap=True)
             return None
+    group.at("writing the result")
     folder = export(job, trainer, state, frozen, config.out / "hf")
     if jax.process_index() == 0:
         _draw(config, console)
@@ -160,7 +165,9 @@ def _tell_what_is_left_out(job: Job, console: Console) -> None:
             console.print(f"{found['source']}: of {found['records']:,} records {', '.join(left)}", soft_wrap=True)
 
 
-def _train(job: Job, trainer: Trainer, state: State, done: int, frozen, saved: Checkpoints, recorder, stop: Preemption):
+def _train(
+    job: Job, trainer: Trainer, state: State, done: int, frozen, saved: Checkpoints, recorder, stop: Preemption, group
+):
     """Steps until the end or a request to stop; returns the state and the number of steps done, which is saved."""
     run = job.run
     batches = job.data.batches(run.rows, start=done, host=trainer.place.host)
@@ -168,14 +175,17 @@ def _train(job: Job, trainer: Trainer, state: State, done: int, frozen, saved: C
 
     def score() -> None:
         recorder.flush()
+        group.at(f"evaluation after step {done}")
         with recorder.goodput("evaluation"):
             recorder.evaluation(done, evaluate(job, trainer, state, frozen))
 
     if job.held_out and run.evaluation.first and not done:
         score()
     while done < job.steps:
+        group.at(f"data of step {done + 1}")
         with recorder.goodput("data", behind=recorder.newest):
             batch = next(batches)
+        group.at(f"step {done + 1}")
         with recorder.goodput("step"):
             state, metrics = trainer.step(state, trainer.place(batch), frozen)
         done += 1
@@ -188,12 +198,14 @@ def _train(job: Job, trainer: Trainer, state: State, done: int, frozen, saved: C
             score()
         if last or leave or saved.due(done):
             _check(run, health, done, saved, recorder)
+            group.at(f"saving step {done}")
             with recorder.goodput("save"):
                 saved.save(done, state, {"recorder": recorder.state()})
         if leave:  # who asks to stop does not wait for more than the save
             break
         if not last and saved.export_due(done):
             recorder.flush()
+            group.at(f"exporting step {done}")
             with recorder.goodput("save"):
                 export(job, trainer, state, frozen, run.out / f"hf-{done}")
     with recorder.goodput("save"):

@@ -5,15 +5,25 @@ from pathlib import Path
 
 from rich.console import Console
 
+from qwen2_jax.errors import UserError
+from qwen2_jax.hosts import Group
 from qwen2_jax.train import loop, upcycle
 from qwen2_jax.train.config import Recipe, Upcycle
 from qwen2_jax.train.lock import alone
 
 
-def run(config: Recipe, console: Console | None = None) -> Path | None:
-    """Carries a configuration out; returns the folder with the result, None if there is none (yet)."""
-    console = console or Console(stderr=True)
-    return _upcycle(config, console) if isinstance(config, Upcycle) else loop.run(config, console)
+def run(config: Recipe, console: Console | None = None, *, group: Group | None = None) -> Path | None:
+    """Carries a configuration out; returns the folder with the result, None if there is none (yet).
+
+    group: the processes that do it together, default this one alone. All call this; the first one tells and writes.
+    """
+    group = group or Group()
+    console = console or Console(stderr=True, quiet=not group.first)
+    if not isinstance(config, Upcycle):
+        return loop.run(config, console, group=group)
+    if group.processes > 1:
+        raise UserError(f"upcycling is work for one process, not for {group.processes}: give --processes 1")
+    return _upcycle(config, console)
 
 
 def _upcycle(config: Upcycle, console: Console) -> Path | None:

@@ -2,7 +2,6 @@
 """Batches are a function of (data, seed, number): of nothing else, and from wherever one starts."""
 
 import collections
-import functools
 import gzip
 import itertools
 import json
@@ -15,8 +14,9 @@ import pytest
 import tokenizers
 
 import qwen2_jax.demo
+from qwen2_jax import hosts
 from qwen2_jax.data import __main__ as command
-from qwen2_jax.data import hosts, loader, plan, records
+from qwen2_jax.data import loader, plan, records
 from qwen2_jax.data.encode import Encoded
 from qwen2_jax.data.spec import Data, Source
 from qwen2_jax.errors import UserError
@@ -316,14 +316,14 @@ def test_a_format_of_token_ids(corpus, tokenizer):
 
 def test_hosts_must_have_the_same_tokens(corpus, tokenizer, monkeypatch):
     sources = Source(path=str(corpus / "chats.jsonl")), Source(path=str(corpus / "texts"))
-    monkeypatch.setattr(hosts.jax, "process_count", lambda: 3)
-    gathered = lambda mine, changed: np.stack([mine, mine, mine + np.array([[0], [changed]], np.uint8)])
-    for changed in (0, 1):
-        together = functools.partial(gathered, changed=changed)
-        monkeypatch.setattr(hosts.multihost_utils, "process_allgather", together)
-        if not changed:
-            open_data(corpus, tokenizer, *sources)
-            continue
+
+    def compared(name, facts, *, seconds):
+        second = list(facts)[1]
+        return [hosts.Difference(second, ((facts[second], (0, 1)), ("0" * 64, (2,))))]
+
+    open_data(corpus, tokenizer, *sources)
+    with monkeypatch.context() as patch:
+        patch.setattr(loader.hosts, "differences", compared)
         with pytest.raises(UserError, match=r"hosts have other data than host 0: [^ ]*texts \(hosts 2\); give all"):
             open_data(corpus, tokenizer, *sources)
 

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""train.py as two real processes: trains what one process trains, and goes on after either was killed."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from small_run import config_file
+
+ROOT = Path(__file__).parents[2]
+CPU = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+
+
+def losses(folder):
+    """[(step, loss)] of a run's metrics."""
+    path = folder / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [(line["step"], line["loss"]) for line in lines if "loss" in line]
+
+
+def weights(folder):
+    return {path.name: path.read_bytes() for path in (folder / "hf").glob("*.safetensors")}
+
+
+def test_two_processes_are_one_and_survive_each_others_death(corpus, tmp_path):
+    """Process 1 is killed, and in the next start process 0, which coordinates; the third one ends the run.
+
+    Losses and weights are those of two processes that nobody disturbed and, to the last bit, those of one process with
+    two devices.
+    """
+    file = config_file(corpus, tmp_path, "steps=60, checkpoints=Checkpointing(every_steps=5)")
+    kept = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "programs"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    work = tmp_path / "work"
+    command = [sys.executable, str(ROOT / "benchmarks" / "kill_host.py"), "--work", str(work), "--kills", "2"]
+    command += ["--command", f"{sys.executable} train.py {file}", "--host-timeout", "8"]
+    done = subprocess.run(command, env=CPU | kept, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 of 2 kills survived" in done.stdout
+    alone = tmp_path / "alone"
+    two_devices = CPU | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    command = [sys.executable, "train.py", str(file), "--out", str(alone)]
+    one = subprocess.run(command, cwd=ROOT, env=two_devices, capture_output=True, text=True)
+    assert one.returncode == 0, one.stderr
+    assert len(losses(alone)) == 60
+    assert losses(work / "whole") == losses(work / "killed") == losses(alone)
+    assert weights(work / "whole") == weights(work / "killed") == weights(alone) != {}
+
+
+def two(file, *, second=()):
+    """Starts it as two processes; `second` are more flags for the second one."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    command = [sys.executable, "train.py", str(file), "--coordinator", address, "--processes", "2", "--process"]
+    how = {"cwd": ROOT, "env": CPU, "stderr": subprocess.PIPE, "text": True}
+    return [subprocess.Popen([*command, str(i), *(second if i else ())], **how) for i in range(2)]
+
+
+def test_a_request_to_stop_reaches_both(corpus, tmp_path):
+    """SIGTERM to process 1: both save the same step and end with 0, and process 0 tells of it."""
+    started = two(config_file(corpus, tmp_path, "steps=100000"))
+    try:
+        end = time.monotonic() + 150
+        while not losses(tmp_path / "out") and time.monotonic() < end:
+            assert [process.poll() for process in started] == [None, None]
+            time.sleep(0.1)
+        started[1].send_signal(signal.SIGTERM)
+        told = [process.communicate(timeout=60)[1] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0, 0], told
+    assert "which is saved; resume with the same command" in told[0]
+    assert "step" not in told[1]
+    last = losses(tmp_path / "out")[-1][0]
+    assert (tmp_path / "out" / "checkpoints" / str(last)).is_dir()
+
+
+def test_hosts_that_were_told_something_else(corpus, tmp_path):
+    started = two(config_file(corpus, tmp_path, "steps=3"), second=["--optim.lr", "0.02"])
+    try:
+        told = [process.communicate(timeout=120)[1] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [2, 2], told
+    host = socket.gethostname()
+    for text in told:
+        assert (
+            f"hosts disagree: setting optim.lr is 0.01 on process 0 on {host} and 0.02 on process 1 on {host}" in text
+        )
+    assert not (tmp_path / "out").exists()
