@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From the names of an array's dimensions to its place on a device mesh: one table of rules, one check, one layout."""
 
+import contextvars
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -59,6 +60,12 @@ def make_mesh(**axes: int) -> Mesh:
     return lay_out(axes, devices, _islands(devices))
 
 
+def filled(axes: Mapping[str, int], devices: int) -> dict[str, int]:
+    """The same axes, in which a size of -1 is what the others leave of so many devices."""
+    known = math.prod(size for size in axes.values() if size > 0)
+    return {axis: devices // known if size == -1 else size for axis, size in axes.items()}
+
+
 def lay_out(axes: Mapping[str, int], devices: Sequence[Any], islands: int = 1) -> Mesh:
     """A mesh of devices that come as `islands` equal groups, one after the other: slices, or nodes.
 
@@ -98,17 +105,32 @@ def _islands(devices: Sequence[Any]) -> int:
     return len({getattr(device, "slice_index", None) for device in devices})
 
 
-def on(mesh: Mesh | None, function: Callable) -> Callable:
-    """`function`, traced with `mesh` in context: what qwen2_jax.ops divides its work over. None changes nothing."""
+_STORED: contextvars.ContextVar[Mapping[str, tuple[str, ...]]] = contextvars.ContextVar("stored", default=RULES)
+
+
+def on(mesh: Mesh | None, function: Callable, rules: Mapping[str, tuple[str, ...]] = RULES) -> Callable:
+    """`function`, traced with `mesh` in context: what qwen2_jax.ops divides its work over. None changes nothing.
+
+    rules: those by which the parameters lie on the mesh.
+    """
     if mesh is None:
         return function
 
     @functools.wraps(function)
     def traced(*args, **kwargs):
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return function(*args, **kwargs)
+        token = _STORED.set(rules)
+        try:
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                return function(*args, **kwargs)
+        finally:
+            _STORED.reset(token)
 
     return traced
+
+
+def current_rules() -> Mapping[str, tuple[str, ...]]:
+    """By which the parameters lie on current_mesh()."""
+    return _STORED.get()
 
 
 def current_mesh() -> AbstractMesh | None:
@@ -122,12 +144,25 @@ def axes_of(name: str | None, mesh: Mesh | AbstractMesh, rules: Mapping = RULES)
     return () if name is None else tuple(a for a in rules[name] if a in mesh.axis_names)
 
 
-def dividing(name: str, size: int, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+def dividing(name: str, size: int, mesh: Mesh | AbstractMesh, rules: Mapping = RULES) -> tuple[str, ...]:
     """As many of the axes of `name`, from the first, as divide a dimension of this size."""
-    axes = axes_of(name, mesh)
+    axes = axes_of(name, mesh, rules)
     while size % parts(axes, mesh):
         axes = axes[:-1]
     return axes
+
+
+def fitting(names: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+    """Where an array lives of which each dimension is split as far as its size allows: how ops divides its work."""
+    return NamedSharding(
+        mesh,
+        PartitionSpec(
+            *(
+                None if name is None else dividing(name, size, mesh) or None
+                for name, size in zip(names, shape, strict=True)
+            )
+        ),
+    )
 
 
 def parts(axes: Sequence[str], mesh: Mesh | AbstractMesh) -> int:

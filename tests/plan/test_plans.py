@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from ahead_of_time import GPU_COMPILER, TPU_COMPILER
-from qwen2_jax import PRESETS, flops
+from qwen2_jax import PRESETS, flops, sharding
 from qwen2_jax.config import ModelConfig
 from qwen2_jax.data.spec import Data, Source
 from qwen2_jax.errors import UserError
