@@ -137,6 +137,7 @@ def cached_attention(
     Which of the two is decided by T. Everything else is as in `attention`.
     """
     few = q_positions_BT.shape[1] <= FEW_QUERIES
+    queries = jax.tree.map(_before_weights, queries)
     name = _implementation("decode" if few else "attention", implementation)
     numbers = _per_row((window, scale, None if len(queries) == 1 else chunk_len), k_RBKSH.shape[1])
     args = (queries, k_RBKSH, v_RBKSH, q_positions_BT, numbers, jnp.asarray(repeat, jnp.int32))
@@ -160,7 +161,8 @@ def cached_attention(
         out, lse_BTN = _attend_to_cache(name, queries, *cache, q_positions_BT, *numbers, first=first, return_lse=True)
         return _merge(out, lse_BTN, shares, apart)
 
-    return _on_each_device(run, args, names, new, name)
+    out_BTNH = _on_each_device(run, args, names, new, name)
+    return _before_weights(out_BTNH)
 
 
 def write_cache(
@@ -174,7 +176,7 @@ def write_cache(
     A token whose position is negative (padding) or not below S is dropped, never written elsewhere. On a mesh every
     device writes what belongs in its own slots, so no part of a cache moves.
     """
-    args = (caches_RBKSH, new_BTKH, positions_BT, jnp.asarray(repeat, jnp.int32))
+    args = (caches_RBKSH, jax.tree.map(_before_weights, new_BTKH), positions_BT, jnp.asarray(repeat, jnp.int32))
     names = (CACHE, ("batch", None, "kv_heads", None), ("batch", None), ())
     shares = _axes(args, names).get("slots", ())
 
@@ -245,6 +247,7 @@ def experts(
     every device runs the experts it holds: for the tokens of all devices that hold others, where each has its own
     tokens, or for tokens that they all have (a decode step's few rows). Partial sums are added in float32.
     """
+    x_BTD, chosen_BTk, weights_BTk = map(_before_weights, (x_BTD, chosen_BTk, weights_BTk))
     args = (x_BTD, chosen_BTk, weights_BTk, gate_EFD, up_EFD, down_EDF)
     tokens = ("batch", "length", None)
     names = (tokens, tokens, tokens, ("experts", "mlp", None), ("experts", "mlp", None), ("experts", None, "mlp"))
@@ -275,7 +278,7 @@ def experts(
             sums_BTD = jax.lax.psum(sums_BTD, holders)
         return (jax.lax.psum(sums_BTD, widths) if widths else sums_BTD).astype(y_BTD.dtype)
 
-    return _on_each_device(run, args, names, tokens, name)
+    return _before_weights(_on_each_device(run, args, names, tokens, name))
 
 
 # ---------------------------------------------------------------------- from logical names to one device's share
@@ -284,6 +287,19 @@ def experts(
 def _per_row(numbers, B: int):
     """Numbers as [B], so that they are split with the batch; None stays None."""
     return tuple(None if x is None else jnp.broadcast_to(jnp.asarray(x), (B,)) for x in numbers)
+
+
+def _before_weights(x_BT: jax.Array) -> jax.Array:
+    """The same activations [B, T, ...], of a decode step on a mesh with rows divided as sharding.step_rows says.
+
+    Said where activations come from products or go into some; else XLA divides them as the kernels between do.
+    """
+    mesh = sharding.current_mesh()
+    if mesh is None or x_BT.shape[1] > FEW_QUERIES:
+        return x_BT
+    rows = sharding.step_rows(len(x_BT), mesh)
+    free = (PartitionSpec.UNCONSTRAINED,) * (x_BT.ndim - 1)
+    return jax.lax.with_sharding_constraint(x_BT, PartitionSpec(rows or None, *free))
 
 
 def _axes(args: tuple, names: tuple[Names, ...]) -> dict[str, tuple[str, ...]]:

@@ -3,6 +3,7 @@
 
 import contextvars
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -39,8 +40,8 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "vocab": ("tensor",),
     "experts": ("expert",),
 }
-# Where weights are read at every token, and not once for thousands: they are gathered over fsdp alone, which is there
-# for models that fit no other way.
+# Where weights are read at every token, and not once for thousands: they are split over fsdp alone, which is there for
+# models that fit no other way. A prefill gathers them, a decode step sums activations instead (step_rows).
 SERVING: Mapping[str, tuple[str, ...]] = {**RULES, "embed": ("fsdp",)}
 
 
@@ -163,6 +164,16 @@ def fitting(names: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> Na
             )
         ),
     )
+
+
+def step_rows(rows: int, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+    """Axes over which the rows of a decode step are divided where they meet weights: not those that weights lie over.
+
+    A product with a weight that is split over fsdp then leaves it where it is and sums activations. Were the rows split
+    over fsdp too, each device would gather all of the weight, at every token, for a row or two.
+    """
+    stored = [axis for axis in current_rules()["embed"] if axis in mesh.axis_names and mesh.shape[axis] > 1]
+    return tuple(itertools.takewhile(lambda axis: axis not in stored, dividing("batch", rows, mesh)))
 
 
 def parts(axes: Sequence[str], mesh: Mesh | AbstractMesh) -> int:

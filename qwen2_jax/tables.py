@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from qwen2_jax import sharding
+from qwen2_jax import ops, sharding
 
 # B batch  T tokens  V rows of the table  D columns
 
@@ -104,6 +104,8 @@ def _split(shape: tuple[int, ...], ids: jax.Array) -> Split | None:
         return tuple(axis for axis in axes if mesh.shape[axis] > 1)
 
     rows = of("batch", ids.shape[0]), of("length", ids.shape[1])
+    if ids.shape[1] <= ops.FEW_QUERIES:  # a decode step
+        rows = tuple(axis for axis in sharding.step_rows(ids.shape[0], mesh) if axis in rows[0]), rows[1]
     split = Split(mesh, of("vocab", shape[0]), of("embed", shape[1]), rows)
     return split if split.vocab or split.columns else None
 

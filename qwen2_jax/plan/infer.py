@@ -195,8 +195,8 @@ def advice(config: ModelConfig, made: Plan, job: Job, rows: int, context: int) -
         after = made.needed - weights * (1 - 1 / jnp.dtype(job.dtype).itemsize) * rounded
         verdict = "fits" if after <= made.limit else "is not enough alone"
         found.append(f"--dtype int8 {verdict}: about {after / GIB:.1f} GiB per device")
-    most = (2, 4, 8, 16)
-    for more in most:
+    multiples = (2, 4, 8, 16)
+    for more in multiples:
         tensor = default_mesh(config, made.machine.devices * more)["tensor"]
         heads = math.gcd(tensor, config.num_key_value_heads) / math.gcd(made.mesh["tensor"], config.num_key_value_heads)
         after = weights / more + (made.needed - weights) / max(heads, 1)
@@ -205,7 +205,7 @@ def advice(config: ModelConfig, made: Plan, job: Job, rows: int, context: int) -
             break
     else:
         # By default devices cut a row's cache by its key heads, of which there are few; slots there are many.
-        for more in most:
+        for more in multiples:
             after = made.needed - cache + cache / more
             if after <= made.limit:
                 mesh = dict(made.mesh) | {"context": more * made.mesh.get("context", 1)}

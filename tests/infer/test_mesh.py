@@ -51,6 +51,7 @@ MESHES = [
     ("sliding", "context=4,tensor=2"),
     ("sliding", "data=2,tensor=4"),
     ("moe", "data=2,tensor=4"),
+    ("moe", "expert=2,fsdp=2,tensor=2"),
     ("moe", "expert=2,context=2,tensor=2"),
 ]
 
@@ -67,10 +68,11 @@ def test_a_mesh_answers_as_one_device(name, axes):
         ("dca", "data=2,context=2,tensor=2"),
         ("sliding", "context=8"),
         ("moe", "expert=2,context=2,tensor=2"),
+        ("dense", "fsdp=4,tensor=2"),
     ],
 )
 def test_neither_tables_nor_caches_move(name, axes):
-    """fsdp is left out: gathering weights is what it does. tests/plan asks the compilers for TPU and GPU."""
+    """Nor weights, in decoding with fsdp. tests/plan asks the compilers for TPU and GPU."""
     run(8, str(TESTS / "infer/eight_devices.py"), "collectives", name, axes)
 
 
