@@ -6,6 +6,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from qwen2_jax import ops
 from qwen2_jax.config import ModelConfig
 
 # B batch  T new tokens  S slots  K kv heads  H head width  R repeats of a stack
@@ -28,13 +29,9 @@ class LayerCache:
 
         A token whose position is negative (padding) or not below S is dropped, never written elsewhere.
         """
-        rows_B1 = jnp.arange(positions_BT.shape[0])[:, None]
-        slots_BT = jnp.where(positions_BT < 0, self.k.shape[3], positions_BT)
-        where = (repeat, rows_B1, slice(None), slots_BT)
-        k = self.k.at[where].set(k_BTKH.astype(self.k.dtype), mode="drop")
-        v = self.v.at[where].set(v_BTKH.astype(self.v.dtype), mode="drop")
+        written = ops.write_cache((self.k, self.v), repeat, (k_BTKH, v_BTKH), positions_BT)
         # Without the barrier XLA may fuse the write into its readers too, and then keeps the old cache by copying it.
-        return LayerCache(*jax.lax.optimization_barrier((k, v)))
+        return LayerCache(*jax.lax.optimization_barrier(written))
 
 
 @jax.tree_util.register_dataclass
@@ -45,12 +42,22 @@ class Cache:
     layers: tuple[tuple[LayerCache, ...], ...]
 
     @classmethod
-    def zeros(cls, config: ModelConfig, batch: int, length: int, dtype=jnp.float32, *, unroll: bool = False) -> "Cache":
-        """An empty cache for `batch` rows of at most `length` tokens; `unroll` as the model was built."""
+    def zeros(
+        cls,
+        config: ModelConfig,
+        batch: int,
+        length: int,
+        dtype=jnp.float32,
+        *,
+        unroll: bool = False,
+        place: jax.sharding.Sharding | None = None,
+    ) -> "Cache":
+        """An empty cache for `batch` rows of at most `length` tokens; `unroll` as the model was built. place: of each
+        of its arrays, which are made there."""
 
         def layer(repeats: int) -> LayerCache:
             shape = (repeats, batch, config.num_key_value_heads, length, config.head_dim)
-            return LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+            return LayerCache(*(jnp.zeros(shape, dtype, device=place) for _ in range(2)))
 
         return cls(tuple(tuple(layer(stack.repeats) for _ in stack.kinds) for stack in config.stacks(unroll)))
 

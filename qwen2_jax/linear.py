@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from qwen2_jax import sharding, tables
 from qwen2_jax.params import ParamSpec, Tree
 
-# M rows  K summed features  F produced features  r rank
+# M rows, in one dimension or several  K summed features  F produced features  r rank
 MANY_ROWS = 256  # from here on XLA:CPU is faster with a product's inputs converted to float32
 
 
@@ -77,7 +78,9 @@ def linear(x: jax.Array, w: Weight, *, contract: int = 1, dtype=None) -> jax.Arr
         correction = linear(thin.astype(x.dtype), w.b.astype(x.dtype), dtype=dtype)
         return linear(x, w.base, contract=contract, dtype=dtype) + correction
     rows, features = x.shape[: x.ndim - contract], w.shape[: len(w.shape) - contract]
-    x_MK = x.reshape(math.prod(rows), -1)
+    # On a mesh rows and their tokens may both be split, and one dimension of both together could not be: it would be
+    # gathered.
+    x_MK = x.reshape(*(rows if sharding.current_mesh() else (math.prod(rows),)), -1)
     if isinstance(w, Int8):
         y_MF = _int8_product(x_MK, w.values.reshape(-1, x_MK.shape[-1]), w.scale.reshape(-1), dtype)
     elif x.dtype.itemsize < 4:
@@ -88,28 +91,29 @@ def linear(x: jax.Array, w: Weight, *, contract: int = 1, dtype=None) -> jax.Arr
 
 
 def embed(table_VD: Weight, ids: jax.Array, dtype) -> jax.Array:
-    """Rows of the embedding, [..., D] in `dtype`."""
+    """Rows of the embedding, [..., D] in `dtype`. On a mesh no device sees more of the table than it has."""
     if isinstance(table_VD, Adapted):
         raise TypeError("an embedding takes no low-rank correction")
     if isinstance(table_VD, Int8):
-        return (table_VD.values[ids] * table_VD.scale[ids][..., None]).astype(dtype)
-    return _rows(table_VD.shape[0], table_VD, ids)
+        look_up = lambda table_VD, ids: (table_VD.values[ids] * table_VD.scale[ids][..., None]).astype(dtype)  # noqa: E731
+        return tables.look_up(look_up, table_VD, ids)
+    return _rows(table_VD.shape, table_VD, ids)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _rows(V: int, table_VD: jax.Array, ids: jax.Array) -> jax.Array:
+def _rows(shape: tuple[int, int], table_VD: jax.Array, ids: jax.Array) -> jax.Array:
     """table_VD[ids], with a gradient that adds up in float32."""
-    return table_VD[ids]
+    return tables.look_up(lambda table_VD, ids: table_VD[ids], table_VD, ids)
 
 
-def _rows_forward(V: int, table_VD: jax.Array, ids: jax.Array):
-    return table_VD[ids], (ids, table_VD[:0])
+def _rows_forward(shape: tuple[int, int], table_VD: jax.Array, ids: jax.Array):
+    return _rows(shape, table_VD, ids), (ids, table_VD[:0])
 
 
-def _rows_backward(V: int, residuals, gradient: jax.Array):
+def _rows_backward(shape: tuple[int, int], residuals, gradient: jax.Array):
     """A frequent token's row is the sum of thousands of terms: in bfloat16 it would stop growing at a few hundred."""
     ids, like = residuals
-    sums_VD = jnp.zeros((V, gradient.shape[-1]), jnp.float32).at[ids].add(gradient.astype(jnp.float32))
+    sums_VD = tables.add_up(shape, ids, gradient)
     return sums_VD.astype(like.dtype), np.zeros(ids.shape, jax.dtypes.float0)
 
 
@@ -192,16 +196,17 @@ def _to_int8(w: jax.Array, inputs: int) -> Int8:
 
 
 def _product(x_MK: jax.Array, w_FK: jax.Array, dtype) -> jax.Array:
-    return lax.dot_general(x_MK, w_FK, (((1,), (1,)), ((), ())), preferred_element_type=dtype)
+    return lax.dot_general(x_MK, w_FK, (((x_MK.ndim - 1,), (1,)), ((), ())), preferred_element_type=dtype)
 
 
 def _half_product(x_MK: jax.Array, w_FK: jax.Array, dtype) -> jax.Array:
     """_product for bfloat16 with the two detours that XLA:CPU needs; elsewhere it is _product."""
 
     def on_cpu(x_MK, w_FK):
-        if x_MK.shape[0] == 1:  # one row alone converts the whole weight first and takes 10 times as long as two
+        M = math.prod(x_MK.shape[:-1])
+        if M == 1:  # one row alone converts the whole weight first and takes 10 times as long as two
             return _product(jnp.concatenate([x_MK, jnp.zeros_like(x_MK)]), w_FK, dtype)[:1]
-        if x_MK.shape[0] >= MANY_ROWS:
+        if M >= MANY_ROWS:
             return _product(x_MK.astype(jnp.float32), w_FK.astype(jnp.float32), jnp.float32).astype(dtype)
         return _product(x_MK, w_FK, dtype)
 
@@ -221,16 +226,15 @@ def _int8_product(x_MK: jax.Array, w_FK: jax.Array, scale_F: jax.Array, dtype) -
     def on_cpu(x_MK, w_FK, scale_F):
         # The fast products on CPU are int8 by int8, and want two rows at least. x = unit * (128 high + low) with high
         # and low in int8 gives both: two rows that together carry 15 bits of x, exact integer sums.
-        M = x_MK.shape[0]
-        if M >= MANY_ROWS:
+        if math.prod(x_MK.shape[:-1]) >= MANY_ROWS:
             return converted(x_MK.astype(jnp.float32), w_FK, scale_F)
         x_MK = x_MK.astype(jnp.float32)
         unit_M1 = jnp.max(jnp.abs(x_MK), axis=-1, keepdims=True) / (127 * 128)
         steps_MK = jnp.round(x_MK / jnp.where(unit_M1 > 0, unit_M1, 1))
         high_MK = jnp.round(steps_MK / 128)
         halves = jnp.concatenate([high_MK, steps_MK - 128 * high_MK]).astype(jnp.int8)
-        sums = _product(halves, w_FK, jnp.int32).astype(jnp.float32)
-        return ((128 * sums[:M] + sums[M:]) * unit_M1 * scale_F).astype(dtype)
+        high_MF, low_MF = jnp.split(_product(halves, w_FK, jnp.int32).astype(jnp.float32), 2)
+        return ((128 * high_MF + low_MF) * unit_M1 * scale_F).astype(dtype)
 
     return lax.platform_dependent(x_MK, w_FK, scale_F, cpu=on_cpu, default=converted)
 
@@ -244,7 +248,7 @@ def _int8_backward(dtype, residuals, dy_MF):
 
     def product(dy_MF, w_FK, wide):
         dy_MF = (dy_MF.astype(jnp.float32) * scale_F).astype(wide)
-        over_F = (((1,), (0,)), ((), ()))
+        over_F = (((dy_MF.ndim - 1,), (0,)), ((), ()))
         return lax.dot_general(dy_MF, w_FK.astype(wide), over_F, preferred_element_type=like_x.dtype)
 
     dx_MK = lax.platform_dependent(

@@ -4,7 +4,9 @@
 A kernel sees the arrays of one device. Where the caller is traced on a mesh (sharding.on), every operation here runs in
 a shard_map: rows of the batch, their tokens, heads and experts are split as sharding.RULES says, and what a dimension's
 size does not allow is not split. Attention gathers keys and values over the devices that have other tokens of the same
-rows, and needs nothing else. Experts gather the tokens of the devices that hold other experts, and add what comes out.
+rows, and needs nothing else. A cache is never gathered: devices that have other slots of the same rows attend over
+their own, and the results are merged. Experts gather the tokens of the devices that hold other experts, and add what
+comes out.
 
 `implementation` is None (the best that serves the device), one name for all operations ("xla"), or names by operation
 ("attention=splash,experts=ragged_dot"; those left out take the best that serves).
@@ -32,7 +34,7 @@ except ModuleNotFoundError as missing:
         "run `pip install -e .` in the clone"
     ) from missing
 
-__all__ = ["attention", "cached_attention", "check_implementation", "experts"]
+__all__ = ["attention", "cached_attention", "check_implementation", "experts", "write_cache"]
 
 # R layers of a cache  B batch  T query  S key  N query heads  K kv heads  H head width
 # M tokens  k experts of a token  E experts  F width of an expert
@@ -51,7 +53,7 @@ QUERY = ("batch", "length", "heads", None)
 KEY = ("batch", "length", "kv_heads", None)
 TOKENS = ("batch", "length")
 STEP = ("batch", None, "heads", None)  # the queries of a decode step
-CACHE = ("layers", "batch", "kv_heads", None, None)
+CACHE = ("layers", "batch", "kv_heads", "slots", None)
 ROW = ("batch",)
 
 
@@ -134,32 +136,99 @@ def cached_attention(
 
     Which of the two is decided by T. Everything else is as in `attention`.
     """
-    R, B, _, S, _ = k_RBKSH.shape
-    if q_positions_BT.shape[1] > FEW_QUERIES:
-        return attention(
-            queries, k_RBKSH[repeat].swapaxes(1, 2), v_RBKSH[repeat].swapaxes(1, 2), q_positions_BT=q_positions_BT,
-            kv_positions_BS=jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32), (B, S)),
-            chunk_len=chunk_len, window=window, scale=scale, implementation=implementation,
-        )  # fmt: skip
-
-    name = _implementation("decode", implementation)
+    few = q_positions_BT.shape[1] <= FEW_QUERIES
+    queries = jax.tree.map(_before_weights, queries)
+    name = _implementation("decode" if few else "attention", implementation)
+    numbers = _per_row((window, scale, None if len(queries) == 1 else chunk_len), k_RBKSH.shape[1])
+    args = (queries, k_RBKSH, v_RBKSH, q_positions_BT, numbers, jnp.asarray(repeat, jnp.int32))
+    new, at = (STEP, ("batch", None)) if few else (QUERY, TOKENS)
+    names = (new, CACHE, CACHE, at, ROW, ())
+    axes = _axes(args, names)
+    # Slots are divided in the order of their positions. So what a prompt's chunk costs is what the fullest share costs,
+    # and until the last share fills up that is more than the mean: over a whole prompt up to twice as much, as is a
+    # step of a cache that is half full. Taking turns by blocks of slots would even that out, but the kernels would then
+    # have to know of it, and a cache is never less than half as long as what is asked for needs.
+    shares, apart = axes.get("slots", ()), axes.get("length", ())
 
     def run(queries, k_RBKSH, v_RBKSH, q_positions_BT, numbers, repeat):
-        window, scale, chunk_len = numbers
-        q, succ, inter = queries if len(queries) == 3 else (*queries, None, None)
-        # A kernel's input is a whole array: a slice of the cache would be copied at every step. So the layers' rows are
-        # handed over as pages of S slots, of which each row has one.
-        k, v = (x.reshape(-1, *x.shape[2:]) for x in (k_RBKSH, v_RBKSH))
-        B = k_RBKSH.shape[1]
-        pages_B1 = None if R == 1 else (repeat * B + jnp.arange(B, dtype=jnp.int32))[:, None]
-        return _decode.decode_attention(
-            q, succ, inter, k, v, q_positions_BT=q_positions_BT, block_table_BP=pages_B1,
-            chunk_len=chunk_len, window=window, scale=scale, implementation=name,
-        )  # fmt: skip
+        if not shares:
+            return _attend_to_cache(name, queries, k_RBKSH, v_RBKSH, repeat, q_positions_BT, *numbers)
+        if apart:  # every device has some of the slots that each query sees
+            gather = lambda x: jax.lax.all_gather(x, apart, axis=1, tiled=True)  # noqa: E731
+            queries, q_positions_BT = jax.tree.map(gather, (queries, q_positions_BT))
+        first = jax.lax.axis_index(shares) * k_RBKSH.shape[3]
+        cache = (k_RBKSH, v_RBKSH, repeat)
+        out, lse_BTN = _attend_to_cache(name, queries, *cache, q_positions_BT, *numbers, first=first, return_lse=True)
+        return _merge(out, lse_BTN, shares, apart)
 
-    numbers = (window, scale, None if len(queries) == 1 else chunk_len)
-    args = (queries, k_RBKSH, v_RBKSH, q_positions_BT, _per_row(numbers, B), jnp.asarray(repeat, jnp.int32))
-    return _on_each_device(run, args, (STEP, CACHE, CACHE, ("batch", None), ROW, ()), STEP, name)
+    out_BTNH = _on_each_device(run, args, names, new, name)
+    return _before_weights(out_BTNH)
+
+
+def write_cache(
+    caches_RBKSH: tuple[jax.Array, ...],
+    repeat,
+    new_BTKH: tuple[jax.Array, ...],
+    positions_BT: jax.Array,
+) -> tuple[jax.Array, ...]:
+    """Each cache with its new tokens of layer `repeat` in the slots of their positions.
+
+    A token whose position is negative (padding) or not below S is dropped, never written elsewhere. On a mesh every
+    device writes what belongs in its own slots, so no part of a cache moves.
+    """
+    args = (caches_RBKSH, jax.tree.map(_before_weights, new_BTKH), positions_BT, jnp.asarray(repeat, jnp.int32))
+    names = (CACHE, ("batch", None, "kv_heads", None), ("batch", None), ())
+    shares = _axes(args, names).get("slots", ())
+
+    def run(caches_RBKSH, new_BTKH, positions_BT, repeat):
+        S = caches_RBKSH[0].shape[3]
+        slots_BT = positions_BT - jax.lax.axis_index(shares) * S if shares else positions_BT
+        slots_BT = jnp.where(slots_BT < 0, S, slots_BT)
+        where = (repeat, jnp.arange(len(positions_BT))[:, None], slice(None), slots_BT)
+        write = lambda cache, new: cache.at[where].set(new.astype(cache.dtype), mode="drop")  # noqa: E731
+        return jax.tree.map(write, caches_RBKSH, new_BTKH)
+
+    return _on_each_device(run, args, names, CACHE, None)
+
+
+def _attend_to_cache(
+    name, queries, k_RBKSH, v_RBKSH, repeat, q_positions_BT, window, scale, chunk_len, first=0, return_lse=False
+):
+    """One device's part of cached_attention: slot 0 holds the position `first`."""
+    R, B, _, S, _ = k_RBKSH.shape
+    common = {"window": window, "scale": scale, "return_lse": return_lse, "implementation": name}
+    if q_positions_BT.shape[1] > FEW_QUERIES:
+        k_BSKH, v_BSKH = (x[repeat].swapaxes(1, 2) for x in (k_RBKSH, v_RBKSH))
+        slots_BS = jnp.broadcast_to(first + jnp.arange(S, dtype=jnp.int32), (B, S))
+        common |= {"q_positions_BT": q_positions_BT, "kv_positions_BS": slots_BS}
+        if len(queries) == 1:
+            return _flash.flash_attention(*queries, k_BSKH, v_BSKH, **common)
+        return dual_chunk_attention(*queries, k_BSKH, v_BSKH, chunk_len=chunk_len, **common)
+    q, succ, inter = queries if len(queries) == 3 else (*queries, None, None)
+    # A kernel's input is a whole array: a slice of the cache would be copied at every step. So the layers' rows are
+    # handed over as pages of S slots, of which each row has one.
+    k, v = (x.reshape(-1, *x.shape[2:]) for x in (k_RBKSH, v_RBKSH))
+    pages_B1 = None if R == 1 else (repeat * B + jnp.arange(B, dtype=jnp.int32))[:, None]
+    return _decode.decode_attention(
+        q, succ, inter, k, v,
+        q_positions_BT=q_positions_BT, block_table_BP=pages_B1, chunk_len=chunk_len, first=first, **common,
+    )  # fmt: skip
+
+
+def _merge(out_BTNH: jax.Array, lse_BTN: jax.Array, axes: tuple[str, ...], scatter: tuple[str, ...]) -> jax.Array:
+    """One softmax of the devices along `axes`, each of which saw other keys; zeros where none saw any.
+
+    Over the axes `scatter`, each device is left with its part of the queries.
+    """
+    top_BTN = jax.lax.pmax(jax.lax.stop_gradient(lse_BTN), axes)
+    weight_BTN = jnp.exp(lse_BTN - jnp.where(top_BTN == -jnp.inf, 0, top_BTN))
+    sums = out_BTNH.astype(jnp.float32) * weight_BTN[..., None], weight_BTN
+    if scatter:
+        sums = jax.tree.map(lambda x: jax.lax.psum_scatter(x, axes, scatter_dimension=1, tiled=True), sums)
+    else:
+        sums = jax.lax.psum(sums, axes)
+    total_BTNH, total_BTN = sums
+    return (total_BTNH / jnp.where(total_BTN > 0, total_BTN, 1)[..., None]).astype(out_BTNH.dtype)
 
 
 def experts(
@@ -178,6 +247,7 @@ def experts(
     every device runs the experts it holds: for the tokens of all devices that hold others, where each has its own
     tokens, or for tokens that they all have (a decode step's few rows). Partial sums are added in float32.
     """
+    x_BTD, chosen_BTk, weights_BTk = map(_before_weights, (x_BTD, chosen_BTk, weights_BTk))
     args = (x_BTD, chosen_BTk, weights_BTk, gate_EFD, up_EFD, down_EDF)
     tokens = ("batch", "length", None)
     names = (tokens, tokens, tokens, ("experts", "mlp", None), ("experts", "mlp", None), ("experts", None, "mlp"))
@@ -208,7 +278,7 @@ def experts(
             sums_BTD = jax.lax.psum(sums_BTD, holders)
         return (jax.lax.psum(sums_BTD, widths) if widths else sums_BTD).astype(y_BTD.dtype)
 
-    return _on_each_device(run, args, names, tokens, name)
+    return _before_weights(_on_each_device(run, args, names, tokens, name))
 
 
 # ---------------------------------------------------------------------- from logical names to one device's share
@@ -217,6 +287,19 @@ def experts(
 def _per_row(numbers, B: int):
     """Numbers as [B], so that they are split with the batch; None stays None."""
     return tuple(None if x is None else jnp.broadcast_to(jnp.asarray(x), (B,)) for x in numbers)
+
+
+def _before_weights(x_BT: jax.Array) -> jax.Array:
+    """The same activations [B, T, ...], of a decode step on a mesh with rows divided as sharding.step_rows says.
+
+    Said where activations come from products or go into some; else XLA divides them as the kernels between do.
+    """
+    mesh = sharding.current_mesh()
+    if mesh is None or x_BT.shape[1] > FEW_QUERIES:
+        return x_BT
+    rows = sharding.step_rows(len(x_BT), mesh)
+    free = (PartitionSpec.UNCONSTRAINED,) * (x_BT.ndim - 1)
+    return jax.lax.with_sharding_constraint(x_BT, PartitionSpec(rows or None, *free))
 
 
 def _axes(args: tuple, names: tuple[Names, ...]) -> dict[str, tuple[str, ...]]:
@@ -234,7 +317,7 @@ def _axes(args: tuple, names: tuple[Names, ...]) -> dict[str, tuple[str, ...]]:
                 if name is not None:
                     fits = sharding.dividing(name, size, mesh)
                     axes[name] = min(axes.get(name, fits), fits, key=len)
-    if "kv_heads" in axes:
+    if "heads" in axes and "kv_heads" in axes:
         axes["heads"] = axes["kv_heads"] = min(axes["heads"], axes["kv_heads"], key=len)
     return axes
 

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """From the names of an array's dimensions to its place on a device mesh: one table of rules, one check, one layout."""
 
+import contextvars
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -38,25 +40,31 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "vocab": ("tensor",),
     "experts": ("expert",),
 }
-# Where weights are read at every token, and not once for thousands: they are gathered over fsdp alone, which is there
-# for models that fit no other way.
+# Where weights are read at every token, and not once for thousands: they are split over fsdp alone, which is there for
+# models that fit no other way. A prefill gathers them, a decode step sums activations instead (step_rows).
 SERVING: Mapping[str, tuple[str, ...]] = {**RULES, "embed": ("fsdp",)}
 
 
-def make_mesh(**axes: int) -> Mesh:
-    """A mesh of all devices with the given axes, e.g. make_mesh(fsdp=4, tensor=2), laid out as `lay_out` says.
+def make_mesh(*, devices: Sequence[Any] | None = None, **axes: int) -> Mesh:
+    """A mesh of the devices (default: all of all processes) with the given axes, e.g. make_mesh(fsdp=4, tensor=2), laid out as `lay_out` says.
 
     Raises UserError for an axis that RULES do not know, sizes that do not multiply to the number of devices, and axes
     that the devices' links do not allow.
     """
     if unknown := set(axes) - set(AXES):
         raise UserError(f"a mesh has no axis {', '.join(sorted(unknown))}; choose from {', '.join(AXES)}")
-    sizes, devices = math.prod(axes.values()), jax.devices()
+    sizes, devices = math.prod(axes.values()), jax.devices() if devices is None else devices
     if sizes != len(devices) or min(axes.values(), default=1) < 1:
         raise UserError(
             f"mesh {axes} needs {sizes} devices; {len(devices)} are here: the sizes' product must be {len(devices)}"
         )
     return lay_out(axes, devices, _islands(devices))
+
+
+def filled(axes: Mapping[str, int], devices: int) -> dict[str, int]:
+    """The same axes, in which a size of -1 is what the others leave of so many devices."""
+    known = math.prod(size for size in axes.values() if size > 0)
+    return {axis: devices // known if size == -1 else size for axis, size in axes.items()}
 
 
 def lay_out(axes: Mapping[str, int], devices: Sequence[Any], islands: int = 1) -> Mesh:
@@ -98,17 +106,32 @@ def _islands(devices: Sequence[Any]) -> int:
     return len({getattr(device, "slice_index", None) for device in devices})
 
 
-def on(mesh: Mesh | None, function: Callable) -> Callable:
-    """`function`, traced with `mesh` in context: what qwen2_jax.ops divides its work over. None changes nothing."""
+_STORED: contextvars.ContextVar[Mapping[str, tuple[str, ...]]] = contextvars.ContextVar("stored", default=RULES)
+
+
+def on(mesh: Mesh | None, function: Callable, rules: Mapping[str, tuple[str, ...]] = RULES) -> Callable:
+    """`function`, traced with `mesh` in context: what qwen2_jax.ops divides its work over. None changes nothing.
+
+    rules: those by which the parameters lie on the mesh.
+    """
     if mesh is None:
         return function
 
     @functools.wraps(function)
     def traced(*args, **kwargs):
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return function(*args, **kwargs)
+        token = _STORED.set(rules)
+        try:
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                return function(*args, **kwargs)
+        finally:
+            _STORED.reset(token)
 
     return traced
+
+
+def current_rules() -> Mapping[str, tuple[str, ...]]:
+    """By which the parameters lie on current_mesh()."""
+    return _STORED.get()
 
 
 def current_mesh() -> AbstractMesh | None:
@@ -122,12 +145,35 @@ def axes_of(name: str | None, mesh: Mesh | AbstractMesh, rules: Mapping = RULES)
     return () if name is None else tuple(a for a in rules[name] if a in mesh.axis_names)
 
 
-def dividing(name: str, size: int, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+def dividing(name: str, size: int, mesh: Mesh | AbstractMesh, rules: Mapping = RULES) -> tuple[str, ...]:
     """As many of the axes of `name`, from the first, as divide a dimension of this size."""
-    axes = axes_of(name, mesh)
+    axes = axes_of(name, mesh, rules)
     while size % parts(axes, mesh):
         axes = axes[:-1]
     return axes
+
+
+def fitting(names: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+    """Where an array lives of which each dimension is split as far as its size allows: how ops divides its work."""
+    return NamedSharding(
+        mesh,
+        PartitionSpec(
+            *(
+                None if name is None else dividing(name, size, mesh) or None
+                for name, size in zip(names, shape, strict=True)
+            )
+        ),
+    )
+
+
+def step_rows(rows: int, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+    """Axes over which the rows of a decode step are divided where they meet weights: not those that weights lie over.
+
+    A product with a weight that is split over fsdp then leaves it where it is and sums activations. Were the rows split
+    over fsdp too, each device would gather all of the weight, at every token, for a row or two.
+    """
+    stored = [axis for axis in current_rules()["embed"] if axis in mesh.axis_names and mesh.shape[axis] > 1]
+    return tuple(itertools.takewhile(lambda axis: axis not in stored, dividing("batch", rows, mesh)))
 
 
 def parts(axes: Sequence[str], mesh: Mesh | AbstractMesh) -> int:

@@ -54,6 +54,14 @@ compare("experts", lambda x, w, *m: ops.experts(x, chosen, w, *m),
 few = chosen[:3, :1]  # rows that nothing divides: all devices have them all
 compare("experts of few rows", lambda x, w, *m: ops.experts(x, few, w, *m),
         (draw(3, 1, D), draw(3, 1, k), draw(E, F, D), draw(E, F, D), draw(E, D, F)))
+
+for N, K in ((8, 4), (6, 3)):
+    chunk = lambda q, k, v: ops.cached_attention(
+        tuple(q), k, v, 1, chunk_len=5, q_positions_BT=at - jnp.array([0, 3, 12, 7] * 2)[:, None], window=6)
+    compare(f"cached prefill {N}:{K}", chunk, (draw(3, B, T, N, H), draw(2, B, K, T, H), draw(2, B, K, T, H)))
+    write = lambda cache, new: ops.write_cache(
+        (cache,), 1, (new,), jnp.array([[11, 12], [4, -1], [-1, 0], [7, 8]] * 2))[0]
+    compare(f"write {N}:{K}", write, (draw(2, B, K, T, H), draw(B, 2, K, H)))
 """
 
 

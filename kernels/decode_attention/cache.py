@@ -4,7 +4,9 @@
 B batch, S slots of a row, K kv heads, H head width; a paged cache has pages of Y slots, P of them to a row (S = P * Y).
 """
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def quantize_cache(x_BKSH):
@@ -57,6 +59,23 @@ def check_inputs(queries, k, v, q_positions_BT, block_table_BP, k_scale, v_scale
             )
         if x is not None and x.dtype != jnp.float32:
             raise ValueError(f"{name} must be float32, got {x.dtype}")
+
+
+def first_position(first):
+    """The position of slot 0 as an int32 scalar. Raises ValueError where it is none, or below 0."""
+    if jnp.shape(first) != () or not jnp.issubdtype(jnp.result_type(first), jnp.integer):
+        raise ValueError(f"first must be one integer, got {jnp.result_type(first)} {jnp.shape(first)}")
+    if not isinstance(first, jax.core.Tracer) and np.asarray(first) < 0:
+        raise ValueError(f"first must be at least 0, got {first}")
+    return jnp.asarray(first, jnp.int32)
+
+
+def nearest_slots(q_positions_BT, first):
+    """The slot of each query's own position, -1 where nothing is visible; counted on where it is beyond the cache.
+
+    With slots for positions the rules of causality, padding and windows are the same; those of chunks are not.
+    """
+    return jnp.maximum(q_positions_BT - first, -1)
 
 
 def slots_per_row(k, block_table_BP):

@@ -69,6 +69,7 @@ class Plan(NamedTuple):
     segments: int  # Z, the number of programs
     paged: bool
     int8: bool
+    lse: bool = False  # whether it is asked for
 
     @property
     def pieces(self) -> int:
@@ -116,16 +117,19 @@ def decode_attention(
     block_table_BP=None,
     k_scale=None,
     v_scale=None,
+    first,
+    return_lse,
     block_k=None,
     stages=None,
 ):
-    """Returns out [B, T, N, H] in q's dtype. block_k and stages are taken from blocks.py where None."""
+    """Returns (out [B, T, N, H] in q's dtype, lse or None). block_k and stages are taken from blocks.py where None."""
     on = require("gpu", ("hopper",))
     plan = make_plan(q, k, on, chunk_len_B is not None, block_table_BP, block_k, stages)
+    plan = plan._replace(lse=return_lse)
     if not hasattr(plgpu, "store"):
         raise NotImplementedError("needs jax 0.12, whose Mosaic GPU stores any layout of registers to GMEM")
     rotations = (q,) if chunk_len_B is None else (q, q_succ, q_inter)
-    spans = spans_of(q_positions_BT, window_B, chunk_len_B, plan.slots)
+    spans = spans_of(q_positions_BT, window_B, chunk_len_B, plan.slots, first)
     return _attend(plan, on.interpret, rotations, k, v, spans, scale_B, block_table_BP, k_scale, v_scale)
 
 
@@ -182,10 +186,14 @@ def shared_memory(plan: Plan) -> int:
 # ---------------------------------------------------------------------- what is visible, as intervals
 
 
-def spans_of(q_positions_BT, window_B, chunk_len_B, slots):
-    """int32 [B, A, 2, T]: the slots [first, end) that each query sees in each rotation; end <= first for none."""
+def spans_of(q_positions_BT, window_B, chunk_len_B, slots, origin=0):
+    """int32 [B, A, 2, T]: the slots [first, end) that each query sees in each rotation; end <= first for none.
+
+    Slot 0 holds the position `origin`.
+    """
     per_B1 = (None if x is None else x[:, None] for x in (window_B, chunk_len_B))
-    pairs = [(first, jnp.clip(last + 1, 0, slots)) for first, last in spans(q_positions_BT.astype(jnp.int32), *per_B1)]
+    seen = spans(q_positions_BT.astype(jnp.int32), *per_B1)
+    pairs = [(jnp.maximum(first - origin, 0), jnp.clip(last + 1 - origin, 0, slots)) for first, last in seen]
     return jnp.stack([jnp.stack(pair, axis=1) for pair in pairs], axis=1)
 
 
@@ -360,8 +368,11 @@ def _kernel(plan: Plan, gm: Inputs, acc_gm, stats_gm, *, ready, filled, drained,
         plgpu.store(stats_gm.at[z, 1], jnp.sum(total_MX, axis=0), optimized=False)
 
 
-def _merge(plan: Plan, parts_gm, acc_gm, stats_gm, out_gm):
-    """Puts the segments of a row and head together, for 64 of the H. parts_gm: int32 [B, 2]; out_gm: [B, K, H, X]."""
+def _merge(plan: Plan, parts_gm, acc_gm, stats_gm, out_gm, sums_gm=None):
+    """Puts the segments of a row and head together, for 64 of the H. parts_gm: int32 [B, 2]; out_gm: [B, K, H, X].
+
+    sums_gm: float32 [B, K, 2, X], the maximum and the sum that lse is made of, or None.
+    """
     X, b, head = plan.rows, lax.axis_index("row"), lax.axis_index("head")
     tile = pl.ds(lax.axis_index("tile") * TILE, TILE)
     parts = parts_gm[b, 1]
@@ -394,7 +405,14 @@ def _merge(plan: Plan, parts_gm, acc_gm, stats_gm, out_gm):
         plgpu.layout_cast(jnp.zeros((X,), jnp.float32), plgpu.Layout.WGMMA.reduce(0)),
         plgpu.layout_cast(jnp.zeros((TILE, X), jnp.float32), plgpu.Layout.WGMMA),
     )
-    _, total_X, acc_MX = lax.fori_loop(0, lax.div(parts + together - 1, together), add, start)
+    top_X, total_X, acc_MX = lax.fori_loop(0, lax.div(parts + together - 1, together), add, start)
+    if sums_gm is not None:
+
+        @pl.when(lax.axis_index("tile") == 0)
+        def _():
+            plgpu.store(sums_gm.at[b, head, 0], top_X, optimized=False)
+            plgpu.store(sums_gm.at[b, head, 1], total_X, optimized=False)
+
     total_X = jnp.where(total_X > 0, total_X, 1)  # a query that sees nothing gets zeros
     plgpu.store(out_gm.at[b, head, tile], acc_MX / along_X(total_X), optimized=False)
 
@@ -454,9 +472,10 @@ def _attend(plan: Plan, interpret, rotations, k, v, spans_BA2T, scale_B, block_t
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=plan.reduction),
         interpret=interpret,
     )(inputs)
-    out_BKHX = plgpu.kernel(
+    sums = (jax.ShapeDtypeStruct((B, K, 2, X), jnp.float32),) if plan.lse else ()
+    out_BKHX, *sums_BK2X = plgpu.kernel(
         merge_kernel,
-        out_type=jax.ShapeDtypeStruct((B, K, H, X), jnp.float32),
+        out_type=(jax.ShapeDtypeStruct((B, K, H, X), jnp.float32), *sums),
         grid=(H // TILE, K, B),
         grid_names=("tile", "head", "row"),
         num_threads=1,
@@ -465,7 +484,12 @@ def _attend(plan: Plan, interpret, rotations, k, v, spans_BA2T, scale_B, block_t
         interpret=interpret,
     )(parts_B2, *partial_results)
     out_BKHTG = out_BKHX[..., : T * G].reshape(B, K, H, T, G)
-    return out_BKHTG.transpose(0, 3, 1, 4, 2).reshape(B, T, N, H).astype(rotations[0].dtype)
+    out = out_BKHTG.transpose(0, 3, 1, 4, 2).reshape(B, T, N, H).astype(rotations[0].dtype)
+    if not plan.lse:
+        return out, None
+    top_BKX, total_BKX = sums_BK2X[0][:, :, 0, : T * G], sums_BK2X[0][:, :, 1, : T * G]
+    lse_BKX = jnp.where(total_BKX > 0, top_BKX * math.log(2) + jnp.log(total_BKX), -jnp.inf)  # the maxima are of base 2
+    return out, lse_BKX.reshape(B, K, T, G).swapaxes(1, 2).reshape(B, T, N)
 
 
 # ---------------------------------------------------------------------- what it costs

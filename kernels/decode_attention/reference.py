@@ -21,19 +21,21 @@ def decode_attention(
     block_table_BP=None,
     k_scale=None,
     v_scale=None,
+    first,
+    return_lse,
 ):
-    """Returns out [B, T, N, H] in q's dtype."""
+    """Returns (out [B, T, N, H] in q's dtype, lse float32 [B, T, N]), lse whether it is asked for or not."""
     k_BSKH = written_out(k, k_scale, block_table_BP)
     v_BSKH = written_out(v, v_scale, block_table_BP)
     where = {
         "q_positions_BT": q_positions_BT,
-        "kv_positions_BS": jnp.broadcast_to(jnp.arange(k_BSKH.shape[1]), k_BSKH.shape[:2]),
+        "kv_positions_BS": jnp.broadcast_to(first + jnp.arange(k_BSKH.shape[1]), k_BSKH.shape[:2]),
         "window_B": window_B,
         "scale_B": scale_B,
     }
     if chunk_len_B is None:
-        return flash_attention(q, k_BSKH, v_BSKH, **where)[0]
-    return dual_chunk_attention(q, q_succ, q_inter, k_BSKH, v_BSKH, chunk_len_B=chunk_len_B, **where)[0]
+        return flash_attention(q, k_BSKH, v_BSKH, **where)
+    return dual_chunk_attention(q, q_succ, q_inter, k_BSKH, v_BSKH, chunk_len_B=chunk_len_B, **where)
 
 
 def written_out(x, scale, block_table_BP):

@@ -16,7 +16,10 @@ With a few queries per row there is little to do but read the cache, so the kern
 5. int8 is widened in fast memory. A scale belongs to a slot, so it multiplies the slot's logit or probability instead
    of the H numbers of its key or value.
 
-Each part leaves a normalised result and its log-sum-exp for every row; where there are two, XLA merges them.
+Each part leaves a normalised result and, where there are two, its log-sum-exp for every row; XLA merges them.
+
+Inside, a position is the slot that holds it: where slot 0 holds another position than 0, that is subtracted at the
+door, and only the chunks of Dual Chunk Attention need it again.
 
 A cache with H = 64 lies in memory as [.., H, S]: XLA keeps arrays so where H would fill only half of a row of 128
 lanes, which costs twice the memory and bandwidth. The kernel takes that view of it, without a copy.
@@ -41,7 +44,7 @@ from ..counts import Count
 from ..target import Target, block_sizes, require
 from ..visibility import CHUNK_REGIONS, FAR, Bounds, block_regions, bounds
 from .blocks import BLOCKS
-from .cache import slots_per_row
+from .cache import nearest_slots, slots_per_row
 
 LANES = 128
 MOST_ROWS = 128  # query rows of a key head; more are a prefill, and their logits would not fit
@@ -62,9 +65,11 @@ def decode_attention(
     block_table_BP=None,
     k_scale=None,
     v_scale=None,
+    first,
+    return_lse,
     **overrides,
 ):
-    """Returns out [B, T, N, H] in q's dtype. Overrides of what blocks.py leads to: `piece`, `pieces`, `parts`."""
+    """Returns (out [B, T, N, H] in q's dtype, lse or None). Overrides of blocks.py: `piece`, `pieces`, `parts`."""
     on = require("tpu")
     refuse(q, k, block_table_BP)
     (B, T, N, H), K, S = q.shape, k.shape[1], slots_per_row(k, block_table_BP)
@@ -74,15 +79,17 @@ def decode_attention(
     q_BATKGH = jnp.stack(rotations, axis=1).reshape(B, -1, T, K, G, H)
     q_BAKXH = q_BATKGH.swapaxes(2, 3).reshape(B, len(rotations), K, T * G, H)
     pages_BP = jnp.arange(B)[:, None] if block_table_BP is None else jnp.clip(block_table_BP, 0, k.shape[0] - 1)
+    at_BT = nearest_slots(q_positions_BT, first)
     numbers = {
-        "positions": q_positions_BT,
+        "positions": at_BT,
         "pages": pages_BP,
         "window": jnp.full(B, FAR) if window_B is None else window_B,
         "chunk_len": jnp.full(B, FAR) if chunk_len_B is None else chunk_len_B,
+        "origin": first,
     }
     numbers = {name: x.reshape(-1).astype(jnp.int32) for name, x in numbers.items()}
     out_CBKXH, lse_CBKX = _read_cache(
-        plan(q_positions_BT, window_B, S, cut),
+        plan(at_BT, window_B, S, cut),
         numbers,
         scale_B,
         q_BAKXH,
@@ -92,10 +99,15 @@ def decode_attention(
         v_scale,
         G=G,
         cut=cut,
+        return_lse=return_lse,
         interpret=on.interpret,
     )
-    out_BKXH = out_CBKXH[0] if cut.parts == 1 else merge(out_CBKXH, lse_CBKX)
-    return out_BKXH.reshape(B, K, T, G, H).swapaxes(1, 2).reshape(B, T, N, H).astype(q.dtype)
+    if cut.parts == 1:
+        out_BKXH, lse_BKX = out_CBKXH[0], lse_CBKX[0] if return_lse else None
+    else:
+        out_BKXH, lse_BKX = merge(out_CBKXH, lse_CBKX)
+    out = out_BKXH.reshape(B, K, T, G, H).swapaxes(1, 2).reshape(B, T, N, H).astype(q.dtype)
+    return out, lse_BKX.reshape(B, K, T, G).swapaxes(1, 2).reshape(B, T, N) if return_lse else None
 
 
 def refuse(q, k, block_table_BP):
@@ -115,12 +127,13 @@ def refuse(q, k, block_table_BP):
 
 
 def merge(out_CBKXH, lse_CBKX):
-    """The parts' results, weighted by their shares of the sum of exponentials; zeros where no part saw anything."""
+    """(out, lse): the parts' results by their shares of the sum of exponentials; 0 and -inf where none saw anything."""
     top_BKX = jnp.max(lse_CBKX, axis=0)
-    weight_CBKX = jnp.exp(lse_CBKX - jnp.where(top_BKX == -jnp.inf, 0, top_BKX))
+    top_BKX = jnp.where(top_BKX == -jnp.inf, 0, top_BKX)
+    weight_CBKX = jnp.exp(lse_CBKX - top_BKX)
     total_BKX = jnp.sum(weight_CBKX, axis=0)
     share_CBKX = weight_CBKX / jnp.where(total_BKX > 0, total_BKX, 1)
-    return jnp.sum(out_CBKXH * share_CBKX[..., None], axis=0)
+    return jnp.sum(out_CBKXH * share_CBKX[..., None], axis=0), top_BKX + jnp.log(total_BKX)
 
 
 # ---------------------------------------------------------------------- what is read
@@ -165,9 +178,10 @@ class Work(NamedTuple):
 
 def plan(q_positions_BT, window_B, S, cut: Cut) -> Work:
     at = bounds(q_positions_BT)
-    low_B = jnp.zeros_like(at.low) if window_B is None else jnp.clip(at.low - window_B + 1, 0, S - 1)
-    first_B = low_B // cut.piece
-    end_B = jnp.where(at.high < 0, first_B, jnp.minimum(at.high, S - 1) // cut.piece + 1)
+    low_B = jnp.zeros_like(at.low) if window_B is None else jnp.maximum(at.low - window_B + 1, 0)
+    none_B = (at.high < 0) | (low_B >= S)  # before the cache begins, or with all of it behind the window
+    first_B = jnp.minimum(low_B, S - 1) // cut.piece
+    end_B = jnp.where(none_B, first_B, jnp.minimum(at.high, S - 1) // cut.piece + 1)
     blocks_B = -(-(end_B - first_B) // cut.pieces)
     starts = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(blocks_B, dtype=jnp.int32)])
     return Work(starts, first_B.astype(jnp.int32), end_B.astype(jnp.int32))
@@ -190,10 +204,10 @@ def count(
         for b in range(B):
             slots0 = (work.first[b] + cut.pieces * np.arange(work.starts[b + 1] - work.starts[b])) * cut.piece
             low, high = _low_and_high(at_BT[b])
-            nearest, furthest = _regions(low, high, slots0, Y, chunk_len)
+            nearest, furthest = _regions(low, high, slots0, Y, chunk_len, 0)
             products += (CHUNK_REGIONS - 1) * int(np.sum(nearest != furthest))
     slot_bytes = 2 * K * (H * cache_dtype.itemsize + (4 if cache_dtype == jnp.int8 else 0))
-    out, lse, scratch = _shapes(B, A, K, X, H, dtype, cache_dtype, cut)
+    out, lse, scratch = _shapes(B, A, K, X, H, dtype, cache_dtype, cut, return_lse=False)
     per_row = [jax.ShapeDtypeStruct((A, K, X, H), dtype)]
     per_row += [jax.ShapeDtypeStruct(x.shape[2:], x.dtype) for x in (out, lse) if x is not None]
     row_bytes = sum(map(_tiled_bytes, per_row))
@@ -217,15 +231,15 @@ def _tiled_bytes(x):
 # ---------------------------------------------------------------------- the kernel
 
 
-def _shapes(B, A, K, X, H, dtype, cache_dtype, cut: Cut):
-    """(out, lse, scratch). With one part there is nothing to merge: no lse, and the result is in its final dtype."""
+def _shapes(B, A, K, X, H, dtype, cache_dtype, cut: Cut, return_lse):
+    """(out, lse, scratch). With one part there is nothing to merge: lse if asked for, the result in its final dtype."""
     Y, one = cut.pieces * cut.piece, cut.parts == 1
     block = pltpu.VMEM((2, K, H, Y) if cut.slots_last else (2, K, Y, H), cache_dtype)
     scales = pltpu.VMEM((2, K, Y), jnp.float32) if cache_dtype == jnp.int8 else None
     number = pltpu.VMEM((K, X, 1), jnp.float32)
     return (
         jax.ShapeDtypeStruct((cut.parts, B, K, X, H), dtype if one else jnp.float32),
-        None if one else jax.ShapeDtypeStruct((cut.parts, B, K, X), jnp.float32),
+        None if one and not return_lse else jax.ShapeDtypeStruct((cut.parts, B, K, X), jnp.float32),
         [
             block,
             block,
@@ -239,13 +253,13 @@ def _shapes(B, A, K, X, H, dtype, cache_dtype, cut: Cut):
     )
 
 
-@functools.partial(jax.jit, static_argnames=("G", "cut", "interpret"))
-def _read_cache(work: Work, numbers, scale_B, q_BAKXH, k, v, k_scale, v_scale, *, G, cut: Cut, interpret):
-    """(out [C, B, K, X, H], lse [C, B, K, X]): what each part of the work found; lse is None with one part."""
+@functools.partial(jax.jit, static_argnames=("G", "cut", "return_lse", "interpret"))
+def _read_cache(work: Work, numbers, scale_B, q_BAKXH, k, v, k_scale, v_scale, *, G, cut: Cut, return_lse, interpret):
+    """(out [C, B, K, X, H], lse [C, B, K, X]): what each part of the work found; lse is None where _shapes has none."""
     B, A, K, X, H = q_BAKXH.shape
     if cut.slots_last:
         k, v = k.swapaxes(2, 3), v.swapaxes(2, 3)
-    out, lse, scratch = _shapes(B, A, K, X, H, q_BAKXH.dtype, k.dtype, cut)
+    out, lse, scratch = _shapes(B, A, K, X, H, q_BAKXH.dtype, k.dtype, cut, return_lse)
     in_hbm = pl.BlockSpec(memory_space=pl.ANY)
     scale_in_hbm = None if k_scale is None else in_hbm
 
@@ -255,7 +269,7 @@ def _read_cache(work: Work, numbers, scale_B, q_BAKXH, k, v, k_scale, v_scale, *
     return pl.pallas_call(
         functools.partial(_kernel, cut=cut, G=G),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=8,
+            num_scalar_prefetch=9,
             grid=(cut.parts, B),
             in_specs=[
                 pl.BlockSpec((1, A, K, X, H), lambda c, b, *_: (b, 0, 0, 0, 0)),
@@ -277,6 +291,7 @@ def _read_cache(work: Work, numbers, scale_B, q_BAKXH, k, v, k_scale, v_scale, *
         numbers["pages"],
         numbers["window"],
         numbers["chunk_len"],
+        numbers["origin"],
         scale_B,
         q_BAKXH,
         k,
@@ -295,6 +310,7 @@ def _kernel(
     pages,
     window,
     chunk_len,
+    origin,
     scale,
     # This row's queries in VMEM, and the whole cache where it lies.
     q_ref,
@@ -376,12 +392,12 @@ def _kernel(
     # ------------------------------------------------------------------ where the queries stand
 
     x_X1 = lax.broadcasted_iota(jnp.int32, (X, 1), 0)
-    at_X1 = own_X1 = jnp.full((X, 1), -1, jnp.int32)  # the position, and the first slot of its chunk
+    at_X1 = own_X1 = jnp.full((X, 1), -1, jnp.int32)  # the position, and where its chunk begins
     for t in range(T):
         position = positions[row * T + t]
         at_X1 = jnp.where(x_X1 >= t * G, position, at_X1)
         if A > 1:
-            own_X1 = jnp.where(x_X1 >= t * G, position - lax.rem(position, chunk_len[row]), own_X1)
+            own_X1 = jnp.where(x_X1 >= t * G, position - lax.rem(position + origin[0], chunk_len[row]), own_X1)
 
     # ------------------------------------------------------------------ one block after another
 
@@ -429,7 +445,7 @@ def _kernel(
             attend(lambda h: score(h, 0))
         else:
             low, high = _low_and_high([positions[row * T + t] for t in range(T)])
-            nearest, furthest = _regions(low, high, slot0, Y, chunk_len[row])
+            nearest, furthest = _regions(low, high, slot0, Y, chunk_len[row], origin[0])
             pl.when(nearest == furthest)(lambda: attend(lambda h: score(h, nearest)))
             pl.when(nearest != furthest)(lambda: attend(by_slot))
 
@@ -455,10 +471,10 @@ def _low_and_high(positions):
     return low, high
 
 
-def _regions(low, high, slot0, Y, chunk_len):
-    """(nearest, furthest) region of the block from slot0 on for queries standing in low..high."""
-    block = Bounds(slot0, jnp.minimum(slot0 + Y - 1, high), None, None)
-    return block_regions(Bounds(low, high, None, None), block, chunk_len)
+def _regions(low, high, slot0, Y, chunk_len, origin):
+    """(nearest, furthest) region of the block from slot0 on for queries in low..high; slot 0 has position `origin`."""
+    block = Bounds(slot0 + origin, jnp.minimum(slot0 + Y - 1, high) + origin, None, None)
+    return block_regions(Bounds(low + origin, high + origin, None, None), block, chunk_len)
 
 
 def _product(x, y, contract):

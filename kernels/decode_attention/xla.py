@@ -6,6 +6,7 @@ B batch, T queries per row (few), S slots of a row, N query heads, K kv heads, H
 of a long one).
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ from jax import lax
 
 from ..blockwise import LOWEST
 from ..visibility import FAR, Bounds, block_regions, bounds, chunk_region, visible
-from .cache import slots_per_row
+from .cache import nearest_slots, slots_per_row
 
 # One pass over a cache of up to WHOLE slots beats the loop on CPU, whose blocks are copied out of the cache first: for
 # 2048 slots by 1.5x when the cache is full. Longer caches are visited in blocks, so short answers do not pay for them.
@@ -29,7 +30,7 @@ class Side(NamedTuple):
     scale: Any
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames="return_lse")
 def decode_attention(
     q,
     q_succ,
@@ -44,14 +45,16 @@ def decode_attention(
     block_table_BP=None,
     k_scale=None,
     v_scale=None,
+    first,
+    return_lse,
 ):
-    """Returns out [B, T, N, H] in q's dtype. Not differentiable where the cache is longer than WHOLE slots."""
+    """Returns (out [B, T, N, H] in q's dtype, lse or None). Not differentiable beyond a cache of WHOLE slots."""
     (B, T, N, H), K, S = q.shape, k.shape[1], slots_per_row(k, block_table_BP)
     X = T * (N // K)
     rotations = (q,) if chunk_len_B is None else (q, q_succ, q_inter)
     q_ABKXH = [x.reshape(B, T, K, N // K, H).transpose(0, 2, 1, 3, 4).reshape(B, K, X, H) for x in rotations]
-    at_BX = jnp.repeat(q_positions_BT, N // K, axis=1)
-    at = bounds(q_positions_BT)
+    at_BT = nearest_slots(q_positions_BT, first)
+    at_BX, at = jnp.repeat(at_BT, N // K, axis=1), bounds(at_BT)
     scale, window = scale_B[:, None, None, None], None if window_B is None else window_B[:, None, None]
     block = S if S <= WHOLE else block_size(k, block_table_BP)
     score = _score_whole if block == S else _score
@@ -78,7 +81,7 @@ def decode_attention(
         keys, values = Side(cut(k, start), cut(k_scale, start)), Side(cut(v, start), cut(v_scale, start))
         slot_Y = start + jnp.arange(block)
         new_Y = jnp.where(slot_Y >= j * block, slot_Y, -1)
-        s_BKXY = score(q_ABKXH, keys, at_BX, at, slot_Y, chunk_len_B) * scale
+        s_BKXY = score(q_ABKXH, keys, at_BX, at, slot_Y, chunk_len_B, first) * scale
         s_BKXY = jnp.where(visible(at_BX[:, :, None], new_Y, window=window)[:, None], s_BKXY, -jnp.inf)
         new_top_BKX = jnp.maximum(top_BKX, s_BKXY.max(-1))
         p_BKXY = jnp.exp(s_BKXY - new_top_BKX[..., None])
@@ -88,12 +91,19 @@ def decode_attention(
 
     start = jnp.full((B, K, X), LOWEST), jnp.zeros((B, K, X), jnp.float32), jnp.zeros((B, K, X, H), jnp.float32)
     if block == S:
-        _, total_BKX, acc_BKXH = visit(0, start)
+        top_BKX, total_BKX, acc_BKXH = visit(0, start)
     else:
-        first, end = blocks_to_visit(at, S, block, window_B)
-        _, total_BKX, acc_BKXH = lax.fori_loop(first, end, visit, start)
-    out_BKXH = acc_BKXH / jnp.where(total_BKX > 0, total_BKX, 1)[..., None]
-    return out_BKXH.reshape(B, K, T, N // K, H).transpose(0, 2, 1, 3, 4).reshape(B, T, N, H).astype(q.dtype)
+        begin, end = blocks_to_visit(at, S, block, window_B)
+        top_BKX, total_BKX, acc_BKXH = lax.fori_loop(begin, end, visit, start)
+
+    def of_queries(x_BKX_):
+        x_BKTG_ = x_BKX_.reshape(B, K, T, N // K, *x_BKX_.shape[3:])
+        return x_BKTG_.swapaxes(1, 2).reshape(B, T, N, *x_BKX_.shape[3:])
+
+    some_BKX = total_BKX > 0
+    total_BKX = jnp.where(some_BKX, total_BKX, 1)
+    out = of_queries(acc_BKXH / total_BKX[..., None]).astype(q.dtype)
+    return out, of_queries(jnp.where(some_BKX, top_BKX + jnp.log(total_BKX), -jnp.inf)) if return_lse else None
 
 
 def block_size(k, block_table_BP):
@@ -102,13 +112,13 @@ def block_size(k, block_table_BP):
 
 
 def blocks_to_visit(at: Bounds, S, block, window_B=None):
-    """(first, end): the blocks of the cache that hold everything the queries, standing within `at` [B], can see."""
+    """(begin, end): the blocks of the cache that hold everything the queries, with their own slots in `at`, can see."""
     lowest_B = jnp.zeros_like(at.low) if window_B is None else jnp.maximum(at.low - window_B + 1, 0)
     lowest, highest = jnp.min(lowest_B), jnp.minimum(jnp.max(at.high), S - 1)
     return lowest // block, highest // block + 1
 
 
-def _score_whole(q_ABKXH, keys: Side, at_BX, at: Bounds, slot_Y, chunk_len_B):
+def _score_whole(q_ABKXH, keys: Side, at_BX, at: Bounds, slot_Y, chunk_len_B, first):
     """As `_score`, for one pass over the whole cache: one product for all rotations, which reads the keys once.
 
     It has no branch, because XLA:CPU copies a cache that is handed to a branch, at every step of a generation.
@@ -116,29 +126,30 @@ def _score_whole(q_ABKXH, keys: Side, at_BX, at: Bounds, slot_Y, chunk_len_B):
     if chunk_len_B is None:
         return _query_key(q_ABKXH[0], keys)
     s_ABKXY = jnp.split(_query_key(jnp.concatenate(q_ABKXH, axis=2), keys), len(q_ABKXH), axis=2)
-    return _by_region(s_ABKXY, at_BX, slot_Y, chunk_len_B)
+    return _by_region(s_ABKXY, at_BX + first, slot_Y + first, chunk_len_B)
 
 
-def _by_region(s_ABKXY, at_BX, slot_Y, chunk_len_B):
-    """Of the scores of all rotations, the one that each slot's region asks for."""
-    region_BXY = chunk_region(at_BX[:, :, None], slot_Y, chunk_len_B[:, None, None])
+def _by_region(s_ABKXY, q_positions_BX, kv_positions_Y, chunk_len_B):
+    """Of the scores of all rotations, the one that each key's region asks for."""
+    region_BXY = chunk_region(q_positions_BX[:, :, None], kv_positions_Y, chunk_len_B[:, None, None])
     return lax.select_n(jnp.broadcast_to(region_BXY[:, None], s_ABKXY[0].shape), *s_ABKXY)
 
 
-def _score(q_ABKXH, keys: Side, at_BX, at: Bounds, slot_Y, chunk_len_B):
+def _score(q_ABKXH, keys: Side, at_BX, at: Bounds, slot_Y, chunk_len_B, first):
     """q.k in float32, [B, K, X, Y], with the rotation of each slot's region; one product where one serves all."""
     if chunk_len_B is None:
         return _query_key(q_ABKXH[0], keys)
-    block = Bounds(slot_Y[0], slot_Y[-1], None, None)
     # Slots after a query are invisible, so only those up to the query decide; a row of padding does not count.
-    seen = block._replace(high=jnp.minimum(block.high, at.high))
-    _, furthest_B = block_regions(at, seen, chunk_len_B)
+    queries = Bounds(at.low + first, at.high + first, None, None)
+    seen = Bounds(slot_Y[0] + first, jnp.minimum(slot_Y[-1], at.high) + first, None, None)
+    _, furthest_B = block_regions(queries, seen, chunk_len_B)
 
     def own_chunk():
         return _query_key(q_ABKXH[0], keys)
 
     def by_slot():
-        return _by_region([_query_key(q_BKXH, keys) for q_BKXH in q_ABKXH], at_BX, slot_Y, chunk_len_B)
+        s_ABKXY = [_query_key(q_BKXH, keys) for q_BKXH in q_ABKXH]
+        return _by_region(s_ABKXY, at_BX + first, slot_Y + first, chunk_len_B)
 
     return lax.cond(jnp.all((furthest_B == 0) | (at.low == FAR)), own_chunk, by_slot)
 

@@ -22,7 +22,8 @@ def lower_prefill(
     cache, turns = _cache(generator, rows, length), _turns(generator, rows, length, long_context)
     tokens_BC = _shape(generator, (rows, chunk), jnp.int32)
     context_B = _shape(generator, (rows,), jnp.int32)
-    lowered = generator._prefill.lower(generator.params, cache, tokens_BC, tokens_BC, context_B, turns)
+    prefill = generator.for_cache(rows, length).prefill
+    lowered = prefill.lower(generator.params, cache, tokens_BC, tokens_BC, context_B, turns)
     return lowered, {"parameters": generator.params, "cache": cache, "tokens": (tokens_BC, tokens_BC, context_B, turns)}
 
 
@@ -36,7 +37,7 @@ def lower_decode(
     eos_BE: Any = _shape(generator, (rows, EOS_WIDTH), jnp.int32)
     state, orders = State(cache, ints_B, ints_B, ints_B, flags_B, None), Orders(turns, None, eos_BE, ints_B)
     steps = _shape(generator, (), jnp.int32)
-    lowered = generator._decode.lower(generator.params, state, orders, flags_B, steps)
+    lowered = generator.for_cache(rows, length).decode.lower(generator.params, state, orders, flags_B, steps)
     rest = (ints_B, ints_B, ints_B, flags_B, orders, flags_B, steps)
     return lowered, {"parameters": generator.params, "cache": cache, "tokens": rest}
 
@@ -45,7 +46,7 @@ def _cache(generator: Generator, rows: int, length: int) -> Cache:
     zeros = jax.eval_shape(
         lambda: Cache.zeros(generator.config, rows, length, generator.dtype, unroll=generator.unroll)
     )
-    place = generator._cache_place
+    place = generator.places.cache(generator.config, rows, length)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), zeros)
 
 
@@ -56,4 +57,4 @@ def _turns(generator: Generator, rows: int, length: int, long_context: rope.Long
 
 
 def _shape(generator: Generator, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=generator._place)
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=generator.places.everywhere)

@@ -33,6 +33,7 @@ EXAMPLES = """examples:
         one JSON object per line: {"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]}, and if you
         like "id" and settings of its own ("temperature": 0.5, "max_new_tokens": 32, ...). Interrupted? Run it again.
         On several hosts at once, each answers its share, and --output is one file in the end (docs/pods.md).
+  python infer.py --ckpt qwen2-72b --mesh tensor=8 "Hello"    over the eight devices of a node
   python infer.py --ckpt qwen2-72b --plan 8xh100             does it fit there, and how fast would it be: compiled for a
         machine that is not here, without the weights; also v5e-16, v5p-8, 2x8xh200, ... with --context and --batch
   python infer.py --json "Once upon" | python -m json.tool   text, token ids, finish reason and timings for a program
@@ -73,6 +74,12 @@ def parser() -> argparse.ArgumentParser:
         "--implementation", metavar="NAME",
         help='of the kernels: xla, tpu, gpu, or by operation, as in "attention=cudnn,decode=xla" (default: the best)',
     )  # fmt: skip
+    model.add_argument(
+        "--mesh", metavar="AXES",
+        help="spread the model over all devices: tensor=8 (parts of heads and widths), tensor=4,context=2 (and of the "
+        "cache's slots, for very long prompts), ...; -1: what is left (default: one device; for a plan as many parts "
+        "of heads as there can be)",
+    )  # fmt: skip
     text = p.add_argument_group("prompt and answer")
     text.add_argument("--system", metavar="TEXT", help="system message for a chat model")
     text.add_argument("--raw", action="store_true", help="no chat template: continue the text as it is")
@@ -89,9 +96,6 @@ def parser() -> argparse.ArgumentParser:
         "--context", type=int, metavar="N", help="tokens of a row, prompt and answer (default: 4096 at most)"
     )
     plan.add_argument("--batch", type=int, default=1, metavar="N", help="rows at a time (default: 1)")
-    plan.add_argument(
-        "--mesh", metavar="AXES", help="tensor=8,fsdp=2 (default: as many parts of heads as there can be)"
-    )
     draw = p.add_argument_group("sampling")
     draw.add_argument("--max-new-tokens", type=int, metavar="N", help="at most so many tokens per answer")
     draw.add_argument(
@@ -156,6 +160,8 @@ def _planned(args: argparse.Namespace, plan: Callable[[argparse.Namespace], int]
 
 def _run(args: argparse.Namespace) -> int:
     given = _settings(args)
+    if args.mesh is not None:
+        mesh_sizes(args.mesh)  # its error, before the model is loaded
     prompt = _prompt(args)
     launch = hosts.find(hosts.flags_of(args))
     if args.input is not None:
@@ -248,19 +254,35 @@ def _prompt(args: argparse.Namespace) -> str | None:
     return args.prompt
 
 
+def mesh_sizes(text: str) -> dict[str, int]:
+    """Sizes of axes from "tensor=8,fsdp=2"."""
+    sizes = {}
+    for part in text.split(","):
+        axis, _, size = part.partition("=")
+        if not size.strip().removeprefix("-").isdigit():
+            raise UserError(f"--mesh is {text!r}; give sizes of axes, as in tensor=8,fsdp=2")
+        sizes[axis.strip()] = int(size)
+    return sizes
+
+
 def _load(args: argparse.Namespace, group: hosts.Group | None = None) -> "LM":
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's chatter, read when jax is imported
     import jax
 
     _compilation_cache(jax)
-    from qwen2_jax import flops
+    from qwen2_jax import flops, sharding
     from qwen2_jax.infer import lm
 
+    mesh = None
+    if args.mesh is not None:
+        own = jax.local_devices()  # of several hosts each has the whole model
+        mesh = sharding.make_mesh(devices=own, **sharding.filled(mesh_sizes(args.mesh), len(own)))
     begin = time.perf_counter()
     with _bar(f"loading {args.ckpt}", unit="bytes") as progress:
         loaded = lm.load(
             args.ckpt,
             dtype=args.dtype,
+            mesh=mesh,
             long_context=args.long_context,
             implementation=args.implementation,
             progress=progress,

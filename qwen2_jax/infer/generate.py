@@ -22,12 +22,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from qwen2_jax import logprob, rope, sharding
+from qwen2_jax import logprob, rope
 from qwen2_jax.cache import Cache
 from qwen2_jax.config import ModelConfig
 from qwen2_jax.errors import UserError
 from qwen2_jax.infer import memory
 from qwen2_jax.infer.buckets import Buckets, context_limit
+from qwen2_jax.infer.places import Places, Programs
 from qwen2_jax.infer.sampling import Sampling, sample
 from qwen2_jax.infer.settings import Settings
 from qwen2_jax.params import Tree
@@ -100,30 +101,11 @@ class Generator:
         self.graphdef, self.params, self.config = graphdef, params, config
         self.vocab_size = min(vocab_size or config.vocab_size, config.vocab_size)
         self.dtype, self.unroll, self.implementation = dtype, unroll, implementation
-        # Everything a program returns is fed to the next call. Were it born elsewhere than it is returned, the second
-        # call would compile again.
-        sharded = jax.tree.leaves(params)[0].sharding
-        if mesh is None and isinstance(sharded, jax.sharding.NamedSharding):
-            mesh = cast(jax.sharding.Mesh, sharded.mesh)
-        self.mesh = mesh
-        self._place: jax.sharding.Sharding
-        self._cache_place: jax.sharding.Sharding
-        if mesh is None:
-            self._place = self._cache_place = jax.sharding.SingleDeviceSharding(next(iter(sharded.device_set)))
-        else:
-            self._place = sharding.sharding((), (), mesh)
-            shape = jax.eval_shape(lambda: Cache.zeros(config, 1, 1, dtype, unroll=unroll)).layers[0][0].k.shape
-            self._cache_place = sharding.sharding(("layers", None, "kv_heads", None, "head_dim"), shape, mesh)
+        self.places = Places.of(params, mesh)
         self.buckets = buckets or Buckets.of(config)
         self.programs: list[str] = []
-        state: Any = State(*cast(Any, [self._cache_place, *[self._place] * 5]))
-        on = functools.partial(sharding.on, mesh)
-        self._decode = jax.jit(
-            on(self._decode_steps), donate_argnums=1, out_shardings=(state, self._place, self._place)
-        )
-        self._prefill = jax.jit(on(self._prefill_chunk), donate_argnums=1, out_shardings=self._cache_place)
-        self._score = jax.jit(on(self._score_chunk), donate_argnums=1, out_shardings=(self._cache_place, self._place))
-        self._forward = jax.jit(on(self._all_logits))
+        self._by_cache: dict[tuple[int, int], Programs] = {}
+        self._forward = jax.jit(self.places.on(self._all_logits))
 
     @property
     def compiles(self) -> int:
@@ -174,7 +156,7 @@ class Generator:
         for tokens_BC, positions_BC, targets_BC in self._chunks(
             [s[:-1] for s in sequences], rows, [s[1:] for s in sequences]
         ):
-            cache, logprobs_BC = self._score(
+            cache, logprobs_BC = self.for_cache(rows, length).score(
                 self.params, cache, tokens_BC, positions_BC, targets_BC, _rows(lengths, rows), turns
             )
             values_BC = np.asarray(logprobs_BC)
@@ -201,6 +183,23 @@ class Generator:
         return "\n".join([str(self.buckets), f"{self.compiles} programs compiled", *self.programs])
 
     # Programs. Their Python bodies run once per compilation, which is how compilations are counted.
+
+    def for_cache(self, rows: int, length: int) -> Programs:
+        """The programs for caches of this shape.
+
+        Everything a program returns is fed to the next call. Were it born elsewhere than it is returned, the second
+        call would compile again; and where it lives depends on the shape, whose dimensions may divide or not.
+        """
+        if (rows, length) not in self._by_cache:
+            cache, small = self.places.cache(self.config, rows, length), self.places.everywhere
+            state: Any = State(*cast(Any, [cache, *[small] * 5]))
+            on, jit = self.places.on, functools.partial(jax.jit, donate_argnums=1)
+            self._by_cache[rows, length] = Programs(
+                prefill=jit(on(self._prefill_chunk), out_shardings=cache),
+                score=jit(on(self._score_chunk), out_shardings=(cache, small)),
+                decode=jit(on(self._decode_steps), out_shardings=(state, small, small)),
+            )
+        return self._by_cache[rows, length]
 
     def _compiling(self, name: str, **sizes: int) -> None:
         self.programs.append(" ".join([name, *(f"{k}={v}" for k, v in sizes.items())]))
@@ -304,8 +303,8 @@ class Generator:
 
     def _empty(self, rows: int, length: int) -> Cache:
         memory.check_cache(self.config, rows, length, self.dtype)
-        cache = Cache.zeros(self.config, rows, length, self.dtype, unroll=self.unroll)
-        return jax.device_put(cache, self._cache_place)
+        place = self.places.cache(self.config, rows, length)
+        return Cache.zeros(self.config, rows, length, self.dtype, unroll=self.unroll, place=place)
 
     def _chunks(
         self, prompts: Sequence[Sequence[int]], rows: int, targets: Sequence[Sequence[int]] | None = None
@@ -332,7 +331,7 @@ class Generator:
         context_B = _rows([len(p) + 1 for p in prompts], rows)
         done, total = 0, sum(map(len, prompts))
         for tokens_BC, positions_BC, _ in self._chunks(prompts, rows):
-            cache = self._prefill(self.params, cache, tokens_BC, positions_BC, context_B, turns)
+            cache = self.for_cache(rows, length).prefill(self.params, cache, tokens_BC, positions_BC, context_B, turns)
             if progress is not None:
                 jax.block_until_ready(cache)
                 done += int((positions_BC >= 0).sum())
@@ -346,7 +345,9 @@ class Generator:
                 seen_BV[row, list(prompt)] = True
         token_B, position_B = _rows([p[-1] for p in prompts], rows), _rows([len(p) - 1 for p in prompts], rows)
         done_B = np.arange(rows) >= len(prompts)
-        return State(cache, *jax.device_put((token_B, position_B, _rows([0], rows), done_B, seen_BV), self._place))
+        return State(
+            cache, *jax.device_put((token_B, position_B, _rows([0], rows), done_B, seen_BV), self.places.everywhere)
+        )
 
     def _orders(self, requests: Sequence[Request], rows: int, length: int, totals, long_context) -> Orders:
         asked = [r.settings for r in requests]
@@ -357,7 +358,7 @@ class Generator:
         sampling = Sampling.of([*asked, *[Settings()] * (rows - len(asked))])
         limit_B = _rows([s.max_new_tokens for s in asked], rows)
         turns = self._rope(totals, rows, length, long_context)
-        return Orders(*jax.device_put((turns, sampling, eos_BE, limit_B), self._place))
+        return Orders(*jax.device_put((turns, sampling, eos_BE, limit_B), self.places.everywhere))
 
 
 class Decoding:
@@ -375,7 +376,8 @@ class Decoding:
         generator, count = self._generator, len(self.requests)
         cancel_B = np.zeros(self._state.token_B.shape, bool)
         cancel_B[list(cancel)] = True
-        self._state, *out = generator._decode(
+        programs = generator.for_cache(len(cancel_B), self._state.cache.length)
+        self._state, *out = programs.decode(
             generator.params, self._state, self._orders, cancel_B, np.int32(min(steps, STEPS))
         )
         tokens_KB, logprobs_KB = jax.device_get(out)

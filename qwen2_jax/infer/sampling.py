@@ -77,7 +77,8 @@ def sample(
         tokens_B = jax.lax.cond(
             jnp.any(settings.temperature_B > 0), _draw, lambda s, *_: _greedy(s), scores_BV, count_B, settings
         )
-    chosen_B = jnp.take_along_axis(logits_BV, tokens_B[:, None], axis=-1)[:, 0]
+    # A sum of one number: devices that have parts of the vocabulary add theirs up. A look-up would gather all logits.
+    chosen_B = jnp.sum(jnp.where(ids_V == tokens_B[:, None], logits_BV, 0), axis=-1)
     return tokens_B, chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
 
 

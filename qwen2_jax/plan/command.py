@@ -37,11 +37,12 @@ def infer(args: "argparse.Namespace") -> int:
     """Plans inference from infer.py's arguments; prints the plan. Exit code 0: it fits, 1: it does not."""
     os.environ["JAX_PLATFORMS"] = "cpu"  # read when jax is imported: a plan needs no accelerator and takes none
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    from qwen2_jax.infer.cli import mesh_sizes
     from qwen2_jax.plan import infer as inference
 
     job = inference.Job(
         context=args.context, rows=args.batch, dtype=args.dtype, long_context=args.long_context,
-        mesh=_mesh(args.mesh), implementation=args.implementation,
+        mesh=None if args.mesh is None else mesh_sizes(args.mesh), implementation=args.implementation,
     )  # fmt: skip
     return _tell(lambda: inference.plan(args.ckpt, args.plan, job), args.plan, args.json)
 
@@ -83,18 +84,3 @@ def _tell(make: "Callable[[], Plan]", machine: str, as_json: bool) -> int:
     else:
         report.show(plan, Console(width=None if sys.stdout.isatty() else WIDTH))
     return 0 if plan.fits else 1
-
-
-def _mesh(text: str | None) -> dict[str, int] | None:
-    """ "tensor=8,fsdp=2" as numbers."""
-    from qwen2_jax.errors import UserError
-
-    if text is None:
-        return None
-    sizes = {}
-    for part in text.split(","):
-        axis, _, size = part.partition("=")
-        if not size.lstrip("-").isdigit():
-            raise UserError(f"--mesh is {text!r}; give sizes of axes, as in tensor=8,fsdp=2")
-        sizes[axis.strip()] = int(size)
-    return sizes

@@ -27,7 +27,7 @@ class Parts(NamedTuple):
     rows: int
     dense: int
     experts: int
-    attention: int
+    attention: float
 
 
 class Work(NamedTuple):
@@ -47,6 +47,18 @@ def parts(config: ModelConfig, mesh: Mesh, rows: int) -> Parts:
     )
     experts = _product(mesh, sharding.axes_of("experts", mesh)) if config.num_experts else 1
     return Parts(by_rows, by_rows * tensor, by_rows * tensor * experts, by_rows * heads)
+
+
+def cached(cut: Parts, mesh: Mesh, *, slots: int, tokens: int = 1) -> Parts:
+    """Parts of a step over a cache of so many slots, which are divided too, and so may be a prefill's tokens.
+
+    A prompt fills its slots from the first: while it does, the fullest share has up to twice the mean.
+    """
+    shares, pieces = (
+        _product(mesh, sharding.dividing(*sizes, mesh)) for sizes in (("slots", slots), ("length", tokens))
+    )
+    uneven = 2 - 1 / shares if tokens > 1 else 1.0
+    return Parts(cut.rows, cut.dense * pieces, cut.experts * pieces, cut.attention * shares / uneven)
 
 
 def train_work(

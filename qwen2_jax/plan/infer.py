@@ -65,9 +65,10 @@ def plan(checkpoint: str, name: str, job: Job) -> Plan:
         f"prefill, {rows} x {chunk:,} tokens", lambda: ahead.lower_prefill(generator, chunk, *shape), where
     )
     decode = compiled(f"decoding step, {rows} rows", lambda: ahead.lower_decode(generator, *shape), where)
+    common: Any = {"rows": rows, "length": context, "slots": length, "params": generator.params}
     parts = (
-        _prefill(config, where, mesh, prefill, rows=rows, length=context, chunk=chunk, params=generator.params),
-        _decode(config, where, mesh, decode, rows=rows, length=context, params=generator.params),
+        _prefill(config, where, mesh, prefill, chunk=chunk, **common),
+        _decode(config, where, mesh, decode, **common),
     )
     settings = {
         "context": context,
@@ -103,8 +104,8 @@ def sizes(asked: Mapping[str, int], devices: int) -> dict[str, int]:
     """All axes, those not asked for with one part; -1 takes what is left."""
     if unknown := set(asked) - set(sharding.AXES):
         raise UserError(f"--mesh has no axis {', '.join(sorted(unknown))}; axes are {', '.join(sharding.AXES)}")
-    known = math.prod(size for size in asked.values() if size > 0)
-    return {axis: devices // known if asked.get(axis, 1) == -1 else asked.get(axis, 1) for axis in sharding.AXES}
+    given = sharding.filled(asked, devices)
+    return {axis: given.get(axis, 1) for axis in sharding.AXES}
 
 
 def make_generator(config: ModelConfig, mesh: Mesh, job: Job) -> Generator:
@@ -121,9 +122,14 @@ def make_generator(config: ModelConfig, mesh: Mesh, job: Job) -> Generator:
     )  # fmt: skip
 
 
-def _prefill(config, where, mesh, program: Program, *, rows: int, length: int, chunk: int, params: Tree) -> Part:
+def _prefill(
+    config, where, mesh, program: Program, *, rows: int, length: int, slots: int, chunk: int, params: Tree
+) -> Part:
     """All chunks of a prompt that fills the context."""
-    cut, chunks = cost.parts(config, mesh, rows), math.ceil(length / chunk)
+    cut, chunks = (
+        cost.cached(cost.parts(config, mesh, rows), mesh, slots=slots, tokens=chunk),
+        math.ceil(length / chunk),
+    )
     weights, cache = device_bytes(params), program.arguments["cache"]
     work = cost.prefill_work(
         config, where.chip, cut, rows=rows, length=length, chunk=chunk, weight_bytes=weights, cache_bytes=cache
@@ -141,11 +147,11 @@ def _prefill(config, where, mesh, program: Program, *, rows: int, length: int, c
     return Part(program, {}, operations, seconds, traffic, rates, chunks)
 
 
-def _decode(config, where, mesh, program: Program, *, rows: int, length: int, params: Tree) -> Part:
+def _decode(config, where, mesh, program: Program, *, rows: int, length: int, slots: int, params: Tree) -> Part:
     """One token for every row, with full caches."""
     experts = device_bytes(_experts(params))
     work = cost.decode_work(
-        config, where.chip, cost.parts(config, mesh, rows), rows=rows, length=length,
+        config, where.chip, cost.cached(cost.parts(config, mesh, rows), mesh, slots=slots), rows=rows, length=length,
         weight_bytes=device_bytes(params) - experts, expert_bytes=experts, cache_bytes=program.arguments["cache"],
     )  # fmt: skip
     operations = rows * (flops.forward_flops(config, length) - flops.forward_flops(config, length - 1))
@@ -189,7 +195,8 @@ def advice(config: ModelConfig, made: Plan, job: Job, rows: int, context: int) -
         after = made.needed - weights * (1 - 1 / jnp.dtype(job.dtype).itemsize) * rounded
         verdict = "fits" if after <= made.limit else "is not enough alone"
         found.append(f"--dtype int8 {verdict}: about {after / GIB:.1f} GiB per device")
-    for more in (2, 4, 8, 16):
+    multiples = (2, 4, 8, 16)
+    for more in multiples:
         tensor = default_mesh(config, made.machine.devices * more)["tensor"]
         heads = math.gcd(tensor, config.num_key_value_heads) / math.gcd(made.mesh["tensor"], config.num_key_value_heads)
         after = weights / more + (made.needed - weights) / max(heads, 1)
@@ -197,6 +204,14 @@ def advice(config: ModelConfig, made: Plan, job: Job, rows: int, context: int) -
             found.append(f"{more} times as many devices fit: about {after / GIB:.1f} GiB per device")
             break
     else:
-        heads = config.num_key_value_heads
-        found.append(f"more devices alone do not fit: a row's cache is cut by key heads, of which there are {heads}")
+        # By default devices cut a row's cache by its key heads, of which there are few; slots there are many.
+        for more in multiples:
+            after = made.needed - cache + cache / more
+            if after <= made.limit:
+                mesh = dict(made.mesh) | {"context": more * made.mesh.get("context", 1)}
+                axes = ",".join(f"{axis}={size}" for axis, size in mesh.items() if size > 1)
+                found.append(
+                    f"{more} times as many devices with --mesh {axes} fit: about {after / GIB:.1f} GiB per device"
+                )
+                break
     return found

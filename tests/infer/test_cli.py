@@ -81,6 +81,7 @@ MISTAKES = {
     "no folder for output": ["--input", str(INFER), "--output", "no_such_folder/out.jsonl"],
     "too long": ["--raw", "x" * 5000],
     "system without chat": ["--raw", "--system", "y", "x"],
+    "half a mesh": ["x", "--mesh", "tensor"],
 }
 
 

@@ -14,9 +14,8 @@ from qwen2_jax.kernels.decode_attention.blocks import BLOCKS
 from qwen2_jax.kernels.target import Target, simulated
 from qwen2_jax.kernels.visibility import FAR, chunk_region, visible
 
-from decode_cases import case, expected
+from decode_cases import assert_right, case
 from few import FEW
-from tolerance import BFLOAT16, assert_no_worse
 
 gpu = pytest.importorskip("qwen2_jax.kernels.decode_attention.gpu")
 params = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
@@ -34,6 +33,7 @@ FORMS = {
     "long pages": ((2, 1, 256, 2, 1, 128), {"page": 128}),
     "int8": ((2, 2, 264, 4, 2, 64), {"int8": True, "chunked": True}),
     "int8 pages": ((2, 1, 256, 4, 1, 128), {"page": 32, "int8": True}),
+    "share": ((2, 2, 208, 4, 1, 64), {"share": True, "chunked": True}),
 }
 
 
@@ -45,7 +45,8 @@ def by_kernel(args, kwargs):
         patch.setattr(gpu, "MULTIPROCESSORS", 1)
         patch.setattr(gpu, "ROUNDS", 1)
         patch.setattr(gpu, "MERGED", 16)
-        out = jax.block_until_ready(decode_attention(*args, **kwargs, implementation="gpu"))
+        out = decode_attention(*args, **kwargs, return_lse="first" in kwargs, implementation="gpu")
+        jax.block_until_ready(out)
     assert not simulation.get_races().races_found
     return out
 
@@ -58,12 +59,11 @@ def test_equals_the_definition(form, seed):
     shape, options = FORMS[form]
     args, kwargs = case(seed, shape, jnp.bfloat16, **options)
     _, T, S, *_ = shape
-    kwargs["q_positions_BT"][-1], kwargs["window"][-1] = np.arange(S - T, S), FAR  # a full row: the ring goes round
+    full = np.arange(S - T, S) + kwargs.get("first", 0)
+    kwargs["q_positions_BT"][-1], kwargs["window"][-1] = full, FAR  # a full row: the ring goes round
     if "block_table_BP" in kwargs:  # whose pages all exist
         kwargs["block_table_BP"][-1] %= len(args[3])
-    got = by_kernel(args, kwargs)
-    assert got.dtype == jnp.bfloat16
-    assert_no_worse(got, *expected(args, kwargs), floor=BFLOAT16)
+    assert_right(by_kernel(args, kwargs), args, kwargs)
 
 
 @simulates
@@ -79,20 +79,24 @@ def test_reads_nothing_else():
     needed = np.stack([slots < 128, slots >= 192])[:, None, :, None]
     poisoned = [jnp.where(needed, x, jnp.nan) for x in (k, v)]
     np.testing.assert_array_equal(by_kernel((*queries, *poisoned), kwargs), clean)
+    moved = {"first": np.int32(50), "q_positions_BT": np.array([[120], [377]], np.int32)}
+    np.testing.assert_array_equal(by_kernel((*queries, *poisoned), kwargs | moved)[0], clean)
 
 
 @FEW
-@given(seed=st.integers(0, 2**16), chunked=st.booleans(), block=st.sampled_from([4, 16]))
-def test_visits_are_what_is_visible(seed, chunked, block):
+@given(seed=st.integers(0, 2**16), chunked=st.booleans(), share=st.booleans(), block=st.sampled_from([4, 16]))
+def test_visits_are_what_is_visible(seed, chunked, share, block):
     """Intervals say what visibility.py says of each pair; a row's visits are the blocks that they touch, each once."""
-    _, kwargs = case(seed, (3, 2, 48, 1, 1, 1), chunked=chunked)
+    _, kwargs = case(seed, (3, 2, 48, 1, 1, 1), chunked=chunked, share=share)
+    origin = kwargs.get("first", 0)
     at, window, chunk_len = (kwargs.get(name) for name in ("q_positions_BT", "window", "chunk_len"))
-    spans = np.asarray(gpu.spans_of(at, window, chunk_len, 48))
+    spans = np.asarray(gpu.spans_of(at, window, chunk_len, 48, origin))
     (ends_BA, shifts_BA) = np.moveaxis(np.asarray(gpu.visits_of(spans, block)), 1, 0)
     slots = np.arange(48)
     for b in range(3):
-        seen_TS = np.asarray(visible(at[b][:, None], slots, window=window[b]))
-        region_TS = np.asarray(chunk_region(at[b][:, None], slots, chunk_len[b])) if chunked else np.zeros_like(seen_TS)
+        at_T1, kv_at = at[b][:, None], slots + origin
+        seen_TS = np.asarray(visible(at_T1, kv_at, window=window[b]))
+        region_TS = np.asarray(chunk_region(at_T1, kv_at, chunk_len[b])) if chunked else np.zeros_like(seen_TS)
         for a in range(spans.shape[1]):
             first_T1, end_T1 = spans[b, a, 0][:, None], spans[b, a, 1][:, None]
             mine_TS = seen_TS & (region_TS == a)

@@ -17,6 +17,7 @@ FORMS = {
     "int8": {"int8": True},
     "int8 in pages of 128": {"page": 128, "int8": True},
     "chunks": {"chunked": True},
+    "chunks, a share of the slots": {"chunked": True, "share": True},
     "chunks, int8 in pages of 32": {"chunked": True, "page": 32, "int8": True},
 }
 DISTINCT = {tuple(shape.values()): name for name, shape in SHAPES.items()}  # two models have the same heads
@@ -27,7 +28,7 @@ SIZES = [
 ]
 
 
-def compile_form(chip, shape, *, page=None, int8=False, chunked=False):
+def compile_form(chip, shape, *, page=None, int8=False, chunked=False, share=False):
     B, T, S, N, K, H = shape
     array = jax.ShapeDtypeStruct
     k = array((B * (S // page), K, page, H) if page else (B, K, S, H), jnp.int8 if int8 else jnp.bfloat16)
@@ -37,13 +38,15 @@ def compile_form(chip, shape, *, page=None, int8=False, chunked=False):
         arrays["block_table_BP"] = array((B, S // page), jnp.int32)
     if int8:
         arrays |= dict.fromkeys(("k_scale", "v_scale"), array(k.shape[:3], jnp.float32))
+    if share:
+        arrays["first"] = array((), jnp.int32)
     if chunked:
         arrays["chunk_len"] = array((B,), jnp.int32)
 
     def call(arrays):
         q, k, v = (arrays.pop(name) for name in "qkv")
         others = (q, q) if chunked else (None, None)
-        return decode_attention(q, *others, k, v, implementation="gpu", **arrays)
+        return decode_attention(q, *others, k, v, return_lse=share, implementation="gpu", **arrays)
 
     return compile_for(chip, call, arrays)
 

@@ -23,6 +23,11 @@ CASES = [
     *[(chip, "qwen2-7b batch 4k", {"page": 16}) for chip in ("v5e", "v5p", "v6e")],
     *[("v5e", f"{model} one 32k", {"dtype": jnp.float32, "chunked": True}) for model in HEADS[:3]],
     ("v6e", "qwen2-72b verify 4k", {"dtype": jnp.float32, "page": 4096}),  # the cache of many layers: a page is a row
+    *[
+        (chip, f"{model} one 128k", {"share": True, "chunked": True})
+        for chip in ("v5e", "v5p", "v6e")
+        for model in HEADS[::3]
+    ],
 ]
 
 
@@ -43,12 +48,14 @@ def test_compiles(chip, name, options):
         inputs["block_table_BP"] = jax.ShapeDtypeStruct((B, S // page), jnp.int32)
     if cache == jnp.int8:
         inputs |= {scale: jax.ShapeDtypeStruct(shape[:3], jnp.float32) for scale in ("k_scale", "v_scale")}
+    if options.get("share"):
+        inputs["first"] = jax.ShapeDtypeStruct((), jnp.int32)
     if options.get("chunked"):
         inputs["chunk_len"] = jax.ShapeDtypeStruct((B,), jnp.int32)
 
     def call(q, inputs):
         others = (q, q) if "chunk_len" in inputs else (None, None)
-        return decode_attention(q, *others, **inputs, implementation="tpu")
+        return decode_attention(q, *others, **inputs, return_lse="first" in inputs, implementation="tpu")
 
     compiled = compile_for(chip, call, jax.ShapeDtypeStruct((B, T, N, H), dtype), inputs)
     memory = compiled.memory_analysis()

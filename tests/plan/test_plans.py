@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from ahead_of_time import GPU_COMPILER, TPU_COMPILER
-from qwen2_jax import PRESETS, flops
+from qwen2_jax import PRESETS, flops, sharding
 from qwen2_jax.config import ModelConfig
 from qwen2_jax.data.spec import Data, Source
 from qwen2_jax.errors import UserError
@@ -134,6 +134,16 @@ def test_advice_names_the_cheap_changes(_):
     assert "--remat full" in text and "--accumulate" in text and "along fsdp" in text and "adafactor" in text
     first = made.advice[0]
     assert " fits: about " in first  # those that suffice come first
+
+
+def test_a_cache_that_heads_cannot_cut_further_is_cut_by_slots():
+    gib = 2**30
+    program = Program("decoding step, 1 rows", {"parameters": 2 * gib, "cache": 300 * gib}, 0, 0, 0, (), 0, 0)
+    mesh = dict.fromkeys(sharding.AXES, 1) | {"fsdp": 2, "tensor": 4}
+    part = report.Part(program, {}, 0, None, (), {})
+    made = report.Plan("qwen2-7b, inference", parse("8xh100"), mesh, {}, (part,))
+    *_, last = infer.advice(PRESETS["qwen2-7b"], made, infer.Job(dtype="int8"), 1, 131072)
+    assert last == "8 times as many devices with --mesh fsdp=2,context=8,tensor=4 fit: about 39.5 GiB per device"
 
 
 def test_architectures_need_no_weights(tmp_path):

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What test_mesh.py runs in processes of their own, on eight devices.
+
+`eight_devices.py compare MODEL AXES`: a model on a mesh answers as on one device.
+`eight_devices.py collectives MODEL AXES`: its compiled programs move activations between devices, and nothing else.
+"""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qwen2_jax import model, sharding
+from qwen2_jax.config import DualChunk, ModelConfig
+from qwen2_jax.infer import ahead
+from qwen2_jax.infer.buckets import Buckets
+from qwen2_jax.infer.generate import Generator, Request
+from qwen2_jax.infer.settings import Settings
+from qwen2_jax.plan import hlo
+from qwen2_jax.plan.infer import Job, make_generator
+from tiny import random_params
+
+DENSE = {
+    "vocab_size": 4096,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 4096,
+    "eos_token_id": 95,
+}
+SPARSE = {
+    "model_type": "qwen2_moe",
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 24,
+}
+DCA = DualChunk(chunk_size=24, local_size=4, original_max_position_embeddings=0)
+MODELS = {  # with the long_context that they are loaded with
+    "dense": (ModelConfig(**DENSE), "auto"),
+    "moe": (ModelConfig(**DENSE | SPARSE), "auto"),
+    "dca": (ModelConfig(**DENSE, dual_chunk_attention_config=DCA), "dca"),
+    "sliding": (ModelConfig(**DENSE, use_sliding_window=True, sliding_window=7, max_window_layers=1), "auto"),
+}
+LENGTHS = (70, 9, 1, 33)  # of the prompts: one is a token, one is beyond the first share of the slots
+
+
+def compare(name: str, axes: dict[str, int]) -> None:
+    """Tokens, greedy and sampled, their log-probabilities, scores and logits; and a second batch compiles nothing."""
+    rows = 8 if axes.get("fsdp") == 8 else 4  # with four of padding, so that rows are divided too
+    alone, together = (_answers(name, rows, mesh) for mesh in (None, sharding.make_mesh(**axes)))
+    assert alone[0] == together[0]
+    for a, b in zip(alone[1:], together[1:], strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def _answers(name, rows, mesh):
+    config, mode = MODELS[name]
+    graphdef, specs = model.declare(config, unroll=True)
+    params = random_params(config, unroll=True)
+    if mesh is not None:
+        place = lambda x, spec: jax.device_put(x, sharding.sharding(spec.axes, spec.shape, mesh, sharding.SERVING))
+        params = jax.tree.map(place, params, specs)
+    buckets = Buckets(rows=rows, chunks=(16, 32), limit=4096)
+    generator = Generator(graphdef, params, config, dtype=jnp.float32, unroll=True, mesh=mesh, buckets=buckets)
+    assert mesh is None or not generator.places.cache(config, rows, 256).is_fully_replicated
+    prompts = [tuple(np.random.default_rng(n).integers(100, 4096, n).tolist()) for n in LENGTHS]
+    requests = [
+        Request(prompt, Settings(max_new_tokens=20, ignore_eos=True, temperature=temperature))
+        for prompt, temperature in zip(prompts, (0, 0.8, 0, 0), strict=True)
+    ]
+    tokens, logprobs, _ = zip(*generator.run(requests, mode), strict=True)
+    again = generator.run(requests[::-1], mode)[::-1]
+    assert [answer[0] for answer in again] == list(tokens)
+    programs = generator.for_cache(rows, 256)
+    assert (programs.decode._cache_size(), programs.prefill._cache_size()) == (1, 2)  # two sizes of chunk
+    scores = generator.logprobs(prompts, mode)
+    logits = generator.logits(np.asarray(prompts[:1]), mode)
+    return tokens, np.concatenate(logprobs), np.concatenate(scores), logits
+
+
+def collectives(name: str, axes: dict[str, int]) -> None:
+    """No message is larger than the activations of all tokens, three rotated queries together; no table, no cache."""
+    config, mode = MODELS[name]
+    rows, chunk, slots = 8, 32, 4096
+    mesh = sharding.make_mesh(**axes)
+    generator = make_generator(config, mesh, Job(dtype="float32", long_context=mode))
+    activations = 4 * 3 * config.intermediate_size  # bytes of a token
+    cache = rows * config.num_key_value_heads * slots * config.head_dim * 4
+    table = config.vocab_size * config.hidden_size * 4
+    for tokens, lowered in (
+        (rows * chunk, ahead.lower_prefill(generator, chunk, rows, slots, mode)[0]),
+        (rows, ahead.lower_decode(generator, rows, slots, mode)[0]),
+    ):
+        found = hlo.collectives(lowered.compile().as_text(), 8)
+        assert found, "on a mesh something has to move"
+        if "fsdp" in axes:  # each device has the logits of some columns of the head: they are added up
+            logits = rows * config.vocab_size // axes.get("tensor", 1) * 4
+            found = [c for c in found if (c.kind, c.bytes) != ("all-reduce", logits)]
+        largest = max(found, key=lambda c: c.bytes)
+        assert 3 * tokens * activations < min(cache, table)
+        assert largest.bytes <= tokens * activations, f"{largest} of {tokens} tokens"
+
+
+if __name__ == "__main__":
+    what, name, axes = sys.argv[1:]
+    {"compare": compare, "collectives": collectives}[what](
+        name, {axis: int(size) for axis, size in (part.split("=") for part in axes.split(","))}
+    )

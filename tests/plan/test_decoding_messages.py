@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What decoding and prefill send between devices, compiled by the real compilers: activations, no table and no cache.
+
+The compilers for TPU and GPU make other choices than the one for CPU, which tests/infer/test_mesh.py asks: of one row
+XLA:GPU made a look-up in the embedding a gather of the whole of it.
+"""
+
+import pytest
+
+from ahead_of_time import GPU_COMPILER, TPU_COMPILER
+from qwen2_jax.config import ModelConfig
+from qwen2_jax.infer import ahead
+from qwen2_jax.plan import hlo, infer, machine
+
+CONFIG = ModelConfig(
+    model_type="qwen2",
+    vocab_size=32768,
+    hidden_size=512,
+    intermediate_size=512,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    max_position_embeddings=65536,
+    tie_word_embeddings=False,
+)
+CHUNK, SLOTS = 128, 65536
+MESHES = [{"tensor": 4}, {"context": 2, "tensor": 2}]
+CHIPS = [pytest.param("4xh100", marks=GPU_COMPILER), pytest.param("v5e-4", marks=TPU_COMPILER)]
+
+
+@pytest.mark.parametrize("axes", MESHES, ids=str)
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("name", CHIPS)
+def test_only_activations_move(name, rows, axes):
+    where = machine.parse(name)
+    mesh = machine.mesh_of(where, infer.sizes(axes, where.devices))
+    generator = infer.make_generator(CONFIG, mesh, infer.Job(long_context="dca"))
+    token = 3 * 4 * CONFIG.hidden_size  # bytes: three rotated queries or partial sums in float32
+    for tokens, (lowered, _) in (
+        (rows * CHUNK, ahead.lower_prefill(generator, CHUNK, rows, SLOTS, "dca")),
+        (rows, ahead.lower_decode(generator, rows, SLOTS, "dca")),
+    ):
+        text = lowered.compile().as_text()
+        largest = max(hlo.collectives(text, where.devices), key=lambda c: c.bytes)
+        assert largest.bytes <= tokens * token < 2 * CONFIG.vocab_size * CONFIG.hidden_size / 8
