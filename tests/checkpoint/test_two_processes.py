@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two real processes with two devices each: who reads and writes which bytes, and that the results are those of one."""
+
+import pytest
+
+import checkpoint.hf_folders as hf
+import processes
+from qwen2_jax import checkpoint
+from qwen2_jax.checkpoint import orbax
+
+ORBAX = ("_CHECKPOINT_METADATA", "commit_success.txt")  # hold the time
+CONFIG = hf.SPARSE | {
+    "vocab_size": 2048,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "moe_intermediate_size": 128,
+    "shared_expert_intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+}
+
+READ = """
+import dataclasses
+import numpy as np
+from qwen2_jax import checkpoint
+from qwen2_jax.checkpoint import fill, names
+from qwen2_jax.params import leaves
+from qwen2_jax.sharding import make_mesh
+
+def share(tree):
+    "Bytes of the parameters that this process holds, each once."
+    return sum({(path, str(s.index)): s.data.nbytes for path, x in leaves(tree) for s in x.addressable_shards}.values())
+
+def check(tree):
+    for path, x in leaves(tree):
+        for s in x.addressable_shards:
+            assert np.asarray(s.data).tobytes() == np.asarray(names.get(whole, path)[s.index]).tobytes(), path
+
+opened = checkpoint.open_checkpoint(root / "hf")
+half = jax.numpy.dtype("bfloat16")
+specs = names.nested({path: dataclasses.replace(spec, dtype=half) for path, spec in leaves(opened.specs)})
+whole = checkpoint.load_params(root / "hf")
+checkpoint.load_params(root / "orbax")  # imports Orbax's many modules
+found = []
+for axes, stages in ((dict(fsdp=2, tensor=2), (None, 0)), (dict(expert=2, fsdp=2), (None,))):
+    mesh = make_mesh(**axes)
+    reads = []
+    for stage in stages:
+        opened.tensors.bytes_read = 0
+        tree = fill.read_params(opened.tensors, specs, fill.places(mesh), stage_bytes=stage)
+        check(tree)
+        reads.append(opened.tensors.bytes_read)
+    before = bytes_read()
+    again = checkpoint.load_params(root / "orbax", mesh=mesh)
+    found.append(dict(share=share(tree), hf=reads, orbax=bytes_read() - before))
+    check(again)
+tell(found=found)
+"""
+
+WRITE = """
+from qwen2_jax import checkpoint
+from qwen2_jax.checkpoint import orbax, pieces, store, writing
+from qwen2_jax.sharding import make_mesh
+
+params = checkpoint.load_params(root / "hf", mesh=make_mesh(fsdp=2, tensor=2))
+pieces.PIECE_BYTES = 100_000
+folders, written, real, put = [], 0, store.HfFolder, writing.write_all
+
+def opened(path):
+    folders.append(real(path))
+    return folders[-1]
+
+def counted(file, parts):
+    global written
+    written += sum(memoryview(part).nbytes for part in parts)
+    put(file, parts)
+
+store.HfFolder, writing.write_all = opened, counted
+found = {}
+
+def measure(name, function, *args, **more):
+    global written
+    folders.clear(); written = 0
+    before = bytes_read()
+    function(*args, **more)
+    found[name] = dict(files=bytes_read() - before, read=sum(f.bytes_read for f in folders), written=written)
+
+config = checkpoint.read_config(checkpoint.locate(root / "hf"))
+more = dict(tokenizer_files_from=root / "hf")
+measure("save", checkpoint.save_hf, root / "two" / "hf", config, params, max_shard_bytes=1_500_000, **more)
+checkpoint.save_hf(root / "two" / "hf", config, params, dtype="float32", replace=True, **more)
+checkpoint.save_orbax(root / "two" / "orbax", config, params, **more)
+measure("hf to hf", checkpoint.convert, root / "hf", root / "two" / "hf-hf", "hf")
+measure("hf to orbax", checkpoint.convert, root / "hf", root / "two" / "hf-orbax", "orbax")
+orbax.GROUP_BYTES = 1 << 20  # the processes have different numbers of groups to read
+measure("orbax to hf", checkpoint.convert, root / "orbax", root / "two" / "orbax-hf", "hf")
+orbax.GROUP_BYTES = 1 << 22
+checkpoint.convert(root / "orbax", root / "two" / "orbax-float16", "orbax", dtype="float16")
+tell(found=found)
+"""
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("two")
+    hf.write_folder(root / "hf", CONFIG, hf.random_tensors(CONFIG), shards=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(orbax, "CHUNK_BYTES", 1 << 14)  # as small to these arrays as the real pieces are to real ones
+        patch.setattr(orbax, "ROW_BYTES", 1 << 10)
+        checkpoint.convert(root / "hf", root / "orbax", "orbax")
+    return root
+
+
+SIZE = sum(tensor.nbytes for tensor in hf.random_tensors(CONFIG).values())
+SMALL = 400_000  # bytes of Orbax's own files, about 30 KB at each call; nothing to a checkpoint of some size
+
+
+def test_each_process_reads_its_share(root):
+    """Once, whatever the mesh splits; and the two shares are the whole, but for what both processes hold."""
+    a, b = (told["found"] for told in processes.run(READ, root))
+    for found in (*a, *b):
+        assert set(found["hf"]) == {found["share"]}
+        assert found["share"] <= found["orbax"] < found["share"] + SMALL
+    assert a[0]["share"] == b[0]["share"]
+    assert SIZE <= 2 * a[0]["share"] < 1.001 * SIZE  # both hold the biases
+    assert SIZE < a[1]["share"] + b[1]["share"] < 2 * SIZE  # the mesh has "expert" between the processes
+
+
+def test_what_two_processes_write_is_what_one_writes(root):
+    """Byte for byte, and each wrote half of it."""
+    a, b = (told["found"] for told in processes.run(WRITE, root))
+    for found in (a, b):
+        for name in ("save", "hf to hf", "orbax to hf"):
+            assert abs(found[name]["written"] - SIZE / 2) < 8000, name  # the first writes the headers as well
+        assert found["hf to hf"]["read"] == SIZE / 2
+        assert found["hf to orbax"]["read"] == SIZE  # rows to write, and then whole tensors to hash
+        assert SIZE / 2 < found["orbax to hf"]["files"] < SIZE / 2 + SMALL
+    config, params = checkpoint.read_config(checkpoint.locate(root / "hf")), checkpoint.load_params(root / "hf")
+    more = {"tokenizer_files_from": root / "hf"}
+    checkpoint.save_hf(root / "one" / "hf", config, params, dtype="float32", **more)
+    checkpoint.save_orbax(root / "one" / "orbax", config, params, **more)
+    checkpoint.convert(root / "orbax", root / "one" / "orbax-float16", "orbax", dtype="float16")
+    for two, one in (
+        ("hf", root / "one" / "hf"), ("hf-hf", root / "hf"), ("orbax-hf", root / "hf"),
+    ):  # fmt: skip
+        assert hf.files_of(root / "two" / two) == hf.files_of(one), two
+        assert checkpoint.verify(root / "two" / two).damaged == (), two
+    for two, one in (
+        ("orbax", root / "one" / "orbax"), ("hf-orbax", root / "orbax"),
+        ("orbax-float16", root / "one" / "orbax-float16"),
+    ):  # fmt: skip
+        assert checkpoint.verify(root / "two" / two).damaged == (), two
+        assert hf.files_of(root / "two" / two, but=ORBAX) == hf.files_of(one, but=ORBAX)  # the manifest is one of them
