@@ -21,6 +21,9 @@ def bytes_read():
     "Of all files, by this process since it began: what the system counts, whoever in it reads."
     return int(Path("/proc/self/io").read_text().split()[1])
 
+def bytes_written():
+    return int(Path("/proc/self/io").read_text().split()[3])
+
 def tell(**found):
     print(json.dumps(found), flush=True)
 """

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from qwen2_jax.checkpoint import fill, hf, names
+from qwen2_jax.checkpoint import fill, hf, hosts, names
 from qwen2_jax.checkpoint.hf import SHARD_BYTES, HfFolder, Layout, Progress, Tensors
 from qwen2_jax.checkpoint.manifest import Manifest, Report, compare
 from qwen2_jax.checkpoint.names import Tree
@@ -117,7 +117,8 @@ def save_hf(
     """
     tree = TreeTensors(config, params)
     tensors = tree if dtype is None else recast(tree, dtype)
-    files = small_files(config, tensors.infos, tokenizer_files_from)
+    with hosts.together(f"reading {tokenizer_files_from}"):
+        files = small_files(config, tensors.infos, tokenizer_files_from)
     layout = hf.new_layout(tensors.infos, max_shard_bytes)
     return write_hf(path, Writing(tensors, tree.table, progress), layout, files, replace=replace)
 
@@ -135,7 +136,8 @@ def save_orbax(
     Where several processes run, all of them call this with one path on a shared disk; each writes its devices' parts.
     """
     tensors = TreeTensors(config, params)
-    files = small_files(config, tensors.infos, tokenizer_files_from)
+    with hosts.together(f"reading {tokenizer_files_from}"):
+        files = small_files(config, tensors.infos, tokenizer_files_from)
     return write_orbax(path, Writing(tensors, tensors.table, progress), tensors.specs, None, files)
 
 
@@ -159,17 +161,18 @@ def convert(
         raise CheckpointError(f"to is {to!r}; choose from {', '.join(FORMATS)}")
     if dtype is not None and dtype not in DTYPES:
         raise CheckpointError(f"dtype is {dtype!r}; choose from {', '.join(DTYPES)}")
-    source = locate(src)
-    if isinstance(source.path, Path) and Path(dst).expanduser().resolve() == source.path.resolve():
-        raise CheckpointError(f"{dst} is the source itself; choose a new folder")
-    opened = open_checkpoint(source)
-    tensors: Tensors = opened.tensors
-    layout, config = opened.layout, opened.config
-    if dtype is not None:
-        tensors, layout, config = recast(tensors, dtype), None, dataclasses.replace(config, dtype=dtype)
-    if layout is not None and not layout.serves(tensors.infos):
-        layout = None  # the weights were changed since
-    files = small_files(config, tensors.infos, source, keep_dtype=dtype is None)
+    with hosts.together(f"opening {src}"):
+        source = locate(src)
+        if isinstance(source.path, Path) and Path(dst).expanduser().resolve() == source.path.resolve():
+            raise CheckpointError(f"{dst} is the source itself; choose a new folder")
+        opened = open_checkpoint(source)
+        tensors: Tensors = opened.tensors
+        layout, config = opened.layout, opened.config
+        if dtype is not None:
+            tensors, layout, config = recast(tensors, dtype), None, dataclasses.replace(config, dtype=dtype)
+        if layout is not None and not layout.serves(tensors.infos):
+            layout = None  # the weights were changed since
+        files = small_files(config, tensors.infos, source, keep_dtype=dtype is None)
     writing = Writing(tensors, names.table(opened.specs), progress)
     if to == "orbax":
         return write_orbax(dst, writing, opened.specs, layout, files)

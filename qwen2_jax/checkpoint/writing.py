@@ -107,7 +107,8 @@ def write_hf(
     """A Hugging Face folder with the weight files of `layout`, the small files and a manifest."""
     total = sum(info.nbytes for info in writing.tensors.infos.values())
     with hosts.shared_folder(path, total + sum(map(len, files.values())) + MARGIN_BYTES, replace=replace) as folder:
-        write_weights(folder, writing.tensors, layout, writing.on_tensor, order=writing.order, mine=writing.mine)
+        with hosts.together(f"writing the weights of {path}"):  # before the hashes are exchanged
+            write_weights(folder, writing.tensors, layout, writing.on_tensor, order=writing.order, mine=writing.mine)
         _write_files(folder, files, writing.manifest(files, layout))
     return Path(path)
 
@@ -151,10 +152,12 @@ def write_orbax(
         with hosts.together(f"clearing {folder}"):
             if jax.process_index() == 0:
                 folder.rmdir()  # Orbax makes it itself, when all arrays are there
-        orbax.write(folder, sizes, make, about={"written_by": "qwen2_jax", "tree": "unrolled"})
+        with hosts.together(f"writing the arrays of {path}"):
+            orbax.write(folder, sizes, make, about={"written_by": "qwen2_jax", "tree": "unrolled"})
         if not alone:  # each array was written in parts; the hash of a tensor needs all of it in one place
-            for name, array in tensors.stream(writing.order, writing.mine):
-                writing.on_tensor(name, as_dtype(array, tensors.infos[name].dtype))()
+            with hosts.together(f"hashing what was written to {path}"):
+                for name, array in tensors.stream(writing.order, writing.mine):
+                    writing.on_tensor(name, as_dtype(array, tensors.infos[name].dtype))()
         if layout is not None:
             files = {**files, LAYOUT: json_bytes(layout.to_json())}
         _write_files(folder, files, writing.manifest(files, layout))

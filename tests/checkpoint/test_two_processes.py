@@ -5,8 +5,8 @@ import pytest
 
 import checkpoint.hf_folders as hf
 import processes
-from qwen2_jax import checkpoint
-from qwen2_jax.checkpoint import orbax
+from qwen2_jax import checkpoint, lora
+from qwen2_jax.checkpoint import orbax, peft, plan
 
 ORBAX = ("_CHECKPOINT_METADATA", "commit_success.txt")  # hold the time
 CONFIG = hf.SPARSE | {
@@ -58,7 +58,26 @@ for axes, stages in ((dict(fsdp=2, tensor=2), (None, 0)), (dict(expert=2, fsdp=2
 tell(found=found)
 """
 
-WRITE = """
+ADAPTERS = """
+import numpy as np
+from qwen2_jax import lora, sharding
+from qwen2_jax.checkpoint import names, peft
+from qwen2_jax.params import leaves
+
+def adapters(config, settings, mesh):
+    "Low-rank adapters, on a mesh or not."
+    def made(spec, seed):
+        whole = np.random.default_rng(seed).standard_normal(spec.shape, np.float32)
+        if mesh is None:
+            return whole
+        where = sharding.sharding(spec.axes, spec.shape, mesh)
+        return jax.make_array_from_callback(spec.shape, where, lambda index: whole[index])
+    return names.nested({p: made(s, seed) for seed, (p, s) in enumerate(leaves(lora.declare(config, settings)))})
+"""
+
+WRITE = (
+    ADAPTERS
+    + """
 from qwen2_jax import checkpoint
 from qwen2_jax.checkpoint import orbax, pieces, store, writing
 from qwen2_jax.sharding import make_mesh
@@ -82,9 +101,10 @@ found = {}
 def measure(name, function, *args, **more):
     global written
     folders.clear(); written = 0
-    before = bytes_read()
+    before, out = bytes_read(), bytes_written()
     function(*args, **more)
-    found[name] = dict(files=bytes_read() - before, read=sum(f.bytes_read for f in folders), written=written)
+    found[name] = dict(read=sum(f.bytes_read for f in folders), files=bytes_read() - before)
+    found[name] |= dict(written=written, all_written=bytes_written() - out)
 
 config = checkpoint.read_config(checkpoint.locate(root / "hf"))
 more = dict(tokenizer_files_from=root / "hf")
@@ -97,8 +117,13 @@ orbax.GROUP_BYTES = 1 << 20  # the processes have different numbers of groups to
 measure("orbax to hf", checkpoint.convert, root / "orbax", root / "two" / "orbax-hf", "hf")
 orbax.GROUP_BYTES = 1 << 22
 checkpoint.convert(root / "orbax", root / "two" / "orbax-float16", "orbax", dtype="float16")
+settings = lora.Lora(rank=4, targets=("q_proj", "v_proj"))
+spread = adapters(config, settings, make_mesh(fsdp=2, tensor=2))
+assert not all(x.is_fully_addressable or x.is_fully_replicated for x in jax.tree.leaves(spread))
+peft.save_peft(root / "two" / "adapters", config, spread, settings, "base")
 tell(found=found)
 """
+)
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +147,9 @@ def test_each_process_reads_its_share(root):
     for found in (*a, *b):
         assert set(found["hf"]) == {found["share"]}
         assert found["share"] <= found["orbax"] < found["share"] + SMALL
+    folder = plan.declared(root / "hf")
+    for i, mesh in enumerate(({"fsdp": 2, "tensor": 2}, {"expert": 2, "fsdp": 2})):
+        assert plan.load_step(folder, "hf", mesh, 2).reads == (a[i]["share"], b[i]["share"])
     assert a[0]["share"] == b[0]["share"]
     assert SIZE <= 2 * a[0]["share"] < 1.001 * SIZE  # both hold the biases
     assert SIZE < a[1]["share"] + b[1]["share"] < 2 * SIZE  # the mesh has "expert" between the processes
@@ -135,12 +163,25 @@ def test_what_two_processes_write_is_what_one_writes(root):
             assert abs(found[name]["written"] - SIZE / 2) < 8000, name  # the first writes the headers as well
         assert found["hf to hf"]["read"] == SIZE / 2
         assert found["hf to orbax"]["read"] == SIZE  # rows to write, and then whole tensors to hash
-        assert SIZE / 2 < found["orbax to hf"]["files"] < SIZE / 2 + SMALL
+    folder, arrays = plan.declared(root / "hf"), plan.declared(root / "orbax")
+    assert plan.convert_step(folder, "hf", 2).reads == (a["hf to hf"]["read"], b["hf to hf"]["read"])
+    assert plan.convert_step(folder, "orbax", 2).reads == (a["hf to orbax"]["read"], b["hf to orbax"]["read"])
+    planned = plan.convert_step(arrays, "hf", 2)
+    for found, reads, writes in zip((a, b), planned.reads, planned.writes, strict=True):
+        assert reads < found["orbax to hf"]["files"] < reads + SMALL
+        assert 0 <= found["orbax to hf"]["written"] - writes < 8000
+    for found, writes in zip((a, b), plan.convert_step(folder, "orbax", 2).writes, strict=True):
+        assert writes < found["hf to orbax"]["all_written"] < writes + SMALL
     config, params = checkpoint.read_config(checkpoint.locate(root / "hf")), checkpoint.load_params(root / "hf")
     more = {"tokenizer_files_from": root / "hf"}
     checkpoint.save_hf(root / "one" / "hf", config, params, dtype="float32", **more)
     checkpoint.save_orbax(root / "one" / "orbax", config, params, **more)
     checkpoint.convert(root / "orbax", root / "one" / "orbax-float16", "orbax", dtype="float16")
+    scope: dict = {}
+    exec(ADAPTERS, scope)
+    settings = lora.Lora(rank=4, targets=("q_proj", "v_proj"))
+    peft.save_peft(root / "one" / "adapters", config, scope["adapters"](config, settings, None), settings, "base")
+    assert hf.files_of(root / "two" / "adapters") == hf.files_of(root / "one" / "adapters")
     for two, one in (
         ("hf", root / "one" / "hf"), ("hf-hf", root / "hf"), ("orbax-hf", root / "hf"),
     ):  # fmt: skip
@@ -152,3 +193,53 @@ def test_what_two_processes_write_is_what_one_writes(root):
     ):  # fmt: skip
         assert checkpoint.verify(root / "two" / two).damaged == (), two
         assert hf.files_of(root / "two" / two, but=ORBAX) == hf.files_of(one, but=ORBAX)  # the manifest is one of them
+
+
+FAIL = """
+import errno
+from qwen2_jax import checkpoint
+from qwen2_jax.checkpoint import hosts, writing
+from qwen2_jax.sharding import make_mesh
+
+hosts.APPEARS_SECONDS = 0.5
+params = checkpoint.load_params(root / "hf", mesh=make_mesh(fsdp=2, tensor=2))
+config = checkpoint.read_config(checkpoint.locate(root / "hf"))
+said = []
+
+def attempt(path, **more):
+    try:
+        checkpoint.save_hf(path, config, params, **more)
+        said.append("")
+    except (checkpoint.CheckpointError, OSError) as why:
+        said.append(str(why))
+
+attempt(root / f"disk of {me}" / "a")  # as if each host had a disk of its own there
+put = writing.write_all
+def full(file, parts):
+    if me == 1:
+        raise OSError(errno.ENOSPC, "No space left on device")
+    put(file, parts)
+writing.write_all = full
+attempt(root / "b")
+writing.write_all = put
+if me == 0:
+    (root / "c").mkdir()
+    (root / "c" / "precious").touch()
+attempt(root / "c")
+attempt(root / "d")
+tell(said=said)
+"""
+
+
+def test_an_error_of_one_process_is_an_error_of_all(root):
+    """Nothing is left behind, nobody waits for ever, and the next attempt works."""
+    a, b = (told["said"] for told in processes.run(FAIL, root))
+    assert "failed in process 1, whose own message says why" in a[0]
+    assert "process 1 does not see" in b[0] and "give a path on a disk that all of them mount" in b[0]
+    assert "writing" in a[1] and "failed in process 1" in a[1]
+    assert "No space left" in b[1]
+    assert "exists already" in a[2] and "failed in process 0" in b[2]
+    assert (a[3], b[3]) == ("", "")
+    assert not list((root / "disk of 0").iterdir()) and not (root / "b").exists()
+    assert not list(root.glob("*.unfinished"))
+    assert checkpoint.verify(root / "d").damaged == ()
