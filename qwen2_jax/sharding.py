@@ -45,18 +45,23 @@ RULES: Mapping[str, tuple[str, ...]] = {
 SERVING: Mapping[str, tuple[str, ...]] = {**RULES, "embed": ("fsdp",)}
 
 
-def make_mesh(*, devices: Sequence[Any] | None = None, **axes: int) -> Mesh:
-    """A mesh of the devices (default: all of all processes) with the given axes, e.g. make_mesh(fsdp=4, tensor=2), laid out as `lay_out` says.
+def make_mesh(**axes: int) -> Mesh:
+    """A mesh of all devices of all processes with the given axes, e.g. make_mesh(fsdp=4, tensor=2); see `mesh_of`."""
+    return mesh_of(jax.devices(), axes)
+
+
+def mesh_of(devices: Sequence[Any], axes: Mapping[str, int]) -> Mesh:
+    """A mesh of these devices, laid out as `lay_out` says.
 
     Raises UserError for an axis that RULES do not know, sizes that do not multiply to the number of devices, and axes
     that the devices' links do not allow.
     """
     if unknown := set(axes) - set(AXES):
         raise UserError(f"a mesh has no axis {', '.join(sorted(unknown))}; choose from {', '.join(AXES)}")
-    sizes, devices = math.prod(axes.values()), jax.devices() if devices is None else devices
+    sizes = math.prod(axes.values())
     if sizes != len(devices) or min(axes.values(), default=1) < 1:
         raise UserError(
-            f"mesh {axes} needs {sizes} devices; {len(devices)} are here: the sizes' product must be {len(devices)}"
+            f"mesh {dict(axes)} needs {sizes} devices; {len(devices)} are here: the sizes' product must be {len(devices)}"
         )
     return lay_out(axes, devices, _islands(devices))
 

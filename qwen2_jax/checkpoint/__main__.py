@@ -3,6 +3,7 @@
 
 import argparse
 import collections
+import dataclasses
 import json
 import sys
 import warnings
@@ -12,6 +13,7 @@ import jax
 from qwen2_jax.checkpoint.console import progress_bar, readable_bytes
 from qwen2_jax.config import DTYPES
 from qwen2_jax.errors import UserError
+from qwen2_jax.sharding import RULES
 
 EPILOG = """a checkpoint is a folder in Hugging Face or Orbax format, a preset (qwen2-7b-instruct), a Hub id
 (Qwen/Qwen2-7B), a gs:// path of an Orbax folder, or 'demo'.
@@ -21,6 +23,7 @@ examples:
   python -m qwen2_jax.checkpoint convert Qwen/Qwen2-7B ./qwen2-7b-orbax --to orbax
   python -m qwen2_jax.checkpoint convert ./qwen2-7b-orbax ./qwen2-7b-hf --to hf      # the very same files again
   python -m qwen2_jax.checkpoint convert demo ./demo-float32 --to hf --dtype float32
+  python -m qwen2_jax.checkpoint convert qwen2-72b --to orbax --plan 16 --mesh fsdp=16,tensor=4
   python -m qwen2_jax.checkpoint verify ./qwen2-7b-hf
 
 exit codes: 0 done, 1 verify found damage, 2 the command cannot be carried out."""
@@ -40,12 +43,24 @@ def parser() -> argparse.ArgumentParser:
         "convert", help="copy a checkpoint into another format", epilog=EPILOG, formatter_class=raw
     )
     convert.add_argument("src", help="checkpoint to read")
-    convert.add_argument("dst", help="folder to write; it must not exist, and appears only when it is complete")
+    convert.add_argument(
+        "dst", nargs="?", help="folder to write; it must not exist, and appears only when it is complete"
+    )
     convert.add_argument("--to", required=True, choices=("hf", "orbax"), help="format of the new folder")
     convert.add_argument("--dtype", choices=DTYPES, help="cast every tensor; default: each keeps its own")
     convert.add_argument(
         "--max-shard-gb", type=float, metavar="GB", help="largest weight file of --to hf; default: as they were, else 5"
     )
+    convert.add_argument(
+        "--plan", type=int, metavar="HOSTS", help="convert nothing: show the bytes that each of so many hosts would "
+        "read, hold and write; src may be a preset of which nothing is here",
+    )  # fmt: skip
+    convert.add_argument(
+        "--mesh",
+        metavar="AXIS=N,...",
+        help="with --plan: also loading the result on such a mesh, as in fsdp=16,tensor=4",
+    )
+    convert.add_argument("--json", action="store_true", help="with --plan: one line of JSON, bytes of each host")
 
     verify = commands.add_parser(
         "verify", help="compare a checkpoint with its manifest", epilog=EPILOG, formatter_class=raw
@@ -77,11 +92,54 @@ def main(argv: list[str] | None = None) -> int:
 def _convert(args: argparse.Namespace) -> int:
     from qwen2_jax.checkpoint import convert
 
-    with progress_bar("converting") as progress:
+    if args.plan is not None:
+        return _plan(args)
+    if args.dst is None:
+        raise UserError("convert needs a folder to write: convert SRC DST --to ...; only --plan does without")
+    if args.mesh or args.json:
+        raise UserError("--mesh and --json belong to --plan HOSTS; leave them out, or add it")
+    first = jax.process_index() == 0  # where a program with several processes calls this, one of them talks
+    with progress_bar("converting", quiet=not first) as progress:
         shard = None if args.max_shard_gb is None else int(args.max_shard_gb * 1e9)
         convert(args.src, args.dst, args.to, dtype=args.dtype, max_shard_bytes=shard, progress=progress)
-    print(f"wrote {args.dst} ({args.to}); `verify {args.dst}` checks it")
+    if first:
+        print(f"wrote {args.dst} ({args.to}); `verify {args.dst}` checks it")
     return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from qwen2_jax.checkpoint import plan
+
+    source = plan.declared(args.src)
+    steps = [plan.convert_step(source, args.to, args.plan, dtype=args.dtype)]
+    if args.mesh:
+        steps.append(plan.load_step(source, args.to, _mesh(args.mesh), args.plan, dtype=args.dtype))
+    if args.json:
+        print(json.dumps({"hosts": args.plan, "steps": [dataclasses.asdict(step) for step in steps]}))
+        return 0
+    rows: list[tuple[str, ...]] = [("bytes per host", "reads", "holds", "writes")]
+    for step in steps:
+        spans = ((min(of), max(of)) for of in (step.reads, step.holds, step.writes))
+        cells = (readable_bytes(b) if a == b else f"{readable_bytes(a)} .. {readable_bytes(b)}" for a, b in spans)
+        rows.append((step.name, *cells))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for name, *numbers in rows:
+        print("  ".join([f"{name:{widths[0]}}", *(f"{n:>{w}}" for n, w in zip(numbers, widths[1:], strict=True))]))
+    return 0
+
+
+def _mesh(text: str) -> dict[str, int]:
+    """ "fsdp=16,tensor=4" as numbers."""
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        axis, _, size = part.partition("=")
+        if not size.isdigit() or int(size) < 1 or axis.strip() in sizes:
+            raise UserError(f"--mesh is {text!r}; give each axis once with its size, as in fsdp=16,tensor=4")
+        sizes[axis.strip()] = int(size)
+    known = {a for axes in RULES.values() if axes for a in ((axes,) if isinstance(axes, str) else axes)}
+    if unknown := [axis for axis in sizes if axis not in known]:
+        raise UserError(f"--mesh has the axis {unknown[0]!r}; choose from {', '.join(sorted(known))}")
+    return sizes
 
 
 def _verify(args: argparse.Namespace) -> int:

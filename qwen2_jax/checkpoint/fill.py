@@ -19,6 +19,7 @@ import numpy as np
 from qwen2_jax.checkpoint.casting import cast_into
 from qwen2_jax.checkpoint.hf import HfFolder, Progress
 from qwen2_jax.checkpoint.names import Tree, hf_names, put
+from qwen2_jax.checkpoint.rows import by_rows, moved
 from qwen2_jax.checkpoint.tensorfile import aligned
 from qwen2_jax.params import ParamSpec, leaves
 from qwen2_jax.sharding import RULES, sharding
@@ -66,6 +67,12 @@ def read_params(
     return params
 
 
+def read_leaf(folder: HfFolder, spec: ParamSpec, where: jax.sharding.Sharding) -> jax.Array:
+    """One parameter in its dtype, without the care for host memory that `read_params` takes."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return _read(folder, spec, where, pool, None)
+
+
 def _slices(where: jax.sharding.Sharding, shape: tuple[int, ...]) -> dict[jax.Device, tuple[slice, ...]]:
     """The slice of an array of this shape that each device of this host holds, with start and stop spelled out."""
     out = {}
@@ -80,8 +87,12 @@ def _size(index: tuple[slice, ...]) -> tuple[int, ...]:
 
 
 def _read(folder: HfFolder, spec: ParamSpec, where, pool: ThreadPoolExecutor, repeat: int | None) -> jax.Array:
-    """The whole parameter, or one layer of it as [1, ...]; every device's shard is read from the files once."""
+    """The whole parameter, or one layer of it as [1, ...]; every device's shard is read from the files once.
+
+    Of several hosts each reads whole rows, see checkpoint/rows.py.
+    """
     shape = spec.shape if repeat is None else (1, *spec.shape[1:])
+    wanted, where = where, by_rows(where, shape)
     owners_of: dict[tuple[slice, ...], list[jax.Device]] = {}  # devices that hold the same slice share one read
     for device, index in _slices(where, shape).items():
         owners_of.setdefault(index, []).append(device)
@@ -92,7 +103,8 @@ def _read(folder: HfFolder, spec: ParamSpec, where, pool: ThreadPoolExecutor, re
         arrays += [jax.device_put(buffer, device) for device in owners]
         if owners[0].platform != "cpu":
             jax.block_until_ready(arrays)  # the next shard's buffer is made when this one is on its device
-    return jax.make_array_from_single_device_arrays(shape, where, arrays)
+    array = jax.make_array_from_single_device_arrays(shape, where, arrays)
+    return array if where is wanted else moved(array, wanted)
 
 
 def _fill(folder: HfFolder, spec: ParamSpec, index, buffer: np.ndarray, pool: ThreadPoolExecutor, first: int) -> None:

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Hugging Face folder: safetensors in one file or in shards with an index, read and written tensor by tensor."""
+"""A Hugging Face folder: safetensors in one file or in shards with an index, read tensor by tensor."""
 
 import dataclasses
-import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -43,8 +42,12 @@ class Tensors(Protocol):
     def infos(self) -> Mapping[str, TensorInfo]:
         """dtype and shape by name."""
 
-    def stream(self, names: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
-        """(name, array) for each of `names`, in any order; an array is valid until the next one is asked for."""
+    def stream(self, names: Sequence[str], mine: Container[str] | None = None) -> Iterator[tuple[str, np.ndarray]]:
+        """(name, array) for each of `names`, in any order; an array is valid until the next one is asked for.
+
+        mine: only these are yielded. Where several processes run, all of them ask for the same names in the same order
+        and go through to the end, each with its own `mine`: they may have to bring parts of the others' tensors.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,10 +183,12 @@ class HfFolder:
             step = range(0, len(x), rows)
             return all(x[i : i + rows].tobytes() == y[i : i + rows].tobytes() for i in step)
 
-    def stream(self, names: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
+    def stream(self, names: Sequence[str], mine: Container[str] | None = None) -> Iterator[tuple[str, np.ndarray]]:
         for name in names:
-            with self.infos[name].mapped() as array:
-                yield name, array
+            if mine is None or name in mine:
+                self.bytes_read += self.infos[name].nbytes
+                with self.infos[name].mapped() as array:
+                    yield name, array
 
     def layout(self) -> Layout:
         """The files as they are, to write them again byte for byte."""
@@ -233,44 +238,6 @@ def new_layout(infos: Mapping[str, TensorInfo], max_shard_bytes: int = SHARD_BYT
     return Layout(dict(zip(files, texts, strict=True)), json.dumps(index, indent=2) + "\n")
 
 
-def write(
-    folder: Path, tensors: Tensors, layout: Layout, on_tensor: Callable[[str, np.ndarray], Callable[[], None]]
-) -> None:
-    """Writes the weight files of `layout` into an existing folder, one tensor in memory at a time.
-
-    on_tensor is called with each name and the array before it is written, and what it returned afterwards. Raises
-    OSError when the disk is full: the caller owns the folder and removes it.
-    """
-    places = layout.places()
-    also = {target: [alias for alias, t in layout.aliases.items() if t == target] for target in layout.aliases.values()}
-    files = {}
-    try:
-        for name, text in layout.headers.items():
-            raw = text.encode()
-            files[name] = open(folder / name, "xb", buffering=0)  # noqa: SIM115  all stay open: tensors come in any order
-            write_all(files[name], [len(raw).to_bytes(8, "little"), raw])
-        extras = (
-            (n, np.frombuffer(b, places[n][0][2].dtype).reshape(places[n][0][2].shape))
-            for n, b in layout.extras.items()
-        )
-        for name, array in itertools.chain(extras, tensors.stream(list(tensors.infos))):
-            array = as_dtype(array, places[name][0][2].dtype)
-            afterwards = [on_tensor(each, array) for each in (name, *also.get(name, ()))]
-            for file, start, _ in places[name]:
-                files[file].seek(start)
-                write_all(files[file], [np.ascontiguousarray(array).reshape(-1).view(np.uint8)])
-            for finish in afterwards:
-                finish()
-        if layout.index is not None:
-            files[INDEX] = open(folder / INDEX, "xb", buffering=0)  # noqa: SIM115
-            write_all(files[INDEX], [layout.index.encode()])
-        for f in files.values():
-            os.fsync(f.fileno())
-    finally:
-        for f in files.values():
-            f.close()
-
-
 def as_dtype(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """The array itself, or a cast copy."""
     if array.dtype == dtype:
@@ -278,11 +245,3 @@ def as_dtype(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     out = np.empty(array.shape, dtype)
     cast_into(out, array)
     return out
-
-
-def write_all(file, parts: Iterable) -> None:
-    """Writes every byte: a raw file may write less than asked, at most 2 GiB at a time on Linux."""
-    for part in parts:
-        rest = memoryview(part)
-        while rest:
-            rest = rest[file.write(rest) :]

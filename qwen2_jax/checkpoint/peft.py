@@ -16,14 +16,16 @@ import numpy as np
 
 from qwen2_jax import lora as low_rank
 from qwen2_jax.check import short
-from qwen2_jax.checkpoint import fill, hf, names
+from qwen2_jax.checkpoint import fill, names
 from qwen2_jax.checkpoint.hf import HfFolder, Layout
+from qwen2_jax.checkpoint.hosts import shared_folder
 from qwen2_jax.checkpoint.names import Slot
 from qwen2_jax.checkpoint.places import NotFound, Source
 from qwen2_jax.checkpoint.problems import Problems
-from qwen2_jax.checkpoint.store import MARGIN_BYTES, TreeTensors, by_first_process
 from qwen2_jax.checkpoint.tensorfile import CheckpointError, TensorInfo, header_text
-from qwen2_jax.checkpoint.workspace import new_folder, write_file
+from qwen2_jax.checkpoint.tree import TreeTensors
+from qwen2_jax.checkpoint.workspace import write_file
+from qwen2_jax.checkpoint.writing import MARGIN_BYTES, Writing, write_weights
 from qwen2_jax.config import ModelConfig
 from qwen2_jax.errors import UserError
 from qwen2_jax.lora import Lora
@@ -73,7 +75,7 @@ def save_peft(
 
     base_name: the base model's name on the Hub or its folder, recorded for the reader. The folder appears whole or not
     at all. replace: one that is there gives its place to the new one when that is complete. Where several processes
-    run, all of them call this and the first one writes.
+    run, all of them call this with one path on a shared disk.
     """
     tensors = AdapterTensors(config, adapters, lora)
     about = {
@@ -95,12 +97,11 @@ def save_peft(
     layout = Layout({WEIGHTS: header_text(tensors.infos)})
     nbytes = sum(info.nbytes for info in tensors.infos.values()) + MARGIN_BYTES
 
-    def first() -> None:
-        with new_folder(folder, nbytes, replace=replace) as work:
-            hf.write(work, tensors, layout, _unobserved)
+    writing = Writing(tensors, tensors.table, None)
+    with shared_folder(folder, nbytes, replace=replace) as work:
+        write_weights(work, tensors, layout, _unobserved, order=writing.order, mine=writing.mine)
+        if jax.process_index() == 0:
             write_file(work / CONFIG, (json.dumps(about, indent=2) + "\n").encode())
-
-    by_first_process(first, tensors)
     return Path(folder)
 
 

@@ -33,7 +33,8 @@ def new_folder(path: str | os.PathLike, nbytes: int, *, replace: bool = False) -
     target = Path(path).expanduser().absolute()
     if target.exists() and (not target.is_dir() or (not replace and any(target.iterdir()))):
         raise CheckpointError(f"{path} exists already; choose a new folder or remove that one first")
-    work = target.with_name(target.name + UNFINISHED)
+    folder = unfinished(path)
+    work = folder.parent
     if work.exists() and not (work / MARKER).exists() and (not work.is_dir() or any(work.iterdir())):
         raise CheckpointError(f"{work} is in the way and was not made by a conversion; move it elsewhere")
     work.mkdir(parents=True, exist_ok=True)
@@ -43,7 +44,6 @@ def new_folder(path: str | os.PathLike, nbytes: int, *, replace: bool = False) -
                 fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise CheckpointError(f"{path} is being written by another process") from None
-        folder = work / "checkpoint"
         try:
             _put_back(work, target)
             for left in work.iterdir():  # of a run that was killed
@@ -68,6 +68,12 @@ def new_folder(path: str | os.PathLike, nbytes: int, *, replace: bool = False) -
         finally:
             _put_back(work, target)
             shutil.rmtree(work, ignore_errors=True)
+
+
+def unfinished(path: str | os.PathLike) -> Path:
+    """Where `new_folder` works until the folder gets its name."""
+    target = Path(path).expanduser().absolute()
+    return target.with_name(target.name + UNFINISHED) / "checkpoint"
 
 
 def _put_back(work: Path, target: Path) -> None:

@@ -276,7 +276,7 @@ def _load(args: argparse.Namespace, group: hosts.Group | None = None) -> "LM":
     mesh = None
     if args.mesh is not None:
         own = jax.local_devices()  # of several hosts each has the whole model
-        mesh = sharding.make_mesh(devices=own, **sharding.filled(mesh_sizes(args.mesh), len(own)))
+        mesh = sharding.mesh_of(own, sharding.filled(mesh_sizes(args.mesh), len(own)))
     begin = time.perf_counter()
     with _bar(f"loading {args.ckpt}", unit="bytes") as progress:
         loaded = lm.load(

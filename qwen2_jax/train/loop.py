@@ -292,7 +292,7 @@ def results(run: Run, folder: Path) -> list[Path]:
 def export(job: Job, trainer: Trainer, state: State, frozen: Tree | None, folder: Path) -> Path:
     """Writes the trained weights as a Hugging Face folder in place of an earlier one, and adapters as PEFT's files.
 
-    Returns the last folder that it wrote. Where several processes train, all of them call it and the first one writes.
+    Returns the last folder that it wrote. Where several processes train, all of them call it, each writes its share.
     """
     run = job.run
     made = results(run, folder)

@@ -45,6 +45,38 @@ def test_mistakes_are_one_line(tmp_path, dense, capsys):
         assert captured.err.count("\n") == 1
 
 
+def test_plan_shows_what_hosts_read_without_weights(tmp_path, capsys):
+    argv = ["convert", "Qwen2-72B", "--to", "orbax", "--plan", "16", "--mesh", "fsdp=16,tensor=4"]
+    assert main(argv) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in shown] == ["bytes", "convert", "load"]
+    assert main([*argv, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    convert, load = told["steps"]
+    size = 2 * 72_706_203_648
+    assert told["hosts"] == 16 and len(convert["reads"]) == 16
+    assert size <= sum(convert["writes"]) == sum(convert["reads"]) - size < 1.001 * size
+    assert max(load["reads"]) < 1.001 * size / 16
+    assert max(convert["holds"]) < 2**30 * 2.5  # the embedding
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["demo", "--to", "hf"], "needs a folder to write"),
+        (["demo", "x", "--to", "hf", "--json"], "belong to --plan"),
+        (["demo", "--to", "hf", "--plan", "0"], "give at least 1"),
+        (["demo", "--to", "hf", "--plan", "2", "--mesh", "fsdp=3"], "multiple of 2"),
+        (["demo", "--to", "hf", "--plan", "2", "--mesh", "fsdp"], "as in fsdp=16,tensor=4"),
+        (["demo", "--to", "hf", "--plan", "2", "--mesh", "fdsp=2"], "choose from"),
+        (["qwen2-73b", "--to", "hf", "--plan", "2"], "downloads nothing"),
+    ],
+)
+def test_what_a_plan_cannot_be_made_of(argv, says, capsys):
+    assert main(["convert", *argv]) == 2
+    assert says in capsys.readouterr().err
+
+
 def test_as_a_program(dense):
     env = os.environ | {"JAX_PLATFORMS": ""}
     run = [sys.executable, "-m", "qwen2_jax.checkpoint", "inspect", str(dense)]

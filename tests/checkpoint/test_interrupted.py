@@ -15,7 +15,7 @@ import pytest
 import checkpoint.hf_folders as hf
 import tiny
 from qwen2_jax import checkpoint
-from qwen2_jax.checkpoint import store, workspace
+from qwen2_jax.checkpoint import workspace, writing
 
 
 @pytest.mark.parametrize("to", ["hf", "orbax"])
@@ -27,7 +27,7 @@ def test_stopped_anywhere(tmp_path, dense, monkeypatch, to, where):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    def stop_at(name, array, _inner=store.Hasher.start):
+    def stop_at(name, array, _inner=writing.Hasher.start):
         nonlocal count
         count += 1
         if count == (1 if where == "first tensor" else len(hf.tensors_of(hf.DENSE))):
@@ -37,12 +37,12 @@ def test_stopped_anywhere(tmp_path, dense, monkeypatch, to, where):
     with monkeypatch.context() as patch:
         patch.setattr(workspace.shutil, "rmtree", lambda *_, **__: None)
         if where == "manifest":
-            patch.setattr(store, "_write_files", stop)
+            patch.setattr(writing, "_write_files", stop)
         elif where == "rename":
             patch.setattr(workspace.os, "replace", lambda a, b: stop() if str(b) == str(target) else os.rename(a, b))
         else:
-            hasher = store.Hasher()
-            patch.setattr(store, "Hasher", lambda: hasher)
+            hasher = writing.Hasher()
+            patch.setattr(writing, "Hasher", lambda: hasher)
             hasher.start = stop_at
         with pytest.raises(KeyboardInterrupt):
             checkpoint.convert(dense, target, to)
@@ -110,7 +110,7 @@ def test_a_replaced_folder_is_never_lost(tmp_path, monkeypatch, where, killed):
         if killed:  # nothing is cleaned up
             patch.setattr(workspace.shutil, "rmtree", lambda *_, **__: None)
         if where == "writing":
-            patch.setattr(store, "_write_files", stop)
+            patch.setattr(writing, "_write_files", stop)
         if where == "removal":
             patch.setattr(workspace.shutil, "rmtree", stop)
         with pytest.raises(KeyboardInterrupt):
@@ -124,7 +124,7 @@ def test_a_replaced_folder_is_never_lost(tmp_path, monkeypatch, where, killed):
         assert [p.name for p in tmp_path.iterdir() if "unfinished" in p.name] == []
 
     with monkeypatch.context() as patch:  # the next start fails as well: the old one is back all the same
-        patch.setattr(store, "_write_files", stop)
+        patch.setattr(writing, "_write_files", stop)
         with pytest.raises(KeyboardInterrupt):
             checkpoint.save_hf(target, *model_of(2), replace=True)
     assert weights_of(target) == (new if where == "removal" else old)
@@ -170,7 +170,7 @@ def test_failure_leaves_nothing(tmp_path, dense, monkeypatch, to):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(store, "_write_files", full)
+    monkeypatch.setattr(writing, "_write_files", full)
     with pytest.raises(OSError, match="the disk became full; nothing was left behind"):
         checkpoint.convert(dense, tmp_path / "out", to)
     assert [p.name for p in tmp_path.iterdir()] == ["dense"]

@@ -21,7 +21,7 @@ from rich.console import Console
 import qwen2_jax
 import tiny
 from qwen2_jax import checkpoint
-from qwen2_jax.checkpoint import store
+from qwen2_jax.checkpoint import writing
 from qwen2_jax.config import ModelConfig
 from qwen2_jax.data.spec import Data, Source
 from qwen2_jax.errors import UserError
@@ -194,7 +194,7 @@ def test_a_failed_export_leaves_the_old_one(straight, corpus, tmp_path, monkeypa
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(store, "_write_files", full)
+    monkeypatch.setattr(writing, "_write_files", full)
     with pytest.raises(OSError, match="the disk became full"):
         run(pretrain(corpus, tmp_path / "out"))
     assert (tmp_path / "out" / "hf" / "model.safetensors").read_bytes() == before

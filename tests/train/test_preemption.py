@@ -77,7 +77,7 @@ with Checkpoints(sys.argv[3], config, identity={}, console=Console(stderr=True))
         time.sleep(0.01)
 print(first, n, int(state["n"]), float(state["w"].addressable_data(0).sum()))
 
-# An export of weights whose parts both processes hold: the first one writes all of them.
+# An export of weights whose parts both processes hold: each writes its share of the tensors.
 import tiny
 from qwen2_jax import checkpoint, sharding
 from qwen2_jax.model import declare
