@@ -61,7 +61,7 @@ def mesh_of(devices: Sequence[Any], axes: Mapping[str, int]) -> Mesh:
     sizes = math.prod(axes.values())
     if sizes != len(devices) or min(axes.values(), default=1) < 1:
         raise UserError(
-            f"mesh {dict(axes)} needs {sizes} devices; {len(devices)} are here: the sizes' product must be {len(devices)}"
+            f"mesh {dict(axes)} needs {sizes} devices; {len(devices)} are here: the product must be {len(devices)}"
         )
     return lay_out(axes, devices, _islands(devices))
 
