@@ -20,7 +20,7 @@ SETUPTOOLS = PYPROJECT["tool"]["setuptools"]
 # A module may import from its own row and from the rows above it. docs/architecture.md draws the same table.
 LAYERS = [
     ["errors", "check", "presets", "config", "flops", "chips"],
-    ["params", "rope", "sharding", "ops", "linear", "logprob"],
+    ["params", "rope", "sharding", "exchange", "ops", "linear", "logprob"],
     ["attention", "moe", "cache"],
     ["model", "lora"],
     ["checkpoint", "tokenizer"],

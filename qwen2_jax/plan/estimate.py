@@ -3,7 +3,7 @@
 
 A search ranks by it before it compiles, and advice is the difference between two estimates. It knows what the compiled
 steps were seen to do: weights gathered for the forward and the backward pass, their gradient scattered, activations
-summed over the tensor axis, the head gathered and its gradient summed for every tile of the loss.
+summed over the tensor axis, tokens sent to their experts, the head gathered and its gradient summed once.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from qwen2_jax import lora, sharding
+from qwen2_jax import lora, ops, sharding
 from qwen2_jax.chips import Chip
 from qwen2_jax.config import ModelConfig
 from qwen2_jax.logprob import CHUNK
@@ -65,6 +65,12 @@ class Setting:
     def itemsize(self) -> int:
         """Bytes of a number that activations are made of."""
         return jnp.dtype(self.run.dtype).itemsize
+
+    @property
+    def exchange(self) -> str:
+        """How tokens get to experts on other devices."""
+        choices = self.config.num_experts_per_tok
+        return ops.exchange_of(self.run.implementation, self.parts("experts"), choices, self.itemsize)
 
     def held(self, trained: bool = False) -> int:
         """Parameters, or those of them that are trained, that a device holds."""
@@ -154,8 +160,16 @@ def _messages(setting: Setting) -> float:
     spend("all-reduce", sharding.axes_of("batch", mesh), head * 4, A)
     activations = setting.tokens * config.hidden_size
     spend("all-reduce", sharding.axes_of("mlp", mesh), activations * width, (4 + 2 * again) * A * L)
-    sparse = sum(config.is_sparse(layer) for layer in range(L))
-    spend("all-reduce", sharding.axes_of("experts", mesh), activations * 4, (2 + again) * A * sparse)
+    sparse = A * sum(config.is_sparse(layer) for layer in range(L))
+    holders = sharding.axes_of("experts", mesh)
+    if setting.exchange == "all_to_all":  # tokens and results forward, tokens and both gradients backward
+        spend("ragged-all-to-all", holders, config.num_experts_per_tok * activations * width, 5 * sparse)
+    else:  # tokens of all, their sums, and the gradients of both
+        everybody = setting.parts("experts") * activations
+        spend("all-gather", holders, everybody * width, (1 + again) * sparse)
+        spend("reduce-scatter", holders, everybody * width, sparse)
+        spend("all-gather", holders, everybody * 4, sparse)
+        spend("reduce-scatter", holders, everybody * 4, sparse)
     return total
 
 
