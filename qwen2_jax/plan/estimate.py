@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from qwen2_jax import lora, ops, sharding
 from qwen2_jax.chips import Chip
 from qwen2_jax.config import ModelConfig
+from qwen2_jax.exchange import SLACK
 from qwen2_jax.logprob import CHUNK
 from qwen2_jax.params import ParamSpec, Tree
 from qwen2_jax.plan import cost
@@ -72,6 +73,15 @@ class Setting:
         choices = self.config.num_experts_per_tok
         return ops.exchange_of(self.run.implementation, self.parts("experts"), choices, self.itemsize)
 
+    @property
+    def moved_per_token(self) -> float:
+        """Numbers per token that all layers' activations are, as memory traffic: kept_per_token, and the rest of the
+        experts' rows. A gather has rows for all tokens of all holders, an exchange's window has SLACK of its own."""
+        config, P = self.config, self.parts("experts")
+        spare = 0.0 if P == 1 or not config.num_experts else (SLACK if self.exchange == "all_to_all" else P) - 1
+        rows = spare * config.num_experts_per_tok * (2 * config.hidden_size + config.moe_intermediate_size)
+        return kept_per_token(config, None) + rows * sum(map(config.is_sparse, range(config.num_hidden_layers)))
+
     def held(self, trained: bool = False) -> int:
         """Parameters, or those of them that are trained, that a device holds."""
         specs = self.specs
@@ -123,7 +133,7 @@ def _bytes(setting: Setting) -> float:
 def _seconds(setting: Setting) -> Seconds:
     run, config, mesh = setting.run, setting.config, setting.mesh
     state = 4 * setting.held(trained=True) * (3 + (run.ema is not None))
-    kept = setting.tokens * run.accumulate * kept_per_token(config, None) * setting.itemsize
+    kept = setting.tokens * run.accumulate * setting.moved_per_token * setting.itemsize
     work = cost.train_work(
         config, setting.chip, cost.parts(config, mesh, run.rows // run.accumulate), lengths=[run.length] * run.rows,
         remat=run.remat, frozen=run.lora is not None, accumulate=run.accumulate, state_bytes=state,
