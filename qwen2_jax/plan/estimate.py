@@ -74,12 +74,19 @@ class Setting:
         return ops.exchange_of(self.run.implementation, self.parts("experts"), choices, self.itemsize)
 
     @property
+    def places(self) -> float:
+        """In the buffers of experts' rows, for each copy of a token: a gather has room for all tokens of all holders,
+        an exchange's window for SLACK times its own."""
+        if self.parts("experts") == 1 or not self.config.num_experts:
+            return 1.0
+        return SLACK if self.exchange == "all_to_all" else self.parts("experts")
+
+    @property
     def moved_per_token(self) -> float:
-        """Numbers per token that all layers' activations are, as memory traffic: kept_per_token, and the rest of the
-        experts' rows. A gather has rows for all tokens of all holders, an exchange's window has SLACK of its own."""
-        config, P = self.config, self.parts("experts")
-        spare = 0.0 if P == 1 or not config.num_experts else (SLACK if self.exchange == "all_to_all" else P) - 1
-        rows = spare * config.num_experts_per_tok * (2 * config.hidden_size + config.moe_intermediate_size)
+        """Numbers per token that all layers' activations are, as memory traffic: kept_per_token, and the places in
+        experts' buffers beyond the rows that it counts."""
+        config = self.config
+        rows = (self.places - 1) * config.num_experts_per_tok * (2 * config.hidden_size + config.moe_intermediate_size)
         return kept_per_token(config, None) + rows * sum(map(config.is_sparse, range(config.num_hidden_layers)))
 
     def held(self, trained: bool = False) -> int:
@@ -89,10 +96,13 @@ class Setting:
             specs = lora.declare(self.config, self.run.lora)
         return sum(math.prod(self._place(spec).shard_shape(spec.shape)) for spec in _leaves(specs))
 
-    def met(self) -> int:
-        """Parameters that a device multiplies with: gathered over the axes that only store."""
+    def met(self, experts: bool | None = None) -> int:
+        """Parameters that a device multiplies with: gathered over the axes that only store. experts: of them alone, or
+        all others alone."""
         total = 0
         for spec in _leaves(self.specs):
+            if experts is not None and experts != ("experts" in spec.axes):
+                continue
             parts = math.prod(self.parts(axis) for axis in spec.axes if axis != "embed")
             total += int(np.prod(spec.shape, dtype=np.int64)) // parts
         return total
@@ -108,9 +118,14 @@ def estimate(setting: Setting) -> Estimate:
 
 def activation_bytes(setting: Setting) -> float:
     """Of one micro-batch on a device: what is kept for the backward pass, and a tile of logits with its gradient."""
-    kept = setting.tokens * kept_per_token(setting.config, setting.run.remat) * setting.itemsize
-    rows = min(CHUNK, setting.tokens)
-    return kept + 2 * rows * setting.config.vocab_size * 4 / setting.parts("vocab")
+    config = setting.config
+    # Of one layer's experts, backward: tokens, gradients of their sums and of themselves, and four arrays in between,
+    # which kept_per_token counts for the rows that there are.
+    D, F, k = config.hidden_size, config.moe_intermediate_size, config.num_experts_per_tok
+    rows = k * (setting.places * (3 * D + 4 * F) - 4 * F) if config.num_experts else 0.0
+    kept = setting.tokens * (kept_per_token(config, setting.run.remat) + rows) * setting.itemsize
+    tile = min(CHUNK, setting.tokens)
+    return kept + 2 * tile * config.vocab_size * 4 / setting.parts("vocab")
 
 
 def _bytes(setting: Setting) -> float:
@@ -159,10 +174,14 @@ def _messages(setting: Setting) -> float:
             total += network.seconds(Collective(kind, int(size), times, tuple(map(tuple, groups[:1].tolist()))))
 
     stored = sharding.axes_of("embed", mesh)
-    weights = setting.met() / L * width
-    spend("all-gather", stored, weights, 2 * A * L)
+    holders = sharding.axes_of("experts", mesh)
+    for experts in (False, True):
+        over = tuple(axis for axis in stored if not (experts and axis in holders))
+        weights = setting.met(experts) / L * width
+        spend("all-gather", over, weights, 2 * A * L)
+        if run.lora is None:
+            spend("reduce-scatter", over, weights, A * L)
     if run.lora is None:
-        spend("reduce-scatter", stored, weights, A * L)
         copies = tuple(axis for axis in sharding.axes_of("batch", mesh) if axis not in stored)
         spend("all-reduce", copies, setting.held() * 4, 1)
     head = config.vocab_size * config.hidden_size / setting.parts("vocab")
@@ -171,7 +190,6 @@ def _messages(setting: Setting) -> float:
     activations = setting.tokens * config.hidden_size
     spend("all-reduce", sharding.axes_of("mlp", mesh), activations * width, (4 + 2 * again) * A * L)
     sparse = A * sum(config.is_sparse(layer) for layer in range(L))
-    holders = sharding.axes_of("experts", mesh)
     if setting.exchange == "all_to_all":  # tokens and results forward, tokens and both gradients backward
         spend("ragged-all-to-all", holders, config.num_experts_per_tok * activations * width, 5 * sparse)
     else:  # tokens of all, their sums, and the gradients of both

@@ -99,6 +99,8 @@ def test_tokens_go_to_their_experts_five_times_a_step(machine):
     gathered = job.setting(dataclasses.replace(run, implementation="exchange=gather"))
     assert (job.setting(run).exchange, gathered.exchange) == ("all_to_all", "gather")
     assert gathered.moved_per_token > job.setting(run).moved_per_token
+    assert estimate.activation_bytes(gathered) > estimate.activation_bytes(job.setting(run))
+    assert job.setting(run).met(experts=True) + job.setting(run).met(experts=False) == job.setting(run).met()
     assert estimate.estimate(gathered).seconds.links != estimate.estimate(job.setting(run)).seconds.links
 
 
