@@ -20,7 +20,7 @@ SETUPTOOLS = PYPROJECT["tool"]["setuptools"]
 # A module may import from its own row and from the rows above it. docs/architecture.md draws the same table.
 LAYERS = [
     ["errors", "check", "presets", "config", "flops", "chips", "hosts"],
-    ["params", "rope", "sharding", "ops", "tables", "linear", "heads", "logprob"],
+    ["params", "rope", "sharding", "exchange", "ops", "tables", "linear", "heads", "logprob"],
     ["attention", "moe", "cache"],
     ["model", "lora"],
     ["checkpoint", "tokenizer"],

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What one device of a mesh computes and moves through its memory, by formula: the compute and memory of a roofline.
 
-Work that a mesh cannot divide is done on every device that shares it: dense layers on each part of the expert axis,
-attention on each part of the tensor axis where the key heads do not divide.
+Work that a mesh cannot divide is done on every device that shares it: dense layers on each part of the expert axis
+where too few rows are left for it, attention on each part of the tensor axis where the key heads do not divide.
 """
 
 import math
@@ -38,14 +38,16 @@ class Work(NamedTuple):
 
 
 def parts(config: ModelConfig, mesh: Mesh, rows: int) -> Parts:
-    """rows: of the batch, which is cut over data and fsdp as far as it divides."""
+    """rows: of the batch, which is cut over its axes as far as it divides."""
     by_rows = _product(mesh, sharding.dividing("batch", rows, mesh))
     tensor = _product(mesh, sharding.axes_of("mlp", mesh))
     heads = min(
         _product(mesh, sharding.dividing("heads", config.num_attention_heads, mesh)),
         _product(mesh, sharding.dividing("kv_heads", config.num_key_value_heads, mesh)),
     )
-    experts = _product(mesh, sharding.axes_of("experts", mesh)) if config.num_experts else 1
+    # Devices that hold different experts share them out, whether or not their rows of the batch differ too.
+    holders = sharding.axes_of("experts", mesh) if config.num_experts else ()
+    experts = _product(mesh, [axis for axis in holders if axis not in sharding.dividing("batch", rows, mesh)])
     return Parts(by_rows, by_rows * tensor, by_rows * tensor * experts, by_rows * heads)
 
 

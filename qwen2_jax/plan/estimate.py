@@ -3,7 +3,7 @@
 
 A search ranks by it before it compiles, and advice is the difference between two estimates. It knows what the compiled
 steps were seen to do: weights gathered for the forward and the backward pass, their gradient scattered, activations
-summed over the tensor axis, the head gathered and its gradient summed for every tile of the loss.
+summed over the tensor axis, tokens sent to their experts, the head gathered and its gradient summed once.
 """
 
 import dataclasses
@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from qwen2_jax import lora, sharding
+from qwen2_jax import lora, ops, sharding
 from qwen2_jax.chips import Chip
 from qwen2_jax.config import ModelConfig
+from qwen2_jax.exchange import SLACK
 from qwen2_jax.logprob import CHUNK
 from qwen2_jax.params import ParamSpec, Tree
 from qwen2_jax.plan import cost
@@ -66,6 +67,28 @@ class Setting:
         """Bytes of a number that activations are made of."""
         return jnp.dtype(self.run.dtype).itemsize
 
+    @property
+    def exchange(self) -> str:
+        """How tokens get to experts on other devices."""
+        choices = self.config.num_experts_per_tok
+        return ops.exchange_of(self.run.implementation, self.parts("experts"), choices, self.itemsize)
+
+    @property
+    def places(self) -> float:
+        """In the buffers of experts' rows, for each copy of a token: a gather has room for all tokens of all holders,
+        an exchange's window for SLACK times its own."""
+        if self.parts("experts") == 1 or not self.config.num_experts:
+            return 1.0
+        return SLACK if self.exchange == "all_to_all" else self.parts("experts")
+
+    @property
+    def moved_per_token(self) -> float:
+        """Numbers per token that all layers' activations are, as memory traffic: kept_per_token, and the places in
+        experts' buffers beyond the rows that it counts."""
+        config = self.config
+        rows = (self.places - 1) * config.num_experts_per_tok * (2 * config.hidden_size + config.moe_intermediate_size)
+        return kept_per_token(config, None) + rows * sum(map(config.is_sparse, range(config.num_hidden_layers)))
+
     def held(self, trained: bool = False) -> int:
         """Parameters, or those of them that are trained, that a device holds."""
         specs = self.specs
@@ -73,10 +96,13 @@ class Setting:
             specs = lora.declare(self.config, self.run.lora)
         return sum(math.prod(self._place(spec).shard_shape(spec.shape)) for spec in _leaves(specs))
 
-    def met(self) -> int:
-        """Parameters that a device multiplies with: gathered over the axes that only store."""
+    def met(self, experts: bool | None = None) -> int:
+        """Parameters that a device multiplies with: gathered over the axes that only store. experts: of them alone, or
+        all others alone."""
         total = 0
         for spec in _leaves(self.specs):
+            if experts is not None and experts != ("experts" in spec.axes):
+                continue
             parts = math.prod(self.parts(axis) for axis in spec.axes if axis != "embed")
             total += int(np.prod(spec.shape, dtype=np.int64)) // parts
         return total
@@ -92,9 +118,14 @@ def estimate(setting: Setting) -> Estimate:
 
 def activation_bytes(setting: Setting) -> float:
     """Of one micro-batch on a device: what is kept for the backward pass, and a tile of logits with its gradient."""
-    kept = setting.tokens * kept_per_token(setting.config, setting.run.remat) * setting.itemsize
-    rows = min(CHUNK, setting.tokens)
-    return kept + 2 * rows * setting.config.vocab_size * 4 / setting.parts("vocab")
+    config = setting.config
+    # Of one layer's experts, backward: tokens, gradients of their sums and of themselves, and four arrays in between,
+    # which kept_per_token counts for the rows that there are.
+    D, F, k = config.hidden_size, config.moe_intermediate_size, config.num_experts_per_tok
+    rows = k * (setting.places * (3 * D + 4 * F) - 4 * F) if config.num_experts else 0.0
+    kept = setting.tokens * (kept_per_token(config, setting.run.remat) + rows) * setting.itemsize
+    tile = min(CHUNK, setting.tokens)
+    return kept + 2 * tile * config.vocab_size * 4 / setting.parts("vocab")
 
 
 def _bytes(setting: Setting) -> float:
@@ -117,7 +148,7 @@ def _bytes(setting: Setting) -> float:
 def _seconds(setting: Setting) -> Seconds:
     run, config, mesh = setting.run, setting.config, setting.mesh
     state = 4 * setting.held(trained=True) * (3 + (run.ema is not None))
-    kept = setting.tokens * run.accumulate * kept_per_token(config, None) * setting.itemsize
+    kept = setting.tokens * run.accumulate * setting.moved_per_token * setting.itemsize
     work = cost.train_work(
         config, setting.chip, cost.parts(config, mesh, run.rows // run.accumulate), lengths=[run.length] * run.rows,
         remat=run.remat, frozen=run.lora is not None, accumulate=run.accumulate, state_bytes=state,
@@ -143,10 +174,14 @@ def _messages(setting: Setting) -> float:
             total += network.seconds(Collective(kind, int(size), times, tuple(map(tuple, groups[:1].tolist()))))
 
     stored = sharding.axes_of("embed", mesh)
-    weights = setting.met() / L * width
-    spend("all-gather", stored, weights, 2 * A * L)
+    holders = sharding.axes_of("experts", mesh)
+    for experts in (False, True):
+        over = tuple(axis for axis in stored if not (experts and axis in holders))
+        weights = setting.met(experts) / L * width
+        spend("all-gather", over, weights, 2 * A * L)
+        if run.lora is None:
+            spend("reduce-scatter", over, weights, A * L)
     if run.lora is None:
-        spend("reduce-scatter", stored, weights, A * L)
         copies = tuple(axis for axis in sharding.axes_of("batch", mesh) if axis not in stored)
         spend("all-reduce", copies, setting.held() * 4, 1)
     head = config.vocab_size * config.hidden_size / setting.parts("vocab")
@@ -154,8 +189,15 @@ def _messages(setting: Setting) -> float:
     spend("all-reduce", sharding.axes_of("batch", mesh), head * 4, A)
     activations = setting.tokens * config.hidden_size
     spend("all-reduce", sharding.axes_of("mlp", mesh), activations * width, (4 + 2 * again) * A * L)
-    sparse = sum(config.is_sparse(layer) for layer in range(L))
-    spend("all-reduce", sharding.axes_of("experts", mesh), activations * 4, (2 + again) * A * sparse)
+    sparse = A * sum(config.is_sparse(layer) for layer in range(L))
+    if setting.exchange == "all_to_all":  # tokens and results forward, tokens and both gradients backward
+        spend("ragged-all-to-all", holders, config.num_experts_per_tok * activations * width, 5 * sparse)
+    else:  # tokens of all, their sums, and the gradients of both
+        everybody = setting.parts("experts") * activations
+        spend("all-gather", holders, everybody * width, (1 + again) * sparse)
+        spend("reduce-scatter", holders, everybody * width, sparse)
+        spend("all-gather", holders, everybody * 4, sparse)
+        spend("reduce-scatter", holders, everybody * 4, sparse)
     return total
 
 

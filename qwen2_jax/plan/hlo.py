@@ -33,8 +33,10 @@ class Collective:
     """One collective operation of a program, as one device sees it.
 
     bytes: of the whole array that the devices of a group gather, reduce, scatter or exchange (all-gather: its result;
-    the others: what one device puts in). times: per run of the program. groups: partitions (positions in the mesh,
-    counted through) that work together. pairs: (from, to) of a permutation, instead of groups.
+    the others: what one device puts in). The text of a ragged exchange has the arrays between which rows move, and not
+    how many rows do: the smaller one stands for what a device puts in, its own share included. times: per run of the
+    program. groups: partitions (positions in the mesh, counted through) that work together. pairs: (from, to) of a
+    permutation, instead of groups.
     """
 
     kind: str
@@ -143,6 +145,9 @@ def _parse(text: str, devices: int) -> tuple[dict[str, _Computation], str]:
         shape, opcode, attributes = _split(instruction["rest"])
         kind = opcode.removesuffix("-start")
         if kind in KINDS:
+            if kind == "ragged-all-to-all":
+                result = _result(shape, kind) if opcode.endswith("-start") else shape
+                shape, opcode = min(_operand(text, attributes) or result, result, key=_size), kind
             computations[name].collectives.append(_collective(kind, opcode, shape, attributes, name, devices))
         elif opcode in {caller.removesuffix("(") for caller in _CALLERS}:
             computations[name].calls += _calls(opcode, attributes, conditions)
@@ -187,6 +192,13 @@ def _collective(kind: str, opcode: str, shape: str, attributes: str, inside: str
     channel = re.search(r"channel_id=(\d+)", attributes)
     collective = Collective(kind, size, 1, groups, pairs, name[1] if name else "")
     return collective, f"{chain[1]}/{channel[1] if channel else ''}/{kind}" if chain else None
+
+
+def _operand(text: str, operands: str) -> str:
+    """Shape of an instruction's first operand, which newer texts write only where it is made; "" if they do not."""
+    written, name = re.match(r"(.*?)%?([\w.\-]+)(?:,|\))", operands).groups()  # type: ignore[union-attr]
+    made = re.search(rf"^\s+%?{re.escape(name)} = (.*)$", text, re.MULTILINE)
+    return written or (_split(made[1])[0] if made else "")
 
 
 def _result(shape: str, kind: str) -> str:

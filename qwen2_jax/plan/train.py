@@ -19,7 +19,6 @@ from qwen2_jax.plan.program import Program, compiled, device_bytes
 from qwen2_jax.plan.report import GIB, Part, Plan
 from qwen2_jax.plan.shapes import int8_shapes, shapes
 from qwen2_jax.train.config import Run
-from qwen2_jax.train.dry_run import kept_per_token
 from qwen2_jax.train.step import Trainer
 
 STATE = ("parameters", "optimizer", "average of the weights")  # what a step reads and writes once
@@ -121,11 +120,12 @@ def describe(job: Job, program: Program) -> Plan:
     operations = flops.train_flops(config, lengths, frozen=frozen)
     rows = roofline.traffic(program.collectives, job.machine, mesh)
     cut = cost.parts(config, mesh, run.rows // run.accumulate)
-    kept = kept_per_token(config, None) * run.rows * run.length / job.token_parts
+    setting = job.setting(run)
+    kept = setting.moved_per_token * run.rows * run.length / job.token_parts
     work = cost.train_work(
         config, chip, cut, lengths=lengths, remat=run.remat, frozen=frozen, accumulate=run.accumulate,
         state_bytes=sum(program.arguments.get(kind, 0) for kind in STATE),
-        weight_bytes=job.setting(run).met() * jnp.dtype(run.dtype).itemsize,
+        weight_bytes=setting.met() * jnp.dtype(run.dtype).itemsize,
         kept_bytes=kept * jnp.dtype(run.dtype).itemsize,
     )  # fmt: skip
     seconds = None

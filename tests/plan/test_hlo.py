@@ -120,6 +120,29 @@ def test_what_the_tpu_compiler_hides_counts_once():
     assert "all-reduce" not in found
 
 
+RAGGED = """
+HloModule ragged
+
+ENTRY %main (a: bf16[512,256], b: bf16[768,256], c: s32[8]) -> bf16[512,256] {
+  %a = bf16[512,256]{1,0} parameter(0)
+  %wide = bf16[768,2,128]{2,1,0:T(2,128)(2,1)} broadcast(%zero), dimensions={}
+  %rows = bf16[512,2,128]{2,1,0:T(2,128)(2,1)} reshape(%a)
+  %go = ((bf16[512,2,128]{2,1,0}, bf16[768,2,128]{2,1,0}, s32[8]{0}, s32[8]{0}, s32[8]{0}, /*index=5*/s32[8]{0}), bf16[768,2,128]{2,1,0}, u32[]{:S(2)}, u32[]{:S(2)}) ragged-all-to-all-start(%rows, %wide, %c, %c, %c, /*index=5*/%c), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}
+  %came = bf16[768,2,128]{2,1,0} ragged-all-to-all-done(%go)
+  %flat = bf16[768,256]{1,0} reshape(%came)
+  ROOT %home = bf16[512,256]{1,0} ragged-all-to-all(%flat, %a, %c, %c, %c, /*index=5*/%c), channel_id=2, replica_groups=[2,4]<=[8]
+}
+"""  # noqa: E501
+
+
+def test_a_ragged_exchange_counts_the_smaller_of_its_arrays():
+    """There it goes into a window with room to spare, and home into an array without."""
+    there, home = by_kind(RAGGED)["ragged-all-to-all"]
+    assert there.bytes == home.bytes == 512 * 256 * 2
+    assert there.axes(MESH) == home.axes(MESH) == ("tensor",)
+    assert there.received == 3 / 4 * there.bytes
+
+
 @pytest.mark.parametrize(
     ("written", "groups"),
     [

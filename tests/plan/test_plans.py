@@ -6,6 +6,7 @@ import io
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -16,7 +17,7 @@ from qwen2_jax.config import ModelConfig
 from qwen2_jax.data.spec import Data, Source
 from qwen2_jax.errors import UserError
 from qwen2_jax.infer import cli
-from qwen2_jax.plan import architecture, command, infer, report, search, train
+from qwen2_jax.plan import architecture, command, cost, estimate, infer, report, search, train
 from qwen2_jax.plan.machine import parse
 from qwen2_jax.plan.program import Program, refused
 from qwen2_jax.plan.roofline import Seconds
@@ -75,6 +76,38 @@ def test_a_training_step_on_gpu(_):
     check(plan, run)
     # The gradients of two micro-batches: everything inside the loop over them counts twice.
     assert any(row.times % 2 == 0 for row in plan.parts[0].traffic)
+
+
+SPARSE = dataclasses.replace(
+    SMALL, model_type="qwen2_moe", num_experts=8, num_experts_per_tok=2, moe_intermediate_size=128,
+    shared_expert_intermediate_size=256, decoder_sparse_step=1, num_hidden_layers=3,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "machine", [pytest.param("v5e-4", marks=TPU_COMPILER), pytest.param("4xh100", marks=GPU_COMPILER)]
+)
+def test_tokens_go_to_their_experts_five_times_a_step(machine):
+    """There and back forward; for the gradients tokens once more, and gradients there and back. The estimate knows."""
+    run = small(model=SPARSE, mesh=Mesh(expert=4), remat="full", accumulate=2)
+    job = train.prepare(run, machine)
+    plan = train.describe(job, train.compile_step(job))
+    (row,) = [row for row in plan.parts[0].traffic if row.kind == "ragged-all-to-all"]
+    assert (row.axes, row.times) == (("expert",), 2 * 3 * 5)
+    copies = run.rows * run.length // 4 * SPARSE.num_experts_per_tok
+    assert row.bytes == 3 * 5 * copies * SPARSE.hidden_size * 2
+    gathered = job.setting(dataclasses.replace(run, implementation="exchange=gather"))
+    assert (job.setting(run).exchange, gathered.exchange) == ("all_to_all", "gather")
+    assert gathered.moved_per_token > job.setting(run).moved_per_token
+    assert estimate.activation_bytes(gathered) > estimate.activation_bytes(job.setting(run))
+    assert job.setting(run).met(experts=True) + job.setting(run).met(experts=False) == job.setting(run).met()
+    assert estimate.estimate(gathered).seconds.links != estimate.estimate(job.setting(run)).seconds.links
+
+
+def test_experts_work_is_divided_by_their_axis_once():
+    mesh = SimpleNamespace(shape={"fsdp": 2, "expert": 4, "tensor": 2}, axis_names=("fsdp", "expert", "tensor"))
+    assert cost.parts(SPARSE, mesh, 8)[:3] == (8, 16, 16)
+    assert cost.parts(SPARSE, mesh, 2)[:3] == (2, 4, 16)  # rows that the expert axis does not divide
 
 
 @pytest.mark.parametrize("_", [pytest.param(0, marks=GPU_COMPILER)])
