@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from jax.sharding import Mesh
 
-from qwen2_jax import flops, sharding
+from qwen2_jax import flops, heads, sharding
 from qwen2_jax.chips import Chip
 from qwen2_jax.config import ModelConfig
 from qwen2_jax.plan.roofline import attention_rate, matmul_rate
@@ -37,18 +37,17 @@ class Work(NamedTuple):
     memory: float
 
 
-def parts(config: ModelConfig, mesh: Mesh, rows: int) -> Parts:
-    """rows: of the batch, which is cut over its axes as far as it divides."""
+def parts(config: ModelConfig, mesh: Mesh, rows: int, length: int = 1) -> Parts:
+    """rows, length: of the batch, which is cut over its axes as far as they divide."""
     by_rows = _product(mesh, sharding.dividing("batch", rows, mesh))
+    tokens = by_rows * _product(mesh, sharding.dividing("length", length, mesh))
     tensor = _product(mesh, sharding.axes_of("mlp", mesh))
-    heads = min(
-        _product(mesh, sharding.dividing("heads", config.num_attention_heads, mesh)),
-        _product(mesh, sharding.dividing("kv_heads", config.num_key_value_heads, mesh)),
-    )
+    wider = heads.spread(config, mesh)  # heads that do not divide are filled up, and those are work too
+    real = 1.0 if wider is None else config.num_attention_heads / wider.config.num_attention_heads
     # Devices that hold different experts share them out, whether or not their rows of the batch differ too.
     holders = sharding.axes_of("experts", mesh) if config.num_experts else ()
     experts = _product(mesh, [axis for axis in holders if axis not in sharding.dividing("batch", rows, mesh)])
-    return Parts(by_rows, by_rows * tensor, by_rows * tensor * experts, by_rows * heads)
+    return Parts(by_rows, tokens * tensor, tokens * tensor * experts, tokens * tensor * real)
 
 
 def cached(cut: Parts, mesh: Mesh, *, slots: int, tokens: int = 1) -> Parts:

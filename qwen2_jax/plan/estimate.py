@@ -149,8 +149,9 @@ def _seconds(setting: Setting) -> Seconds:
     run, config, mesh = setting.run, setting.config, setting.mesh
     state = 4 * setting.held(trained=True) * (3 + (run.ema is not None))
     kept = setting.tokens * run.accumulate * setting.moved_per_token * setting.itemsize
+    cut = cost.parts(config, mesh, run.rows // run.accumulate, run.length)
     work = cost.train_work(
-        config, setting.chip, cost.parts(config, mesh, run.rows // run.accumulate), lengths=[run.length] * run.rows,
+        config, setting.chip, cut, lengths=[run.length] * run.rows,
         remat=run.remat, frozen=run.lora is not None, accumulate=run.accumulate, state_bytes=state,
         weight_bytes=setting.met() * setting.itemsize, kept_bytes=kept,
     )  # fmt: skip
@@ -189,6 +190,9 @@ def _messages(setting: Setting) -> float:
     spend("all-reduce", sharding.axes_of("batch", mesh), head * 4, A)
     activations = setting.tokens * config.hidden_size
     spend("all-reduce", sharding.axes_of("mlp", mesh), activations * width, (4 + 2 * again) * A * L)
+    keys = 2 * config.num_key_value_heads * config.head_dim / config.hidden_size * activations * setting.parts("length")
+    spend("all-gather", sharding.axes_of("length", mesh), keys * width, (1 + again) * A * L)
+    spend("reduce-scatter", sharding.axes_of("length", mesh), keys * width, A * L)
     sparse = A * sum(config.is_sparse(layer) for layer in range(L))
     if setting.exchange == "all_to_all":  # tokens and results forward, tokens and both gradients backward
         spend("ragged-all-to-all", holders, config.num_experts_per_tok * activations * width, 5 * sparse)

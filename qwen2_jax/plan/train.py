@@ -119,7 +119,7 @@ def describe(job: Job, program: Program) -> Plan:
     frozen = run.lora is not None
     operations = flops.train_flops(config, lengths, frozen=frozen)
     rows = roofline.traffic(program.collectives, job.machine, mesh)
-    cut = cost.parts(config, mesh, run.rows // run.accumulate)
+    cut = cost.parts(config, mesh, run.rows // run.accumulate, run.length)
     setting = job.setting(run)
     kept = setting.moved_per_token * run.rows * run.length / job.token_parts
     work = cost.train_work(

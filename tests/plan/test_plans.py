@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from jax.sharding import AbstractMesh
 from rich.console import Console
 
 from ahead_of_time import GPU_COMPILER, TPU_COMPILER
@@ -108,6 +109,14 @@ def test_experts_work_is_divided_by_their_axis_once():
     mesh = SimpleNamespace(shape={"fsdp": 2, "expert": 4, "tensor": 2}, axis_names=("fsdp", "expert", "tensor"))
     assert cost.parts(SPARSE, mesh, 8)[:3] == (8, 16, 16)
     assert cost.parts(SPARSE, mesh, 2)[:3] == (2, 4, 16)  # rows that the expert axis does not divide
+
+
+def test_tokens_over_context_and_heads_that_are_filled_up():
+    mesh = AbstractMesh((2, 4, 8), ("fsdp", "context", "tensor"))
+    cut = cost.parts(PRESETS["qwen2-7b"], mesh, 8, 4096)
+    assert cut[:2] == (2, 64)
+    assert cut.attention == 64 * 28 / 32
+    assert cost.parts(PRESETS["qwen2-72b"], mesh, 8).attention == 16  # 64 and 8 heads, tokens not divided
 
 
 @pytest.mark.parametrize("_", [pytest.param(0, marks=GPU_COMPILER)])
