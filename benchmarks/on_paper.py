@@ -3,7 +3,7 @@
 
     python benchmarks/on_paper.py
 
-No step is compiled. The compilers of TPU and GPU must be installed, because they say how a machine's devices are joined.
+No step is compiled. The compilers of TPU and GPU must be installed: they say how the devices of a machine are joined.
 """
 
 import dataclasses
