@@ -1,45 +1,58 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The numbers in the docstrings of configs/ are those of a fresh plan: `pytest -m slow tests/plan`."""
+"""What is written of the full-size plans is what a fresh plan says: configs' docstrings, docs/scaling.md, the record.
+
+The jobs that compile in less than a minute are compiled here, where the compilers are; all of them by `-m slow`.
+"""
 
 import ast
 import re
-from pathlib import Path
 
+import full_size
 import pytest
+from full_size import JOBS, ROOT
 
 from ahead_of_time import GPU_COMPILER, TPU_COMPILER
-from qwen2_jax.chips import CHIPS
-from qwen2_jax.plan import train
 from qwen2_jax.plan.machine import parse
-from qwen2_jax.plan.report import GIB
-from qwen2_jax.train import config
 
-CONFIGS = Path(__file__).parents[2] / "configs"
-LINE = re.compile(r"--plan (\S+): ([\d.]+) GiB per device, ([\d.]+) to ([\d.]+) s")
+LINE = re.compile(r"--plan (\S+): ([\d.]+) GiB per device, ([\d.]+) to ([\d.]+) s a step")
+TRAINING = [job for job in JOBS if job.trains and not job.flags]
 
 
-def stated():
-    """(file, machine, GiB per device, seconds where everything overlaps, where nothing does) of every docstring."""
-    found = []
-    for file in sorted(CONFIGS.glob("*.py")):
-        text = " ".join((ast.get_docstring(ast.parse(file.read_text())) or "").split())
-        for machine, *numbers in LINE.findall(text):
-            marks = TPU_COMPILER if parse(machine).chip.is_tpu else GPU_COMPILER
-            found.append(pytest.param(file, machine, *map(float, numbers), marks=marks, id=f"{file.stem}-{machine}"))
-    return found
+def compiled(job):
+    slow = () if job.quick else (pytest.mark.slow,)
+    compiler = TPU_COMPILER if parse(job.machine).chip.is_tpu else GPU_COMPILER
+    marks = [*(compiler if isinstance(compiler, list | tuple) else [compiler]), *slow]
+    return pytest.param(job, marks=marks, id=job.name)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("file", "machine", "gib", "hidden", "exposed"), stated())
-def test_a_docstring_has_the_numbers_of_its_plan(file, machine, gib, hidden, exposed):
-    plan = train.plan(config.load(file), machine, file)
-    assert plan.fits
-    assert plan.needed / GIB == pytest.approx(gib, rel=0.02)
-    (part,) = plan.parts
-    assert (part.seconds.hidden, part.seconds.exposed) == pytest.approx((hidden, exposed), rel=0.02)
+@pytest.mark.parametrize("job", map(compiled, JOBS))
+def test_a_fresh_plan_is_the_recorded_one(job):
+    got, want = full_size.recorded(full_size.plan(job)), full_size.kept()[job.name]
+    assert got["fits"]
+    assert got["mesh"] == want["mesh"]
+    assert got["gib"] == pytest.approx(want["gib"], rel=0.02)
+    for now, then in zip(got["programs"], want["programs"], strict=True):
+        assert now["seconds"] == pytest.approx(then["seconds"], rel=0.02)
+        assert now["collectives"] == pytest.approx(then["collectives"], rel=0.02)
 
 
-def test_docstrings_state_plans():
-    planned = {param.values[0].stem for param in stated()}
-    assert planned >= {"pretrain_0p5b", "pretrain_7b", "pretrain_72b"}
-    assert {parse(param.values[1]).chip.name for param in stated()} <= set(CHIPS)
+def test_all_jobs_are_recorded_and_fit():
+    kept = full_size.kept()
+    assert list(kept) == [job.name for job in JOBS]
+    assert all(one["fits"] for one in kept.values())
+
+
+@pytest.mark.parametrize("job", TRAINING, ids=lambda job: job.name)
+def test_a_docstring_has_the_numbers_of_its_plan(job):
+    text = " ".join((ast.get_docstring(ast.parse((ROOT / f"configs/{job.what}.py").read_text())) or "").split())
+    stated = {machine: [float(n) for n in numbers] for machine, *numbers in LINE.findall(text)}
+    one = full_size.kept()[job.name]
+    assert stated[job.machine] == pytest.approx([one["gib"], *one["programs"][0]["seconds"]], rel=0.01)
+
+
+def test_the_tables_of_the_docs_are_those_of_the_record():
+    assert full_size.tables() in (ROOT / "docs/scaling.md").read_text()
+
+
+def test_every_parameter_lies_where_it_did():
+    assert full_size.shardings() == full_size.SHARDINGS.read_text()
