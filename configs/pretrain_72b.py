@@ -3,7 +3,8 @@
 
     python train.py configs/pretrain_72b.py --data.sources gs-mount/corpus/
 
---plan v5p-256: 40.9 GiB per device, 50.8 to 57.2 s a step, MFU 56% to 63%.
+--plan v5p-256: 41.4 GiB per device, 50.8 to 57.2 s a step, MFU 56% to 63%.
+--plan 8x8xh100: 52.6 GiB per device, 58.0 to 65.1 s a step, MFU 45% to 51%.
 
 4,194,304 tokens a step. The optimizer's numbers are stand-ins (see pretrain_0p5b.py). Not run at this size by us.
 """

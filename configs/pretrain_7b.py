@@ -3,7 +3,8 @@
 
     python train.py configs/pretrain_7b.py --data.sources gs-mount/corpus/
 
---plan 8xh100: 44.3 GiB per device, 46.5 to 50.3 s a step, MFU 47% to 51%.
+--plan 8xh100: 44.6 GiB per device, 46.5 to 50.3 s a step, MFU 47% to 51%.
+--plan v5e-64: 10.0 GiB per device, 22.4 to 29.4 s a step, MFU 51% to 67%.
 
 4,194,304 tokens a step. The optimizer's numbers are stand-ins (see pretrain_0p5b.py). Not run at this size by us.
 """

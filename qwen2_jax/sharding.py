@@ -17,7 +17,7 @@ from qwen2_jax.errors import UserError
 # The axes that a mesh may have, outermost first. Devices that differ in the last ones are neighbours; those that differ
 # in the first ones may be in different slices or nodes.
 AXES = {
-    "replica": "copies of the model that meet once a step, to add their gradients: slices of TPUs, groups of nodes",
+    "replica": "copies of the model in other slices of TPUs or groups of nodes, each with its rows of the batch",
     "data": "copies of the model, each with its rows of the batch",
     "fsdp": "parts of parameters and optimizer state, each with its rows of the batch",
     "expert": "parts of the experts, each with its rows of the batch",

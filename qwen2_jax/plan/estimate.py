@@ -184,7 +184,7 @@ def _messages(setting: Setting) -> float:
             spend("reduce-scatter", over, weights, A * L)
     if run.lora is None:
         copies = tuple(axis for axis in sharding.axes_of("batch", mesh) if axis not in stored)
-        spend("all-reduce", copies, setting.held() * 4, 1)
+        spend("all-reduce", copies, setting.held() * width, A)
     head = config.vocab_size * config.hidden_size / setting.parts("vocab")
     spend("all-gather", stored, head * width, A)  # once for all chunks of the loss
     spend("all-reduce", sharding.axes_of("batch", mesh), head * 4, A)

@@ -119,7 +119,7 @@ class Mesh:
     The order is that of sharding.AXES: the first go across slices or nodes, the last are neighbours.
     """
 
-    replica: int = 1  # copies of the model that meet once a step: slices, or groups of nodes
+    replica: int = 1  # copies of the model in other slices or groups of nodes, each with its rows of the batch
     data: int = 1  # copies of the model, each with its rows of the batch
     fsdp: int = -1  # parts of parameters and optimizer state, each with its rows of the batch
     expert: int = 1  # parts of the experts, each with its rows of the batch

@@ -7,11 +7,11 @@ The jobs that compile in less than a minute are compiled here, where the compile
 import ast
 import re
 
-import full_size
 import pytest
-from full_size import JOBS, ROOT
 
+import full_size
 from ahead_of_time import GPU_COMPILER, TPU_COMPILER
+from full_size import JOBS, ROOT
 from qwen2_jax.plan.machine import parse
 
 LINE = re.compile(r"--plan (\S+): ([\d.]+) GiB per device, ([\d.]+) to ([\d.]+) s a step")
@@ -25,7 +25,7 @@ def compiled(job):
     return pytest.param(job, marks=marks, id=job.name)
 
 
-@pytest.mark.parametrize("job", map(compiled, JOBS))
+@pytest.mark.parametrize("job", [compiled(job) for job in JOBS])
 def test_a_fresh_plan_is_the_recorded_one(job):
     got, want = full_size.recorded(full_size.plan(job)), full_size.kept()[job.name]
     assert got["fits"]
