@@ -2,7 +2,7 @@
 """What one device of a mesh computes and moves through its memory, by formula: the compute and memory of a roofline.
 
 Work that a mesh cannot divide is done on every device that shares it: dense layers on each part of the expert axis
-where too few rows are left for it, attention on each part of the tensor axis where the key heads do not divide.
+where too few rows are left for it. Heads that do not divide over tensor are filled up (heads.py), and those count too.
 """
 
 import math
