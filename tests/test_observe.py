@@ -40,8 +40,10 @@ def batch_of(step: int) -> Batch:
 
 def metrics_of(step: int, **more) -> dict:
     """What a step gives; targets differ, so that a mean of means is not the mean."""
-    known = {"loss": 1.0 / step, "targets": 1.0 + step % 3, "tokens": 7, "correct": 1.0, "learning_rate": step * 1e-3}
-    return {name: jnp.asarray(value) for name, value in (known | more).items()}
+    loss, targets = 1.0 / step, 1.0 + step % 3
+    ratios = {"loss": (loss * targets, targets), "accuracy": (1.0, targets)}
+    known = {"loss": loss, "targets": targets, "tokens": 7, "ratios": ratios, "learning_rate": step * 1e-3}
+    return jax.tree.map(jnp.asarray, known | more)
 
 
 def train(out: Path, *, start=0, stop=TOTAL, state=None, save_at=None, every=4, console=None, **config):
@@ -116,7 +118,8 @@ def test_every_line_is_strict_json(tmp_path):
     with Recorder(Logging(every=1), tmp_path, total=3, console=quiet()) as recorder:
         recorder.start(0)
         for done, bad in enumerate((math.nan, math.inf, 1.0), 1):
-            recorder.step(done, metrics_of(done, loss=bad, gradient_norm=bad, load=[bad, 1.0]))
+            bad_loss = {"loss": bad, "ratios": {"loss": (bad, 1.0)}}
+            recorder.step(done, metrics_of(done, **bad_loss, gradient_norm=bad, load=jnp.array([bad, 1.0])))
         recorder.evaluation(3, {"books": {"loss": jnp.float32(math.nan), "accuracy": 0.5}})
     refuse = lambda constant: pytest.fail(constant)
     texts = (tmp_path / "metrics.jsonl").read_text().splitlines()
@@ -127,10 +130,9 @@ def test_every_line_is_strict_json(tmp_path):
 
 
 def test_a_step_that_is_not_finite_leaves_the_means_alone():
-    steps = [{"loss": 2.0, "targets": 1.0}, {"loss": math.nan, "targets": 5.0}, {"loss": 4.0, "targets": 3.0}]
-    assert recording.reduce(steps) == {"loss": 3.5, "targets": 9.0}
-    steps = [step | {"correct": 1.0} for step in steps]
-    assert recording.reduce(steps)["accuracy"] == 2 / 4
+    each = [(2.0, 1.0), (math.nan, 5.0), (4.0, 3.0)]  # loss, targets
+    steps = [{"loss": loss, "targets": n, "ratios": {"loss": (loss * n, n), "accuracy": (1.0, n)}} for loss, n in each]
+    assert recording.reduce(steps) == {"loss": 3.5, "targets": 9.0, "accuracy": 2 / 4}
 
 
 class Device:
@@ -182,7 +184,7 @@ def test_speed_is_that_of_the_device_also_beside_an_evaluation(tmp_path, every):
 @given(st.lists(st.tuples(st.floats(0, 10), st.integers(1, 50)), min_size=1, max_size=9), st.integers(1, 8))
 def test_lines_may_be_cut_anywhere(steps, cut):
     """The mean of a line is the one of its steps, so cutting a run into other lines changes no total."""
-    entries = [{"loss": loss, "targets": weight} for loss, weight in steps]
+    entries = [{"loss": loss, "targets": n, "ratios": {"loss": (loss * n, n)}} for loss, n in steps]
     parts = [recording.reduce(part) for part in (entries[:cut], entries[cut:]) if part]
     whole = recording.reduce(entries)
     assert sum(p["loss"] * p["targets"] for p in parts) == pytest.approx(whole["loss"] * whole["targets"])

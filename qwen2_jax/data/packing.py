@@ -8,13 +8,20 @@ import numpy as np
 
 
 class Batch(NamedTuple):
-    """One training batch; every field is an array [B, T]. Padding has segment -1, position -1 and weight 0."""
+    """One training batch; every field is an array [B, T]. Padding has segment -1, position -1 and weight 0.
+
+    The last four are what stages with a reference or a policy add to each target, float32; None elsewhere.
+    """
 
     tokens_BT: Any  # int32, inputs
     targets_BT: Any  # int32, the next token of the same document
     weights_BT: Any  # float32, weight of each target in the loss; 0 = not a target
     segments_BT: Any  # int32, document number within the row
     positions_BT: Any  # int32, position within the document
+    reference_BT: Any = None  # log-probability under the reference
+    old_BT: Any = None  # under the weights that the rows were sampled with, as training computes it
+    sampled_BT: Any = None  # the same as the sampler computed it
+    advantages_BT: Any = None
 
 
 class Tokens(Protocol):
@@ -60,4 +67,4 @@ def pack_row(documents: Sequence[Tokens], length: int, *, pad: int) -> Batch:
 
 def stack(rows: Sequence[Batch]) -> Batch:
     """Rows of equal length as one batch."""
-    return Batch(*(np.stack(field) for field in zip(*rows, strict=True)))
+    return Batch(*(None if field[0] is None else np.stack(field) for field in zip(*rows, strict=True)))

@@ -22,7 +22,7 @@ from qwen2_jax.observe.memory import memory
 from qwen2_jax.observe.sinks import Sink, TensorBoard, WeightsAndBiases, check_installed
 
 TRAINING = ("data", "step", "other")  # phases that speed and utilisation are measured over
-SUMMED = ("targets", "tokens", "correct")  # over the steps of a line
+SUMMED = ("targets", "tokens")  # over the steps of a line
 
 
 class Due(NamedTuple):
@@ -120,7 +120,7 @@ class Recorder:
         metrics: see docs/metrics.md for the names with a meaning. batch: this host's rows, for FLOPs and digests.
         """
         self._wait()
-        self.newest = next(iter(metrics.values()))
+        self.newest = jax.tree.leaves(metrics)[0]
         line = self._write_due()
         self._waiting.append({**metrics, **self._facts(batch)})
         if done % self.config.every == 0 or done == self.total:
@@ -242,24 +242,20 @@ class Recorder:
 
 
 def reduce(steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One set of values for several steps: the loss as a mean per target, counts as sums, all else as it was last.
+    """One set of values for several steps: "ratios", pairs (total, count), as the totals' sum over the counts', counts
+    as sums, all else as it was last.
 
-    Steps whose loss is not finite are left out of the mean; a line of such steps only has a loss of NaN.
+    Steps whose loss is not finite are left out of the ratios; a line of such steps only has a loss of NaN.
     """
     values = dict(steps[-1])
     for name in (*SUMMED, "flops"):
         if name in values:
             values[name] = sum(step[name] for step in steps)
-    if "loss" in values:
-        finite = [step for step in steps if math.isfinite(step["loss"])]
-        weights = [step.get("targets", 1) for step in finite]
-        total = sum(step["loss"] * weight for step, weight in zip(finite, weights, strict=True))
-        values["loss"] = total / sum(weights) if sum(weights) else math.nan
-    if "correct" in values:
-        del values["correct"]
-        counted = [step for step in steps if math.isfinite(step["loss"])]
-        right, targets = (sum(step[name] for step in counted) for name in ("correct", "targets"))
-        values["accuracy"] = right / max(targets, 1e-9)
+    finite = [step for step in steps if math.isfinite(step.get("loss", 0.0))]
+    for name in values.pop("ratios", {}):
+        pairs = [step["ratios"][name] for step in finite if name in step["ratios"]]
+        count = sum(count for _, count in pairs)
+        values[name] = sum(total for total, _ in pairs) / count if count else math.nan
     if "digest" in values:
         values["batches"] = [step["digest"] for step in steps]
         del values["digest"]
@@ -269,7 +265,7 @@ def reduce(steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def digest(batch: Batch) -> str:
     """16 hexadecimal digits that change when any number of the batch does."""
     state = hashlib.blake2b(digest_size=8)
-    for name, field in zip(batch._fields, batch, strict=True):
+    for name, field in ((name, field) for name, field in batch._asdict().items() if field is not None):
         array = np.ascontiguousarray(field)
         state.update(f"{name} {array.dtype} {array.shape} ".encode())
         state.update(array.data)
@@ -278,4 +274,4 @@ def digest(batch: Batch) -> str:
 
 def _fetch(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Device values as Python numbers and lists; what is neither stays."""
-    return {name: x.tolist() if hasattr(x, "tolist") else x for name, x in jax.device_get(dict(metrics)).items()}
+    return jax.tree.map(lambda x: x.tolist() if hasattr(x, "tolist") else x, jax.device_get(dict(metrics)))

@@ -174,7 +174,7 @@ def first_row(batch: Batch, tokenizer: Tokenizer, *, shown: int = 600, marks: tu
 
     A document ends in its last target, which is no input of the row any more. marks: put around targets.
     """
-    tokens, targets, weights, segments, _ = (np.asarray(field).reshape(-1, field.shape[-1])[0] for field in batch)
+    tokens, targets, weights, segments, _ = (np.asarray(field).reshape(-1, field.shape[-1])[0] for field in batch[:5])
     text, left = Text(), shown
     starts = np.flatnonzero(np.diff(segments, prepend=-2))
     for start, end in zip(starts, [*starts[1:], len(segments)], strict=True):

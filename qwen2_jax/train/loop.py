@@ -23,6 +23,7 @@ from qwen2_jax.train.config import Run, Sft
 from qwen2_jax.train.fingerprint import digest
 from qwen2_jax.train.job import Job, prepare
 from qwen2_jax.train.lock import alone
+from qwen2_jax.train.losses import Ratio
 from qwen2_jax.train.preemption import Preemption
 from qwen2_jax.train.step import State, Trainer, abstract, places_of
 
@@ -229,7 +230,7 @@ def _check(run: Run, in_a_row: jax.Array | None, step: int, saved: Checkpoints, 
 
 
 def evaluate(job: Job, trainer: Trainer, state: State, frozen: Tree | None) -> dict[str, dict[str, float]]:
-    """Loss in nats per target and the share of targets predicted right, of each held-out source.
+    """Means of each held-out source: "loss", and the other ratios that the objective gives.
 
     A micro-batch at a time: what training has memory for.
     """
@@ -243,8 +244,8 @@ def evaluate(job: Job, trainer: Trainer, state: State, frozen: Tree | None) -> d
             more = trainer.score(state, trainer.place(batch), frozen)
             sums = more if sums is None else jax.tree.map(jnp.add, sums, more)
         if sums is not None:
-            weight = max(float(sums.weight), 1e-9)
-            scores[name] = {"loss": float(sums.nll) / weight, "accuracy": float(sums.correct) / weight}
+            ratios = {"loss": Ratio(sums.told, sums.count), **sums.ratios}
+            scores[name] = {key: float(x.total) / max(float(x.count), 1e-9) for key, x in ratios.items()}
     return scores
 
 

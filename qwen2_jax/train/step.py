@@ -8,7 +8,7 @@ run equal to one that never stopped.
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,17 +19,18 @@ from jax.sharding import NamedSharding, PartitionSpec
 from qwen2_jax import heads, lora, model, moe, ops, rope, sharding
 from qwen2_jax.config import ModelConfig
 from qwen2_jax.data.packing import Batch
-from qwen2_jax.logprob import TokenSums, cross_entropy
 from qwen2_jax.moe import RouterStats
 from qwen2_jax.params import ParamSpec, Tree, leaves
 from qwen2_jax.train import losses, optimizer
+from qwen2_jax.train.losses import Ratio, Sums
+from qwen2_jax.train.objectives import NextToken, Objective, logprobs
 from qwen2_jax.train.placing import Placing
 
 if TYPE_CHECKING:
     from qwen2_jax.train.config import Guard, Run
 
 # B batch  A micro-batches of a step  T query  E experts
-Metrics = dict[str, jax.Array]
+Metrics = dict[str, Any]  # arrays, and under "ratios" pairs of them: see docs/metrics.md
 
 SPIKES_FROM = 20  # applied steps before a loss can be called a spike: the mean must have settled
 FORGETTING = 0.98  # of the running mean and variance of the loss, per step
@@ -56,15 +57,25 @@ class State(NamedTuple):
 
 
 class Trainer:
-    """The compiled functions of one run: `init`, `step` and `score`.
+    """The compiled functions of one run: `init`, `step`, `score`, `policy` and `logprobs`.
 
     specs: declarations of what is trained. shardings: of a State, in its structure. place: puts batches on the devices.
     """
 
-    def __init__(self, run: "Run", config: ModelConfig, steps: int, *, mesh: jax.sharding.Mesh | None = None):
-        """config: the model's architecture. steps: length of the run, for the learning rate's schedule."""
+    def __init__(
+        self,
+        run: "Run",
+        config: ModelConfig,
+        steps: int,
+        *,
+        mesh: jax.sharding.Mesh | None = None,
+        objective: Objective | None = None,
+    ):
+        """config: the model's architecture. steps: length of the run, for the learning rate's schedule. objective: what
+        is minimised, by default the cross-entropy of the next token."""
         ops.check_implementation(run.implementation)
         self.run, self.config, self.mesh = run, config, mesh
+        self.objective = objective or NextToken(run.z_loss)
         self.place = Placing(mesh)
         self.model_specs = model.declare(config)[1]
         self.heads = heads.spread(config, mesh)
@@ -87,6 +98,8 @@ class Trainer:
         self.begin = jax.jit(self._begin, out_shardings=self.shardings, donate_argnums=0)
         self.step = jax.jit(sharding.on(mesh, self._step), donate_argnums=0, out_shardings=self._outs())
         self.score = jax.jit(sharding.on(mesh, self._score))
+        self.policy = jax.jit(sharding.on(mesh, self._policy))
+        self.logprobs = jax.jit(sharding.on(mesh, self._logprobs))
 
     def random_params(self, seed: int) -> Tree:
         """Random weights of the model, float32, born in their places."""
@@ -144,7 +157,7 @@ class Trainer:
             return jax.tree.map(cast, self.model_specs, params, is_leaf=_is_spec)
         return lora.attach(frozen, params, self.run.lora)
 
-    def _sums(self, weights: Tree, batch: Batch) -> tuple[TokenSums, RouterStats | None]:
+    def _forward(self, weights: Tree, batch: Batch) -> tuple[model.Qwen2, model.Output]:
         if self.heads is not None:
             weights = self.heads.widen(weights, self.model_specs)
         qwen2 = nnx.merge(self.graphdef, weights)
@@ -156,22 +169,23 @@ class Trainer:
             remat=self.run.remat,
             implementation=self.run.implementation,
         )
-        sums = cross_entropy(
-            output.hidden_BTD, qwen2.head_weight(), batch.targets_BT, batch.weights_BT, z_loss=self.run.z_loss
-        )
-        return sums, output.router
+        return qwen2, output
+
+    def _sums(self, weights: Tree, batch: Batch) -> tuple[Sums, RouterStats | None]:
+        qwen2, output = self._forward(weights, batch)
+        return self.objective.sums(qwen2, output.hidden_BTD, batch), output.router
 
     def _gradients(self, params: Tree, frozen: Tree | None, batch: Batch):
         """(sums over the batch, router's sums or None, gradient of the objective with respect to params, float32)."""
-        targets = batch.weights_BT.sum()
+        count = self.objective.count(batch)
         tokens = (batch.segments_BT >= 0).sum().astype(jnp.float32)
 
         def objective(weights, part: Batch):
             sums, router = self._sums(self._compute(weights, frozen) if frozen is not None else weights, part)
             share = (part.segments_BT >= 0).sum() / jnp.maximum(tokens, 1.0)
             value = losses.objective(
-                sums,
-                targets,
+                sums.loss,
+                count,
                 router,
                 load_balancing=self.balancing * share,
                 router_z=self.run.moe.router_z * share,
@@ -200,10 +214,10 @@ class Trainer:
 
     def _step(self, state: State, batch: Batch, frozen: Tree | None = None) -> tuple[State, Metrics]:
         sums, router, grads = self._gradients(state.params, frozen, batch)
-        loss = sums.nll / jnp.maximum(sums.weight, 1e-9)
+        loss = sums.told / jnp.maximum(sums.count, 1e-9)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(sums.loss) & jnp.isfinite(norm)
-        good = finite & ~_spike(loss, state.health, self.run.guard) & (sums.weight > 0)
+        good = finite & ~_spike(loss, state.health, self.run.guard) & (sums.count > 0)
 
         def apply():
             updates, opt = self.tx.update(grads, state.optimizer, state.params)
@@ -225,8 +239,8 @@ class Trainer:
         health = _next(state.health, loss, good)
         metrics = {
             "loss": loss,
-            "targets": sums.weight,
-            "correct": sums.correct,
+            "ratios": {"loss": Ratio(sums.told, sums.count), **sums.ratios},
+            "targets": batch.weights_BT.sum(),
             "tokens": (batch.segments_BT >= 0).sum(),
             "learning_rate": self.rate(_updates(state)),
             "gradient_norm": norm,
@@ -238,10 +252,19 @@ class Trainer:
         }
         return State(state.step + 1, params, opt, ema, health), metrics
 
-    def _score(self, state: State, batch: Batch, frozen: Tree | None = None) -> TokenSums:
+    def _score(self, state: State, batch: Batch, frozen: Tree | None = None) -> Sums:
         """Sums over a held-out batch."""
         params = state.params if state.ema is None else state.ema
         return self._sums(self._compute(params, frozen), batch)[0]
+
+    def _policy(self, state: State, frozen: Tree | None = None) -> Tree:
+        """The model's weights as a step meets them: the copy in the run's dtype, adapters attached."""
+        return self._compute(state.params, frozen)
+
+    def _logprobs(self, weights: Tree, batch: Batch) -> jax.Array:
+        """log p of each target, float32 [B, T], with weights as `policy` gives them; 0 where nothing is a target."""
+        qwen2, output = self._forward(weights, batch)
+        return logprobs(qwen2, output.hidden_BTD, batch, self.objective.temperature)
 
 
 def abstract(specs: Tree) -> Tree:
