@@ -3,11 +3,15 @@
 
 from typing import NamedTuple
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
 from qwen2_jax import moe
 from qwen2_jax.moe import RouterStats
+
+# B batch  T query  S sequences of a row
 
 
 class Ratio(NamedTuple):
@@ -48,3 +52,33 @@ def objective(
     if router is not None:
         value += load_balancing * moe.load_balancing_loss(router) + router_z * moe.router_z_loss(router)
     return value
+
+
+class Ratio(NamedTuple):
+    """A mean that is not divided yet: ratios of shards and micro-batches add up to the ratio of the whole."""
+
+    total: jax.Array
+    count: jax.Array
+
+    def mean(self) -> jax.Array:
+        """total / count, 0 if nothing was counted."""
+        return self.total / jnp.maximum(self.count, 1e-9)
+
+
+Ratios = dict[str, Ratio]
+
+
+def counted(values: jax.Array, weights: jax.Array) -> Ratio:
+    """The weighted mean of some values, as a Ratio. Where the weight is 0 a value may be anything, also not finite."""
+    return Ratio(jnp.sum(jnp.where(weights > 0, weights * values, 0)), jnp.sum(weights))
+
+
+def sequence_sums(x_BT: jax.Array, segments_BT: jax.Array, sequences: int) -> jax.Array:
+    """Sums over the sequences packed in each row: [B, T] -> [B, S], S = `sequences`, in the dtype of x.
+
+    Entry s adds up the positions of segment s, 0 if there are none; segments outside 0..S-1 (padding is -1) are left
+    out. A masked reduction and not a scatter or a product with a one-hot matrix: XLA fuses the mask into it (nothing
+    of size [B, T, S] is stored), adds in full float32 on every chip, and divides it over rows and positions alike.
+    """
+    mine_BTS = segments_BT[..., None] == jnp.arange(sequences)
+    return jnp.sum(jnp.where(mine_BTS, x_BT[..., None], 0), axis=1)
