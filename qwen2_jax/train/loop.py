@@ -23,7 +23,6 @@ from qwen2_jax.train.config import Run, Sft
 from qwen2_jax.train.fingerprint import digest
 from qwen2_jax.train.job import Job, prepare
 from qwen2_jax.train.lock import alone
-from qwen2_jax.train.losses import Ratio
 from qwen2_jax.train.preemption import Preemption
 from qwen2_jax.train.step import State, Trainer, abstract, places_of
 
@@ -244,8 +243,8 @@ def evaluate(job: Job, trainer: Trainer, state: State, frozen: Tree | None) -> d
             more = trainer.score(state, trainer.place(batch), frozen)
             sums = more if sums is None else jax.tree.map(jnp.add, sums, more)
         if sums is not None:
-            ratios = {"loss": Ratio(sums.told, sums.count), **sums.ratios}
-            scores[name] = {key: float(x.total) / max(float(x.count), 1e-9) for key, x in ratios.items()}
+            ratios = {"loss": sums.loss, **sums.metrics}
+            scores[name] = {key: float(ratio.mean()) for key, ratio in ratios.items()}
     return scores
 
 

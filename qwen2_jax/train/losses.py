@@ -3,55 +3,10 @@
 
 from typing import NamedTuple
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 
-from qwen2_jax import moe
-from qwen2_jax.moe import RouterStats
-
 # B batch  T query  S sequences of a row
-
-
-class Ratio(NamedTuple):
-    """A mean that is not divided yet, float32 scalars: totals and counts add up, means do not."""
-
-    total: jax.Array
-    count: jax.Array
-
-
-class Sums(NamedTuple):
-    """What a loss gives for some rows; float32 scalars. Sums of shards and micro-batches add up to the whole's.
-
-    loss is differentiable; the others are for looking at.
-    """
-
-    loss: jax.Array  # what is minimised, times `count`
-    told: jax.Array  # what is told of it: without the terms that only keep the training in shape
-    count: jax.Array  # of targets, pairs or sequences: what both are divided by after everything has been added
-    ratios: dict[str, Ratio]  # metrics by name
-
-
-def objective(
-    loss: jax.Array,
-    count: jax.Array,
-    router: RouterStats | None = None,
-    *,
-    load_balancing: jax.Array | float = 0.0,
-    router_z: jax.Array | float = 0.0,
-) -> jax.Array:
-    """What a micro-batch adds to what is minimised: its loss divided by the `count` of the whole step, plus the
-    router's losses times their coefficients.
-
-    Summed over micro-batches the first part is the step's mean loss (0 if nothing counts), however targets are spread.
-    The router's losses are not linear in the tokens, so each micro-batch has its own; the caller scales the
-    coefficients by the micro-batch's share of the step's tokens.
-    """
-    value = loss / jnp.maximum(count, 1e-9)
-    if router is not None:
-        value += load_balancing * moe.load_balancing_loss(router) + router_z * moe.router_z_loss(router)
-    return value
 
 
 class Ratio(NamedTuple):
@@ -66,6 +21,14 @@ class Ratio(NamedTuple):
 
 
 Ratios = dict[str, Ratio]
+
+
+class Sums(NamedTuple):
+    """What a loss gives for some rows. Sums of shards and micro-batches add up to the step's."""
+
+    objective: jax.Array  # what these rows add to what is minimised: divided by the step's count already
+    loss: Ratio  # what is told of it: without the terms that only keep the training in shape
+    metrics: Ratios
 
 
 def counted(values: jax.Array, weights: jax.Array) -> Ratio:

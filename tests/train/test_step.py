@@ -49,7 +49,7 @@ def random_batch(rows=4, length=LENGTH, seed=0, vocabulary=96) -> Batch:
 
 def gradients(trainer, params, batch):
     sums, _, grads = jax.jit(lambda p, b: trainer._gradients(p, None, b))(params, jax.tree.map(jnp.asarray, batch))
-    return float(sums.loss / sums.count), grads
+    return float(sums.loss.mean()), grads
 
 
 def assert_close(got, want, tolerance=2e-5):
@@ -209,7 +209,9 @@ def test_the_balancing_loss_reaches_the_router_with_the_right_gradient():
     slope = (float(loss(router + h * direction)) - float(loss(router - h * direction))) / (2 * h)
     assert float(((with_loss - without) * direction).sum()) == pytest.approx(slope, rel=0.02)
     real = int((batch.segments_BT >= 0).sum())
-    stats = jax.jit(lambda p, b: step.Trainer(run, config, 20)._sums(p, b)[1])(params, jax.tree.map(jnp.asarray, batch))
+    stats = jax.jit(lambda p, b: step.Trainer(run, config, 20)._sums(p, b, 1.0)[1])(
+        params, jax.tree.map(jnp.asarray, batch)
+    )
     assert float(stats.tokens) == real
 
 
