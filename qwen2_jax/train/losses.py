@@ -38,11 +38,11 @@ class Ratio(NamedTuple):
     """A mean that is not divided yet: ratios of shards and micro-batches add up to the ratio of the whole."""
 
     total: jax.Array
-    count: jax.Array
+    weight: jax.Array
 
     def mean(self) -> jax.Array:
-        """total / count, 0 if nothing was counted."""
-        return self.total / jnp.maximum(self.count, 1e-9)
+        """total / weight, 0 if nothing was counted."""
+        return self.total / jnp.maximum(self.weight, 1e-9)
 
 
 Ratios = dict[str, Ratio]

@@ -104,7 +104,10 @@ def policy_count(config: Policy, weights_BT: jax.Array, segments_BT: jax.Array, 
         return jnp.sum(weights_BT)
     here_BS = sequence_sums(jnp.ones_like(weights_BT), segments_BT, sequences) > 0
     number = jnp.sum(here_BS).astype(weights_BT.dtype)
-    return number * config.max_completion if config.aggregation == "dr_grpo" else number
+    if config.aggregation == "grpo":
+        return number
+    assert config.max_completion is not None  # Policy has checked
+    return number * config.max_completion
 
 
 def policy_sums(
