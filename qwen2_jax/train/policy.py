@@ -86,9 +86,10 @@ def advantages(rewards_PG: np.ndarray, config: Policy) -> np.ndarray:
         return ahead_PG
     if config.scaling == "batch":
         given = rewards_PG[given_PG]
-        return ahead_PG / ((np.std(given, ddof=1) if given.size > 1 else 0) + config.eps)
-    deviation_P1 = np.sqrt((ahead_PG**2).sum(1, keepdims=True) / np.maximum(n_P1 - 1, 1))
-    return np.where(differ_P1, ahead_PG / np.where(differ_P1, deviation_P1 + config.eps, 1), 0)
+        deviation = np.std(given, ddof=1) if given.size > 1 else 0.0
+    else:
+        deviation = np.sqrt((ahead_PG**2).sum(1, keepdims=True) / np.maximum(n_P1 - 1, 1))
+    return np.divide(ahead_PG, deviation + config.eps, out=np.zeros_like(ahead_PG), where=ahead_PG != 0)
 
 
 def policy_count(config: Policy, weights_BT: jax.Array, segments_BT: jax.Array, sequences: int) -> jax.Array:
