@@ -104,7 +104,7 @@ def policy_count(config: Policy, weights_BT: jax.Array, segments_BT: jax.Array, 
     if config.aggregation == "dapo":
         return jnp.sum(weights_BT)
     here_BS = sequence_sums(jnp.ones_like(weights_BT), segments_BT, sequences) > 0
-    number = jnp.sum(here_BS).astype(weights_BT.dtype)
+    number = jnp.sum(here_BS, dtype=float)
     if config.aggregation == "grpo":
         return number
     assert config.max_completion is not None  # Policy has checked

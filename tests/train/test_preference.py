@@ -144,6 +144,7 @@ def test_micro_batches_add_up():
     both = jax.tree.map(jnp.add, *(part.metrics for part in parts))
     all_at_once = pair_sums(config, *map(jnp.asarray, (*rows, tokens))).metrics
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), both, all_at_once)
+    assert all(x.dtype == jnp.float64 for x in jax.tree.leaves((counts, parts)))
 
 
 def test_no_pairs_is_zero_and_not_nan():
@@ -206,7 +207,7 @@ def test_rankings_of_any_length_weigh_the_same():
     assert float(sums.loss) == pytest.approx(expected, **EXACT)
     assert int(sums.groups) == int(ranking_groups(present)) == 3
     assert float(sums.metrics["accuracy"].total) == right and float(sums.metrics["accuracy"].weight) == pairs
-    assert all(np.isfinite(x) for x in jax.tree.leaves(sums))
+    assert all(np.isfinite(x) and x.dtype == jnp.float64 for x in jax.tree.leaves(sums))
     assert_gradient(loss, scores)
     assert np.isfinite(jax.grad(loss)(junk)).all()
 
