@@ -13,11 +13,11 @@ class Ratio(NamedTuple):
     """A mean that is not divided yet: ratios of shards and micro-batches add up to the ratio of the whole."""
 
     total: jax.Array
-    count: jax.Array
+    weight: jax.Array
 
     def mean(self) -> jax.Array:
-        """total / count, 0 if nothing was counted."""
-        return self.total / jnp.maximum(self.count, 1e-9)
+        """total / weight, 0 if nothing was counted."""
+        return self.total / jnp.maximum(self.weight, 1e-9)
 
 
 Ratios = dict[str, Ratio]
@@ -32,7 +32,11 @@ class Sums(NamedTuple):
 
 
 def counted(values: jax.Array, weights: jax.Array) -> Ratio:
-    """The weighted mean of some values, as a Ratio. Where the weight is 0 a value may be anything, also not finite."""
+    """The weighted mean of some values, as a Ratio. Where the weight is 0 a value may be anything, also not finite.
+
+    values, weights: float or bool, of one shape; the sums are floats.
+    """
+    weights = weights.astype(float)
     return Ratio(jnp.sum(jnp.where(weights > 0, weights * values, 0)), jnp.sum(weights))
 
 
@@ -40,8 +44,9 @@ def sequence_sums(x_BT: jax.Array, segments_BT: jax.Array, sequences: int) -> ja
     """Sums over the sequences packed in each row: [B, T] -> [B, S], S = `sequences`, in the dtype of x.
 
     Entry s adds up the positions of segment s, 0 if there are none; segments outside 0..S-1 (padding is -1) are left
-    out. A masked reduction and not a scatter or a product with a one-hot matrix: XLA fuses the mask into it (nothing
-    of size [B, T, S] is stored), adds in full float32 on every chip, and divides it over rows and positions alike.
+    out. A masked reduction and not a scatter or a product with a one-hot matrix: on TPUs and GPUs XLA fuses the mask
+    into it (nothing of size [B, T, S] is stored, forward or backward), it adds in full float32, and it is divided over
+    rows and positions of a mesh like any sum.
     """
     mine_BTS = segments_BT[..., None] == jnp.arange(sequences)
     return jnp.sum(jnp.where(mine_BTS, x_BT[..., None], 0), axis=1)

@@ -95,7 +95,9 @@ class Online(Run):
     sampling: Sampling = Sampling()
     updates: int = 1  # steps that an episode's prompts are divided among
     iterations: int = 1  # times that they are gone through
-    rows: int = 0  # of a step, at most: 0 makes room for the longest answers; fewer rows are used where answers are short
+    rows: int = (
+        0  # of a step, at most: 0 makes room for the longest answers; fewer rows are used where answers are short
+    )
     length: int = 0  # tokens of a row; 0: what the longest prompt and answer need
     # Compares sampler and trainer: the largest difference of log-probabilities that is not told as a warning.
     # None: 1e-5 in float32, where the two are the same computation; no bound in bfloat16, which rounds.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads a run's configuration: a Python file, and flags that override it."""
 
-import runpy
 import dataclasses
+import runpy
 from collections.abc import Sequence
 from pathlib import Path
 

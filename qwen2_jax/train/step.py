@@ -216,7 +216,7 @@ class Trainer:
         loss = sums.loss.mean()
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(sums.objective) & jnp.isfinite(norm)
-        good = finite & ~_spike(loss, state.health, self.run.guard) & (sums.loss.count > 0)
+        good = finite & ~_spike(loss, state.health, self.run.guard) & (sums.loss.weight > 0)
 
         def apply():
             updates, opt = self.tx.update(grads, state.optimizer, state.params)

@@ -45,7 +45,7 @@ def test_sources_are_words_on_the_command_line():
 
 
 def test_the_report_s_sft_numbers_are_the_defaults():
-    run = Sft(start=config.Start(checkpoint="x"), data=reading.load(FINETUNE).data, rows=8)
+    run = Sft(start=Start(checkpoint="x"), data=reading.load(FINETUNE).data, rows=8)
     assert (run.epochs, run.length, run.optim.decay, run.optim.clip) == (2, 32768, 0.1, 1.0)
     assert (run.optim.lr, run.optim.lr * run.optim.final) == pytest.approx((7e-6, 7e-7))
     assert dataclasses.replace(run, steps=5).epochs is None  # steps replaces a default
