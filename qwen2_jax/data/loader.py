@@ -177,12 +177,7 @@ def open_data(
             opened[source.path, source.format] = _open_source(source, data.targets, tokenizer, cache, console)
     found = [opened[source.path, source.format] for source in data.sources]
     parts = [(store, s.min_tokens, s.max_tokens) for store, s in zip(found, data.sources, strict=True)]
-    pads = [tokenizer.pad_id, *tokenizer.eos_ids]
-    pad = next((token for token in pads if token is not None), None)
-    if pad is None:
-        raise UserError(
-            "this tokenizer has no token to fill rows with; name a pad_token or eos_token in its tokenizer_config.json"
-        )
+    pad = tokenizer.fill_id
     plans = [
         _plan(data, Documents([parts[i] for i in group]), length, pad, _names(data, group)) for group in _groups(data)
     ]
