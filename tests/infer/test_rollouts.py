@@ -1,11 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rollouts: a completion is that of its prompt alone, its log-probabilities are the trainer's, and nothing is copied."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,8 +17,8 @@ from tiny import random_params
 
 from .conftest import TINY
 from .test_generate import SPARSE
+from .test_mesh import TESTS, run
 
-TESTS = Path(__file__).parents[1]
 CONFIGS = {"dense": ModelConfig(**TINY), "experts": ModelConfig(**TINY, **SPARSE)}
 
 
@@ -145,9 +140,9 @@ def test_nothing_recompiles_in_steady_state(dense, params):
     assert len(compiled) == xla
 
 
-def test_bfloat16_differs_from_the_trainer_by_rounding(capsys):
-    """Measured here: 0.02 on average, 0.1 at most. Products of one row are added up in another order than those of a
-    packed row, and the cache rounds keys and values."""
+def test_bfloat16_differs_from_the_trainer_by_rounding():
+    """Measured on a CPU: 0.0025 on average, 0.11 at most. Activations are rounded to 8 bits in both, not in the same
+    order of additions, so that a rounding that falls the other way is passed on through the layers."""
     config = CONFIGS["dense"]
     params = random_params(config, dtype=jnp.bfloat16)
     rollouts = Rollouts.of(config, rows=2, length=128)
@@ -156,8 +151,7 @@ def test_bfloat16_differs_from_the_trainer_by_rounding(capsys):
     drawn = np.concatenate([c.logprobs for c in completions])
     difference = np.abs(drawn - trainer(config, params, requests, completions, 1.0, jnp.bfloat16))
     message = f"mean {difference.mean():.4f}, max {difference.max():.4f} of {difference.size} tokens"
-    print(message)
-    assert difference.mean() < 0.05, message
+    assert difference.mean() < 0.01 and difference.max() < 0.5, message
 
 
 def test_bad_requests_are_named(dense, params):
@@ -177,44 +171,6 @@ def test_bad_requests_are_named(dense, params):
     assert dense(params, [])[0] == []
 
 
-ON_A_MESH = """
-import jax, numpy as np
-from qwen2_jax import model, sharding
-from qwen2_jax.infer.rollouts import Rollouts
-from infer.eight_devices import MODELS
-from infer.test_rollouts import asked
-from tiny import random_params
-
-config, _ = MODELS["dense"]
-params, specs = random_params(config), model.declare(config)[1]
-requests = asked(12)
-
-def answers(mesh):
-    placed = params
-    if mesh is not None:  # as a trainer has them
-        place = lambda x, spec: jax.device_put(x, sharding.sharding(spec.axes, spec.shape, mesh))
-        placed = jax.tree.map(place, params, specs)
-    rollouts = Rollouts.of(config, rows=8, length=128, dtype="float32", mesh=mesh)
-    completions, stats = rollouts(placed, requests)
-    again, _ = rollouts(placed, requests)
-    assert [c.tokens.tolist() for c in again] == [c.tokens.tolist() for c in completions]
-    programs = rollouts.generator.programs
-    assert len(programs) == len(set(programs)) and stats.refills == 4
-    return rollouts, completions
-
-_, alone = answers(None)
-for axes in ({"data": 2, "fsdp": 2, "context": 2}, {"tensor": 8}):  # 4 key heads: tensor=8 does not divide them
-    rollouts, together = answers(sharding.make_mesh(**axes))
-    assert not rollouts.generator.places.cache(rollouts.generator.config, 8, 128).is_fully_replicated
-    for a, b in zip(alone, together, strict=True):
-        assert a.tokens.tolist() == b.tokens.tolist()
-        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
-"""
-
-
 def test_a_mesh_gives_what_one_device_gives():
-    """Weights in the trainer's places on eight devices: rows, slots and heads divided, and heads that do not divide."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(TESTS)}
-    environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
-    done = subprocess.run([sys.executable, "-c", ON_A_MESH], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
+    """Rows and slots are divided, weights come from the trainer's places, and tensor does not divide the key heads."""
+    run(8, str(TESTS / "infer/eight_devices.py"), "rollouts", "one key head", "data=2,fsdp=2,tensor=2")
