@@ -11,13 +11,13 @@ import argparse
 import datetime
 import itertools
 import os
-import platform
 import statistics
 import time
 from pathlib import Path
 
 import jax
 import numpy as np
+from cpu_decode import cpu_model
 
 import qwen2_jax
 from qwen2_jax.infer.generate import Request
@@ -78,12 +78,10 @@ def main() -> None:
     ratio = statistics.median(a / b for a, b in zip(*rates.values(), strict=True))
     lines = ["| rows | tokens/s |", "|---|---|"]
     lines += [f"| {n} | {statistics.median(r):.0f} ({min(r):.0f}-{max(r):.0f}) |" for n, r in rates.items()]
-    note = (
-        f"Refilled / batch after batch: {ratio:.2f} (median of the turns' ratios). The demo model, float32, {args.rows} "
-        f"rows, {args.prompts} prompts of 16 to 64 tokens,\nlimits exponential with mean {args.mean}; median "
-        f"(slowest-fastest) of {args.rounds} turns. {os.cpu_count()} logical cores of {platform.machine()}; "
-        f"jax {jax.__version__}."
-    )
+    note = f"Refilled / batch after batch: {ratio:.2f} (median of the turns' ratios). The demo model, float32, "
+    note += f"{args.rows} rows, {args.prompts}\nprompts of 16 to 64 tokens, limits exponential with mean {args.mean}; "
+    note += f"median (slowest-fastest) of {args.rounds} turns.\n"
+    note += f"{cpu_model()}, {os.cpu_count()} logical cores; jax {jax.__version__}."
     text = "\n".join(lines) + f"\n\n{note}\n"
     print(text)
     if args.record:

@@ -7,8 +7,8 @@ the loop goes on: lengths may differ a hundredfold without a row waiting for the
     waiting prompts -> prefill, several at a time, into the antechamber, a small cache of its own
     a row ends      -> one row of the antechamber is copied over it
 
-So prefills are always full, whichever rows end, and each program has one shape. Samples of one prompt that are asked for
-one after the other share its prefill. Nothing is ever cleared: slots beyond a row's position are never looked at.
+So a prefill has no row to spare, whichever rows end, and each program has one shape. Samples of one prompt that are
+asked for one after the other share its prefill.
 """
 
 import collections
@@ -32,7 +32,7 @@ from qwen2_jax.infer.settings import Settings
 from qwen2_jax.params import ParamSpec, Tree
 
 # B rows  P rows of the antechamber  K tokens per call
-STRIDE = 4  # tokens per call of the decode loop while prompts wait: rows that end are seen, and refilled, after a call
+STRIDE = 8  # tokens per call of the decode loop while prompts wait: rows that end are seen, and refilled, after a call
 
 
 class Completion(NamedTuple):
@@ -67,7 +67,7 @@ class Rollouts:
     """Draws completions with the weights of the day: `completions, stats = rollouts(params, requests)`.
 
     A completion depends on weights, prompt, seed and settings alone, not on its row or on what else is asked for.
-    The generator's programs are compiled for rows x length once and serve every call whose weights have the same dtypes.
+    The generator's programs are compiled once for rows x length and serve every call.
     """
 
     def __init__(
@@ -79,7 +79,8 @@ class Rollouts:
         long_context: rope.LongContext = "off",
         context: int | None = None,
     ):
-        """rows: completions at a time. length: slots of the cache, prompt and completion together.
+        """rows: completions at a time. length: slots of the cache, prompt and completion together. A second cache has
+        an eighth of the rows, or one for each part into which the mesh cuts them.
 
         long_context: as in training (rope.choose). context: the length that it is chosen for; the trainer's length of
         a packed row, where the two must compute the same. By default `length`.
@@ -90,7 +91,7 @@ class Rollouts:
         self.long_context, self.context = long_context, context or length
         places = generator.places
         parts = 1 if places.mesh is None else sharding.parts(sharding.dividing("batch", rows, places.mesh), places.mesh)
-        self.antechamber = parts * max(1, rows // 8 // parts)
+        self.ahead = parts * max(1, rows // 8 // parts)  # P
         turns = generator._rope([self.context] * rows, rows, length, long_context)
         self._turns = jax.device_put(turns, places.everywhere)
         self._widening: tuple[heads.Heads, Tree] | None = None
@@ -171,7 +172,7 @@ class Rollouts:
                 f"{settings.max_new_tokens}: shorten the prompt, lower max_new_tokens or give rollouts a larger length"
             )
         if settings.repetition_penalty != 1:
-            raise UserError(f"{what} has repetition_penalty={settings.repetition_penalty}; rollouts take 1, which is off")
+            raise UserError(f"{what} has repetition_penalty={settings.repetition_penalty}; rollouts have none: give 1")
 
     def _placed(self, params: Tree) -> Tree:
         params = jax.device_put(params, self._where)  # the same arrays where they are there already
@@ -184,7 +185,10 @@ class Rollouts:
         self.generator._compiling("admit", rows=self.rows, cache=self.length)
 
         def one(to, of):  # [R, rows, K, S, H]
-            return jax.lax.dynamic_update_slice_in_dim(to, jax.lax.dynamic_slice_in_dim(of, source, 1, 1), row, 1)
+            # A sum of one row: on a mesh that is what the devices exchange. A slice would gather the whole antechamber.
+            mine_P = (jnp.arange(of.shape[1]) == source)[:, None, None, None]
+            picked = jnp.sum(jnp.where(mine_P, of, 0), axis=1, keepdims=True)
+            return jax.lax.dynamic_update_slice_in_dim(to, picked, row, axis=1)
 
         return jax.tree.map(one, cache, antechamber)
 
@@ -239,20 +243,21 @@ class _Call:
             cache = self.rollouts._admit(cache, self.antechamber, np.int32(self.within[prompt]), np.int32(row))
             token_B[row], position_B[row], count_B[row], done_B[row] = prompt[-1], len(prompt) - 1, 0, False
             self.row_of[row], self.asked[row] = number, request.settings
-        small = jax.device_put((token_B, position_B, count_B, done_B), self.generator.places.everywhere)
+        small = jax.device_put((token_B, position_B, count_B, done_B, None), self.generator.places.everywhere)
         sampling = Sampling.stacked(self.asked, tempered=True)
-        return State(cache, *small, None), self.generator._orders(self.asked, self.rollouts._turns, sampling)
+        return State(cache, *small), self.generator._orders(self.asked, self.rollouts._turns, sampling)
 
     def _prefill(self) -> None:
         """Fills the antechamber with the next prompts."""
-        rollouts, prompts = self.rollouts, {}
+        rollouts = self.rollouts
+        prompts: dict[tuple[int, ...], int] = {}
         for number in self.waiting:
             prompts.setdefault(self.requests[number].tokens, len(prompts))
-            if len(prompts) == rollouts.antechamber:
+            if len(prompts) == rollouts.ahead:
                 break
         totals = [rollouts.context] * len(prompts)
         self.antechamber = self.generator._prefilled(
-            [p[:-1] for p in prompts], rollouts.antechamber, rollouts.length, totals, rollouts.long_context, None
+            [p[:-1] for p in prompts], rollouts.ahead, rollouts.length, totals, rollouts.long_context, None
         )
         self.within = prompts
         self.prefilled += len(prompts)

@@ -72,8 +72,8 @@ def sample(
     logits_BV: float32. seen_BV: bool, ids in the row's prompt and answer so far; None where no row has a penalty.
     count_B: int32, tokens generated so far. settings: None is greedy for every row. vocab_size: ids from here on are
     padding of the embedding and are never drawn.
-    Returns (tokens int32 [B], logprobs float32 [B]): the log-softmax of the unfiltered logits at the drawn token; of the
-    logits divided by the temperature where settings.tempered says so and the row is not greedy.
+    Returns (tokens int32 [B], logprobs float32 [B]): the log-softmax of the unfiltered logits at the drawn token, or of
+    those logits divided by the temperature (settings.tempered; greedy rows: by 1).
     """
     ids_V = jnp.arange(logits_BV.shape[-1])
     scores_BV = jnp.where(ids_V < vocab_size, logits_BV, -jnp.inf)

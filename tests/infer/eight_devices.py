@@ -111,6 +111,12 @@ def _rollouts(name, mesh):
     again, _ = made(params, requests)
     assert [c.tokens.tolist() for c in again] == [c.tokens.tolist() for c in completions]
     assert generator.for_cache(8, 128).decode._cache_size() == made._admit._cache_size() == 1
+    if mesh is not None:  # one row is exchanged to admit a prompt, not the antechamber
+        cache, small = (ahead._cache(generator, rows, 128) for rows in (8, made.ahead))
+        at = ahead._shape(generator, (), jnp.int32)
+        found = hlo.collectives(made._admit.lower(cache, small, at, at).compile().as_text(), 8)
+        row = generator.config.num_hidden_layers * 2 * 128 * generator.config.head_dim * 4  # each device has one head
+        assert sum(c.bytes for c in found) == row
     return completions
 
 

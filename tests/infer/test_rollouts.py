@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rollouts: a completion is that of its prompt alone, its log-probabilities are the trainer's, and nothing is copied."""
+"""Rollouts: a completion is that of its prompt alone, its log-probabilities are the trainer's, no weight is copied."""
 
 import jax
 import jax.numpy as jnp
@@ -100,7 +100,8 @@ def test_logprobs_are_those_of_a_packed_training_forward(name):
 
 def test_samples_of_a_prompt_share_its_prefill_and_differ(dense, params):
     """Groups of three; each sample equals the one that its seed gives alone."""
-    groups = [Request(r.tokens, Settings(max_new_tokens=9, temperature=1.0, seed=s)) for r in asked(3) for s in (1, 2, 3)]
+    seeds = [Settings(max_new_tokens=9, temperature=1.0, seed=seed) for seed in (1, 2, 3)]
+    groups = [Request(request.tokens, settings) for request in asked(3) for settings in seeds]
     completions, stats = dense(params, groups)
     assert stats.prefilled == 3
     assert len({tuple(c.tokens) for c in completions}) == 9
