@@ -103,7 +103,7 @@ def _read(record: Mapping[str, Any], where: str, tokenizer: Tokenizer) -> Prompt
     if isinstance(judge, Mapping) and "ground_truth" in judge:
         columns.setdefault("ground_truth", judge["ground_truth"])
     if taken := {"prompts", "completions", "completion_ids"} & columns.keys():
-        raise UserError(f"{where}: reward functions know {', '.join(sorted(taken))} as something else; rename the field")
+        raise UserError(f"{where}: reward functions know {', '.join(sorted(taken))} as something else; rename it")
     return Prompt(messages, tokenizer.chat_ids(messages), columns)
 
 

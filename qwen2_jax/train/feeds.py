@@ -72,4 +72,3 @@ class Corpus:
 
     def kept(self, done: int) -> dict[str, Any]:
         return {}
-

@@ -41,7 +41,7 @@ def run(config: Run, console: Console | None = None, *, group: Group | None = No
     console, group = console or Console(stderr=True), group or Group()
     group.at("reading the data", unhurried=True)
     job = prepare(config, console)
-    trainer = Trainer(config, job.config, job.steps, mesh=job.mesh, objective=stages.objective(job))
+    trainer = Trainer(config, job.config, job.steps, mesh=job.mesh, objective=stages.objective_of(job))
     if config.dry_run:
         _tell(job, trainer, console)
         return None

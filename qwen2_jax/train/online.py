@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batches of the model's own answers: online DPO (Qwen2 report, sec. 4.3) and GRPO.
 
-    weights of the step -> answers to an episode's prompts -> rewards -> groups -> rows, with their log-probabilities
+weights of the step -> answers to an episode's prompts -> rewards -> groups -> rows, with their log-probabilities
 """
 
 import dataclasses

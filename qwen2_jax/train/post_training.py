@@ -128,7 +128,7 @@ class Online(Run):
                 "nothing rewards the answers: give rewards=(Reward(function=...),), mind the comma, or reward_model"
             )
         if self.reward_model is not None and self.reward_model.shaped and not self.rewards:
-            raise UserError("reward_model.shaped orders answers below a verdict: give rewards with a function that judges")
+            raise UserError("reward_model.shaped orders answers below a verdict: give rewards that judge them")
         if self.prompts % self.updates:
             raise UserError(f"prompts={self.prompts} cannot be divided among updates={self.updates} equal steps")
         if not self.length:

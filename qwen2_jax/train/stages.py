@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from rich.console import Console
 
 import qwen2_jax
+from qwen2_jax.data.loader import Loaded
 from qwen2_jax.data.packing import Batch
 from qwen2_jax.errors import UserError
 from qwen2_jax.params import Tree
@@ -23,7 +24,7 @@ from qwen2_jax.train.post_training import Dpo, Grpo, Online, OnlineDpo, Reward, 
 from qwen2_jax.train.step import Trainer
 
 
-def objective(run: Run, *, groups: int, ranks: int) -> Objective:
+def objective(run: Run, *, groups: int = 1, ranks: int = 1) -> Objective:
     """What the run minimises. groups, ranks: the most groups that a row holds, and sequences that a group has."""
     if isinstance(run, Reward):
         return objectives.Ranked(groups, ranks, margin=run.margin, centring=run.centring)
@@ -35,6 +36,15 @@ def objective(run: Run, *, groups: int, ranks: int) -> Objective:
         answers = run.prompts // run.updates * run.sampling.samples
         return objectives.Grpo(run.policy, min(episodes.MOST, answers), run.sampling.temperature)
     return objectives.NextToken(run.z_loss)
+
+
+def objective_of(job: Job) -> Objective:
+    """What the job's run minimises, on its data."""
+    held_out = [data for data in job.held_out.values() if isinstance(data, Loaded)]
+    rows = [data for data in (job.data, *held_out) if isinstance(data, Loaded)]
+    if not isinstance(job.run, Reward | Dpo):
+        return objective(job.run)
+    return objective(job.run, groups=max(data.groups_per_row for data in rows), ranks=max(data.ranks for data in rows))
 
 
 @contextlib.contextmanager

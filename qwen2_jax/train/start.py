@@ -7,11 +7,12 @@ from functools import partial
 
 import jax
 
-from qwen2_jax import checkpoint, linear, lora, score
+from qwen2_jax import checkpoint, linear, lora
 from qwen2_jax.checkpoint import peft
 from qwen2_jax.errors import UserError
 from qwen2_jax.params import Tree
 from qwen2_jax.train.job import Job
+from qwen2_jax.train.post_training import Reward
 from qwen2_jax.train.step import State, Trainer
 
 
@@ -32,7 +33,7 @@ def weights(job: Job, trainer: Trainer) -> tuple[Callable[[], State], Tree | Non
     return lambda: trainer.init(made()), frozen
 
 
-def _adapters(job: Job) -> Callable[[], Tree]:
+def adapters(job: Job) -> Callable[[], Tree]:
     """The function that gives the adapters to train: new ones, or those of the folder the run starts from."""
     run = job.run
     assert run.lora is not None
@@ -40,20 +41,19 @@ def _adapters(job: Job) -> Callable[[], Tree]:
     if run.start.adapter is None:
         make = jax.jit(partial(lora.init, job.config, run.lora))
         return lambda: make(jax.random.key(run.seed))
-    settings, adapters = peft.load_peft(run.start.adapter, job.config, mesh=job.mesh)
+    settings, found = peft.load_peft(run.start.adapter, job.config, mesh=job.mesh)
     # A folder may name its modules in full or in part: what they mean is compared.
     meant = [dataclasses.replace(s, targets=lora.all_modules(job.config, s)) for s in (settings, run.lora)]
     if meant[0] != meant[1]:
         raise UserError(f"start.adapter {run.start.adapter} is of {settings}, and the run asks for {run.lora}")
-    return lambda: adapters
+    return lambda: found
 
 
 def params(job: Job, dtype: str) -> Tree:
     """The weights of the checkpoint that the run starts from; a new score head where the run trains one for it."""
     assert job.source is not None
-    found = checkpoint.read_config(job.source)
     load = partial(checkpoint.load_params, job.source, dtype=dtype, mesh=job.mesh)
-    if job.config.score_head == found.score_head:
+    if not isinstance(job.run, Reward) or checkpoint.read_config(job.source).score_head is not None:
         return load(job.config)
     words = dataclasses.replace(job.config, score_head=None)
     return score.from_words(load(words), words, job.config.score_head, seed=job.run.seed)[0]
