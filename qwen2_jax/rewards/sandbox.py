@@ -62,7 +62,7 @@ class Ran:
     errors: str  # on stderr
 
 
-def run(program: str, stdin: str = "", limits: Limits = Limits(), *, unsandboxed: bool = False) -> Ran:
+def run(program: str, stdin: str = "", limits: Limits = Limits(), *, unsandboxed: bool = False) -> Ran:  # noqa: B008
     """Executes Python text. Raises UserError, naming what is missing, where it cannot be shut in.
 
     unsandboxed: with limits of time, memory and file size and an empty environment, but with network and the user's
@@ -75,7 +75,7 @@ def run(program: str, stdin: str = "", limits: Limits = Limits(), *, unsandboxed
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def passes(program: str, tests: str, limits: Limits = Limits(), *, unsandboxed: bool = False) -> bool:
+def passes(program: str, tests: str, limits: Limits = Limits(), *, unsandboxed: bool = False) -> bool:  # noqa: B008
     """Whether the program and then the tests, in the same process and with the same names, raise nothing."""
     word, border = secrets.token_hex(16), secrets.token_hex(16)
     driver = TESTED.replace("sys.argv[1]", repr(border))

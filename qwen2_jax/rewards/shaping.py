@@ -19,8 +19,6 @@ def shaped(model: Sequence[float | None], verifier: Sequence[float | None]) -> l
     one in (-1, 0), and the model orders them inside. None where either has no score.
     """
     return [
-        None
-        if m is None or v is None
-        else 0.5 * (1 + math.tanh(m / 4)) + (v - 1)  # tanh: exp of neither sign overflows
+        None if m is None or v is None else 0.5 * (1 + math.tanh(m / 4)) + (v - 1)  # tanh: exp of neither sign overflows
         for m, v in zip(model, verifier, strict=True)
     ]

@@ -115,9 +115,7 @@ def _plain(value: Any) -> Any:
     """What JSON does not know: arrays and numpy's numbers become lists and numbers."""
     if hasattr(value, "tolist"):
         return value.tolist()
-    raise UserError(
-        f"a column for reward functions holds {value!r:.60}, of type {type(value).__name__}: give JSON's types"
-    )
+    raise UserError(f"a column for reward functions holds {value!r:.60}, of type {type(value).__name__}: give JSON's types")
 
 
 def main() -> None:
