@@ -18,11 +18,11 @@ Scores = dict[str, dict[str, float]]  # of each held-out source
 
 class Next(NamedTuple):
     """What the next step takes. batch: this process's rows, on the host; placed: the whole batch on the devices.
-    told: numbers for the metrics that the step itself does not know."""
+    told: metrics that the step itself does not know; finite."""
 
     batch: Batch
     placed: Batch
-    told: Mapping[str, Any] = MappingProxyType({})
+    told: Mapping[str, float] = MappingProxyType({})
 
 
 class Feed(Protocol):

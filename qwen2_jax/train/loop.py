@@ -91,7 +91,7 @@ def _run(job: Job, trainer: Trainer, console: Console, group: Group) -> Path | N
         if 0 < done < job.steps and saved.export_due(done) and _lost(config, done):
             with recorder.goodput("save"):
                 export(job, trainer, state, frozen, config.out / f"hf-{done}")
-        with stages.feed(job, trainer, done, frozen, about.get("feed"), console) as feed:
+        with stages.feed(job, trainer, done, frozen, about.get("feed") or {}, console) as feed:
             state, done = _train(job, trainer, feed, state, done, frozen, saved, recorder, stop, group)
         if done < job.steps:
             again = "the same command" if config.resume else "the same command without --no-resume"
@@ -188,7 +188,8 @@ def _train(
         with recorder.goodput("step"):
             state, metrics = trainer.step(state, placed, frozen)
         done += 1
-        recorder.step(done, {**metrics, **told}, batch)
+        ratios = metrics["ratios"] | {name: (value, 1.0) for name, value in told.items()}
+        recorder.step(done, metrics | {"ratios": ratios}, batch)
         # Of the step before: its values are there already, and looking at them makes nobody wait.
         _check(run, health, done - 1, saved, recorder)
         health = metrics["skipped_in_a_row"]

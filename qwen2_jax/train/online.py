@@ -91,7 +91,7 @@ class Sampled:
             scores[name] = {"reward": _mean(rewards.totals), **means, **_lengths(completions)}
         return scores
 
-    def _begin(self, episode: int, state: State, frozen: Tree | None) -> dict[str, Any]:
+    def _begin(self, episode: int, state: State, frozen: Tree | None) -> dict[str, float]:
         """Samples an episode; returns what to tell of it."""
         run, G = self.run, self.run.sampling.samples
         assert isinstance(self.job.data, Prompts)
@@ -113,7 +113,8 @@ class Sampled:
         told = {f"rollouts/{name}": value for name, value in dataclasses.asdict(stats).items()}
         told |= {"reward": _mean(rewards.totals), "reward_std": _spread(rewards_PG), **rewards.metrics}
         told |= {"frac_reward_zero_std": float(np.mean([_equal(row) for row in rewards_PG])), **_lengths(completions)}
-        return told | self._compared(self._batches)
+        told |= self._compared(self._batches)
+        return {name: float(value) for name, value in told.items() if math.isfinite(value)}
 
     def _answers(
         self, weights: Tree, asked: Sequence[Prompt], seeds: Sequence[int] | None
