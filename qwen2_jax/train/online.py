@@ -10,9 +10,11 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from rich.console import Console
 
+from qwen2_jax import model
 from qwen2_jax.data.packing import Batch
 from qwen2_jax.data.prompts import Prompt, Prompts
 from qwen2_jax.infer.generate import Request
@@ -56,6 +58,9 @@ class Sampled:
         self.bound = self.run.bound or (FLOAT32_BOUND if self.run.dtype == "float32" else None)
         self._batches = None if kept is None else episodes.decode(kept)
         self._warned = False
+        # On a CPU a scan over the layers would copy each one's cache at every token; the copy of the weights is cheaper.
+        self._unroll = jax.default_backend() == "cpu" and job.mesh is None
+        self._served = jax.jit(lambda weights: model.unroll(weights, job.config) if self._unroll else weights)
         self._rollouts = Rollouts.of(
             job.config,
             rows=min(self.run.sampling.rows, self.run.prompts * self.run.sampling.samples),
@@ -63,6 +68,7 @@ class Sampled:
             mesh=job.mesh,
             dtype=self.run.dtype,
             vocab_size=job.tokenizer.vocab_size,
+            unroll=self._unroll,
             long_context=self.run.long_context,
             context=self.run.length,
             implementation=self.run.implementation,
@@ -127,7 +133,7 @@ class Sampled:
         if seeds is not None:
             settings = [dataclasses.replace(greedy, temperature=sampling.temperature, seed=seed) for seed in seeds]
         requests = [Request(tuple(prompt.ids), one) for prompt, one in zip(asked, settings, strict=True)]
-        return self._rollouts(weights, requests)
+        return self._rollouts(self._served(weights), requests)
 
     def _scored(self, asked: Sequence[Prompt], completions: Sequence[Completion]) -> Rewards:
         tokenizer = self.job.tokenizer
