@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Responses to one prompt, the best first: what preference stages learn from.
 
-    preference        {"prompt": "...", "chosen": "...", "rejected": "..."}, each a text or a list of messages. Without a
-                      prompt, or where chosen and rejected are lists that repeat it, they are whole conversations, and
-                      what they begin with in common is the prompt
-    ranked            {"prompt": "...", "responses": ["...", ...], "scores": [9, 7, ...]}: with scores, sorted by them
-                      (more is better); of equal scores only the first response is kept. Without scores, best first
-    sharegpt_ranking  {"conversations": [...], "chosen": {"from": "gpt", "value": "..."}, "rejected": {...}, "system": "..."}
-    alpaca_ranking    {"instruction": "...", "input": "...", "chosen": "...", "rejected": "...", "system": "...",
-                      "history": [["q", "a"]]}, or "output": [best, worse, ...] in place of chosen and rejected
+    preference        {"prompt": "...", "chosen": "...", "rejected": "..."}, each a text or a list of messages
+    ranked            {"prompt": "...", "responses": ["...", "...", "..."], "scores": [9, 7.5, 2]}
+    sharegpt_ranking  {"conversations": [...], "chosen": {"from": "gpt", "value": "..."}, "rejected": {...}}
+    alpaca_ranking    {"instruction": "...", "input": "...", "chosen": "...", "rejected": "..."}; or "output": ["...", "..."],
+                      the best first, in place of the pair; system and history as in alpaca
 
-Answers within the prompt are not trained.
+preference: without a prompt, or where chosen and rejected are lists that repeat it, both are whole conversations, and what
+they have in common up to an answer is the prompt. ranked: the best response first, or sorted by scores, of which more is
+better; of responses with equal scores only the first is kept, for nothing says which is better. Answers within a prompt
+are not trained.
 """
 
 import itertools
