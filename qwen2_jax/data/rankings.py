@@ -4,13 +4,13 @@
     preference        {"prompt": "...", "chosen": "...", "rejected": "..."}, each a text or a list of messages
     ranked            {"prompt": "...", "responses": ["...", "...", "..."], "scores": [9, 7.5, 2]}
     sharegpt_ranking  {"conversations": [...], "chosen": {"from": "gpt", "value": "..."}, "rejected": {...}}
-    alpaca_ranking    {"instruction": "...", "input": "...", "chosen": "...", "rejected": "..."}; or "output": ["...", "..."],
-                      the best first, in place of the pair; system and history as in alpaca
+    alpaca_ranking    {"instruction": "...", "input": "...", "chosen": "...", "rejected": "..."}, or with
+                      "output": ["...", "..."], the best first; system and history as in alpaca
 
-preference: without a prompt, or where chosen and rejected are lists that repeat it, both are whole conversations, and what
-they have in common up to an answer is the prompt. ranked: the best response first, or sorted by scores, of which more is
-better; of responses with equal scores only the first is kept, for nothing says which is better. Answers within a prompt
-are not trained.
+preference: without a prompt, or where chosen and rejected are lists that repeat it, both are whole conversations, and
+what they have in common up to an answer is the prompt. ranked: the best response first, or sorted by scores, of which
+more is better; of responses with equal scores only the first is kept, for nothing says which is better. Answers within
+a prompt are not trained.
 """
 
 import itertools
