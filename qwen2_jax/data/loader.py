@@ -211,12 +211,7 @@ def open_data(
     found = [opened[source.path, source.format] for source in data.sources]
     ranks = _ranks(data, found)
     parts = [(store, s.min_tokens, s.max_tokens) for store, s in zip(found, data.sources, strict=True)]
-    pads = [tokenizer.pad_id, *tokenizer.eos_ids]
-    pad = next((token for token in pads if token is not None), None)
-    if pad is None:
-        raise UserError(
-            "this tokenizer has no token to fill rows with; name a pad_token or eos_token in its tokenizer_config.json"
-        )
+    pad = tokenizer.fill_id
     plans = [
         _plan(data, Documents([parts[i] for i in group]), length, pad, ranks, _names(data, group))
         for group in _groups(data)
