@@ -49,6 +49,21 @@ class Loaded:
         self.groups_per_row = max(plan.most_groups for plan in plans)
         self._padding = empty_row(self.length, self.pad)
 
+    def with_ranks(self, ranks: int) -> "Loaded":
+        """The same rows with groups numbered by `ranks`, so that one objective takes them and other data alike.
+
+        It comes before `with_reference`. Raises UserError if this data has no groups.
+        """
+        if self.ranks == 1:
+            raise UserError(
+                f"{self.data.sources[0].path} holds no rankings, which this run learns from; give records with chosen "
+                "and rejected, or with responses; where they have messages as well, add format='preference'"
+            )
+        plans = [plan for plan in self.plans if isinstance(plan, BestFitRows)]
+        assert len(plans) == len(self.plans), "the rows have a reference already"
+        plans = [plan.with_ranks(ranks) for plan in plans]
+        return Loaded(self.data, plans, seed=self._seed, found=self._found)
+
     def with_reference(self, arrays: Sequence[np.ndarray]) -> "Loaded":
         """The same batches with reference_BT: row r of plan p has arrays[p][r], wherever the shuffle puts it.
 

@@ -5,6 +5,7 @@ A plan is a pure function of the documents' lengths, so every row can be had dir
 """
 
 import bisect
+import copy
 import dataclasses
 import functools
 import heapq
@@ -238,6 +239,14 @@ class BestFitRows:
 
     def __len__(self) -> int:
         return len(self._edges) - 1
+
+    def with_ranks(self, ranks: int) -> "BestFitRows":
+        """The same rows of groups, numbered by `ranks`, which no group may exceed."""
+        if not 1 < self.documents.ranks <= ranks:
+            raise ValueError(f"groups of {self.documents.ranks} sequences cannot be numbered by {ranks}")
+        rows = copy.copy(self)
+        rows.ranks = ranks
+        return rows
 
     def members(self, r: int) -> list[int]:
         """Numbers of the documents in row r, in their order."""

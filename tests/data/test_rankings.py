@@ -355,7 +355,8 @@ def test_a_store_of_rankings(corpus, capsys):
     assert command.main(["tokenize", str(corpus / "pairs.jsonl"), str(corpus / "pairs"), "--tokenizer", "demo"]) == 0
     capsys.readouterr()
     assert command.main(["inspect", str(corpus / "pairs"), "--tokenizer", "demo"]) == 0
-    assert "--- chosen: " in (out := capsys.readouterr().out) and "--- rejected: " in out
+    out = capsys.readouterr().out
+    assert "--- chosen: " in out and "--- rejected: " in out
 
 
 def sequences(batch, ranks):
@@ -403,15 +404,27 @@ def test_a_reference_follows_its_rows(corpus, weights):
         np.testing.assert_array_equal(got.tokens_BT, want.tokens_BT)
         np.testing.assert_array_equal(got.reference_BT, mark(want))
     plain.close(), batches.close()
-    padded = 0
-    for got in with_it.once(4):
+    padded, rows = 0, data.rows_per_epoch - 1
+    for got in with_it.once(rows):
         empty = (got.segments_BT < 0).all(1)
         assert not got.reference_BT[empty].any()
         np.testing.assert_array_equal(got.reference_BT[~empty], mark(got)[~empty])
         padded += int(empty.sum())
-    assert padded == -data.rows_per_epoch % 4
+    assert padded == rows - 1 > 0
     with pytest.raises(ValueError, match="the reference has the shapes"):
         data.with_reference([array[:-1] for array in arrays])
+
+
+def test_data_of_fewer_ranks_is_numbered_as_asked(corpus):
+    pairs, chats = open_data(corpus, "pairs.jsonl"), open_data(corpus, "chats.jsonl")
+    assert (pairs.ranks, chats.ranks, chats.groups_per_row) == (2, 1, 0)
+    wider = pairs.with_ranks(3)
+    assert (wider.ranks, wider.groups_per_row) == (3, pairs.groups_per_row)
+    for two, three in zip(pairs.once(2), wider.once(2), strict=True):
+        np.testing.assert_array_equal(two.tokens_BT, three.tokens_BT)
+        assert sequences(two, 2) == sequences(three, 3)
+    with pytest.raises(UserError, match="chats.jsonl holds no rankings, which this run learns from; give records"):
+        chats.with_ranks(2)
 
 
 def test_batches_start_anywhere(corpus):
