@@ -153,6 +153,7 @@ def _tell(job: Job, trainer: Trainer, console: Console) -> None:
         dtype=run.dtype,
         remat=run.remat,
         sources=job.data.report(),
+        ranks=job.data.ranks,
         epochs=list(zip((s.path for s in run.data.sources), job.data.epochs(job.steps, run.rows), strict=True)),
     )
 
