@@ -7,7 +7,7 @@ from functools import partial
 
 import jax
 
-from qwen2_jax import checkpoint, linear, lora
+from qwen2_jax import checkpoint, linear, lora, score
 from qwen2_jax.checkpoint import peft
 from qwen2_jax.errors import UserError
 from qwen2_jax.params import Tree
