@@ -93,6 +93,7 @@ def _run(program: str, stdin: str, limits: Limits, folder: Path, unsandboxed: bo
         "seen": [*dict.fromkeys(path for path in (*SYSTEM, *prefixes, *DEVICES) if os.path.exists(path))],
         **dataclasses.asdict(limits),
     }
+    kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}  # the interpreter may need it
     if sys.platform != "linux" and not unsandboxed:
         raise UserError(_refusal("it needs Linux"))
     with (
@@ -109,7 +110,7 @@ def _run(program: str, stdin: str, limits: Limits, folder: Path, unsandboxed: bo
         process = subprocess.Popen(
             [sys.executable, "-I", "-S", str(JAIL), str(task.fileno()), str(report.fileno())],
             stdin=given, stdout=output, stderr=errors, pass_fds=(task.fileno(), report.fileno()),
-            env={}, cwd="/", start_new_session=True,
+            env=kept, cwd="/", start_new_session=True,
         )  # fmt: skip
         try:
             process.wait(STARTING + limits.seconds)
