@@ -61,6 +61,11 @@ def misbehaves(completions, scratch=None):
     return scores
 
 
+def slow(completions, seconds):
+    time.sleep(seconds * len(completions))
+    return [seconds] * len(completions)
+
+
 def together(completions):
     """Loses what is there twice, which does not show with one completion."""
     return [1.0 for _ in set(completions)]

@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reward functions that do everything wrong: the run stops with prompt and reason, or goes on, and nothing is lost."""
 
+import contextlib
+import dataclasses
 import math
 import os
 import runpy
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -18,8 +23,8 @@ HERE = str(Path(__file__).with_name("functions.py"))
 WRONG = {  # what a text of functions.misbehaves does, and what is said of it
     "raise": r"LookupError: no such word \(functions.py line \d+\)",
     "exit": "SystemExit: 3",
-    "die": r"ended the process it ran in \(exit code 7\)",
-    "hang": "took longer than 1 s and was ended",
+    "die": r"it ended the process it ran in \(exit code 7\)",
+    "hang": "it took longer than 1 s and was ended",
     "count": "it returned 2 values for 1 completions",
     "none": "it returned None, not a list of 1 numbers",
     "text": "it returned '0', not a list of 1 numbers",
@@ -35,7 +40,8 @@ def reward(name: str, **settings) -> Reward:
 
 
 def asked(*texts: str) -> list[list[dict[str, str]]]:
-    return [[{"role": "system", "content": "Be kind."}, {"role": "user", "content": f"Q{n}"}] for n in range(len(texts))]
+    system = {"role": "system", "content": "Be kind."}
+    return [[system, {"role": "user", "content": f"Q{n}"}] for n in range(len(texts))]
 
 
 def scores(rewards: list[Reward], *texts: str, workers: int = 1, **columns):
@@ -75,7 +81,7 @@ def test_columns_and_options():
         scores([reward("needs_more")], "a", answer=["1"])
     with pytest.raises(UserError, match="2 completions; of other length: answer"):
         scores([reward("length")], "a", "b", answer=["1"])
-    with pytest.raises(UserError, match="a column for reward functions holds .* of type object"):
+    with pytest.raises(UserError, match="cannot be given <object object at .*> of type object: give JSON's types"):
         scores([reward("length")], "a", answer=[object()])
 
 
@@ -90,7 +96,7 @@ def test_nothing_to_score():
 @pytest.mark.parametrize("what", WRONG)
 def test_stop_names_function_prompt_and_reason(stopping, what):
     texts = ("good", what, "good")
-    with pytest.raises(UserError, match=rf"reward misbehaves on the prompt 'Q1' and the answer '{what}': {WRONG[what]}"):
+    with pytest.raises(UserError, match=f"misbehaves on the prompt 'Q1' and the answer '{what}': {WRONG[what]}"):
         stopping(asked(*texts), texts)
 
 
@@ -106,18 +112,28 @@ def test_skip_goes_on_and_loses_nothing(skipping, what):
 
 def test_a_function_that_always_hangs_does_not_hold_up_the_run_for_ever():
     start = time.monotonic()
-    got = scores([reward("misbehaves", on_error="skip", timeout=0.5)], *["hang"] * 20)
-    assert got.totals == [None] * 20 and got.metrics["rewards/misbehaves/failed"] == 20
-    assert "was not called any more: 3 calls had taken too long" in got.failures[-1]
+    got = scores([reward("misbehaves", on_error="skip", timeout=0.5)], *["hang"] * 20, "good")
+    assert got.totals == [None] * 21 and got.metrics["rewards/misbehaves/failed"] == 21
+    assert "was not called any more after 3 calls that took too long" in got.failures[-1]
     assert time.monotonic() - start < 30
+
+
+def test_a_call_that_is_only_slow_is_made_in_pieces():
+    """Four completions of 0.6 s are too many for one call of 1.5 s, and nothing is wrong with any of them."""
+    assert scores([reward("slow", timeout=1.5, options={"seconds": 0.6})], *"abcd").totals == [0.6] * 4
+
+
+def test_single_completions_that_hang_cost_no_others():
+    texts = ["hang", "good", "hang", "good", "hang", "good", "hang", "good"]
+    got = scores([reward("misbehaves", on_error="skip", timeout=0.5, batch=1)], *texts)
+    assert got.totals == [None, 1.0] * 4
 
 
 def test_a_hanging_function_ends_with_what_it_started():
     mark = f"left{time.time_ns()}"
     hanging = reward("misbehaves", on_error="skip", timeout=2.0, options={"scratch": mark})
     assert scores([hanging], "hang").totals == [None]
-    commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
-    assert not [command for command in commands if mark.encode() in command]
+    wait_until(lambda: not running(mark))
 
 
 def test_a_wrong_count_that_shows_only_together():
@@ -143,6 +159,46 @@ def test_workers_end_with_the_scorer():
             os.kill(process, 0)
     with pytest.raises(RuntimeError):  # of the threads: there is nobody to ask
         scorer(asked("a"), ["a"])
+
+
+def test_a_worker_that_the_system_killed_is_replaced():
+    with Scorer([reward("process")], 1) as scorer:
+        (first,) = scorer(["Q"], ["a"]).totals
+        os.kill(int(first), signal.SIGKILL)
+        time.sleep(0.2)
+        (second,) = scorer(["Q"], ["a"]).totals
+    assert first != second
+
+
+def test_workers_end_when_the_training_is_killed(tmp_path):
+    """In the middle of a call that would take five minutes."""
+    mark = f"left{time.time_ns()}"
+    program = f"""
+from qwen2_jax.rewards import Reward, Scorer
+with Scorer([Reward(function={HERE + ":misbehaves"!r}, options={{"scratch": {mark!r}}}, timeout=300.0)], 1) as scorer:
+    scorer(["Q"], ["hang"])
+"""
+    training = subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path)
+    wait_until(lambda: running(mark))
+    training.kill()
+    training.wait()
+    wait_until(lambda: not running(mark))
+
+
+def wait_until(condition, seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def running(mark: str) -> bool:
+    """Whether a process was started with the text in its command line, other than a test's program."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            found.append(path.read_text())
+    return any(f"# {mark}" in line for line in found)
 
 
 @pytest.mark.parametrize(
@@ -224,9 +280,8 @@ def test_a_function_in_this_process_may_fail_too():
 
 def test_the_command_line_of_a_config_with_rewards():
     given = (reward("length", weight=2.0), Reward(function=reward))
-    import dataclasses
-
-    config = dataclasses.make_dataclass("Config", [("rewards", tuple[Reward, ...], given), ("seed", int, 0)], frozen=True)
+    fields = [("rewards", tuple[Reward, ...], given), ("seed", int, 0)]
+    config = dataclasses.make_dataclass("Config", fields, frozen=True)
     got = tyro.cli(config, default=config(), args=["--seed", "3"], config=(tyro.conf.AvoidSubcommands,))
     assert got.rewards == given and got.seed == 3
 
