@@ -58,7 +58,7 @@ class Sampled:
         self.bound = self.run.bound or (FLOAT32_BOUND if self.run.dtype == "float32" else None)
         self._batches = None if kept is None else episodes.decode(kept)
         self._warned = False
-        # On a CPU a scan over the layers would copy each one's cache at every token; the copy of the weights is cheaper.
+        # On a CPU a scan over the layers would copy each one's cache at every token; a copy of the weights costs less.
         self._unroll = jax.default_backend() == "cpu" and job.mesh is None
         self._served = jax.jit(lambda weights: model.unroll(weights, job.config) if self._unroll else weights)
         self._rollouts = Rollouts.of(
@@ -127,7 +127,7 @@ class Sampled:
     ) -> tuple[list[Completion], Stats]:
         """An answer to each prompt; a greedy one where there are no seeds."""
         tokenizer, sampling = self.job.tokenizer, self.run.sampling
-        ends = {*tokenizer.eos_ids, tokenizer.token_id(IM_END)} - {None}
+        ends = {id for id in (*tokenizer.eos_ids, tokenizer.token_id(IM_END)) if id is not None}
         greedy = Settings(max_new_tokens=sampling.max_new_tokens, eos_ids=tuple(sorted(ends)))
         settings = [greedy] * len(asked)
         if seeds is not None:
@@ -185,8 +185,8 @@ def groups(run: Online, answers_PG: Sequence[Sequence[Answer]], rewards_PG: np.n
         ]
     pairs: list[list[Group]] = []
     for answers, rewards in zip(answers_PG, rewards_PG, strict=True):
-        best, worst = (None, None) if _equal(rewards) else (np.nanargmax(rewards), np.nanargmin(rewards))
-        pairs.append([] if best is None or worst is None else [(answers[best], answers[worst])])
+        order = [] if _equal(rewards) else [int(np.nanargmax(rewards)), int(np.nanargmin(rewards))]
+        pairs.append([[answers[i] for i in order]] if order else [])
     return pairs
 
 
