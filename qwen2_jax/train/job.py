@@ -18,7 +18,7 @@ from qwen2_jax.data.spec import Data, PromptData, Source
 from qwen2_jax.errors import UserError
 from qwen2_jax.tokenizer import END_OF_TEXT, IM_END, Tokenizer
 from qwen2_jax.train.config import Pretrain, Run
-from qwen2_jax.train.post_training import Online, Reward
+from qwen2_jax.train.post_training import Dpo, Online, Reward
 
 # What may not change when a run is continued: the arrays in its checkpoints, and the order of its data.
 FIXED = ("lora", "rows", "length", "seed")
@@ -139,7 +139,20 @@ def prepare(run: Run, console: Console) -> Job:
     for one in run.evaluation.sources:
         name = Path(one.path).name.split(".")[0]
         held_out[one.path if name in held_out else name] = opened(_alone(run.data, one))
+    if isinstance(run, Reward | Dpo):
+        data, held_out = _ranked(run, data, held_out)
     return Job(run, config, source, tokenizer, files, data, held_out, steps, mesh)
+
+
+def _ranked(run: Run, data: Any, held_out: dict[str, Any]) -> tuple[Loaded, dict[str, Loaded | Prompts]]:
+    """The data with segments numbered alike: by the most responses that any prompt has."""
+    ranks = max(loaded.ranks for loaded in (data, *held_out.values()))
+    if isinstance(run, Dpo) and ranks > 2:
+        raise UserError(
+            f"DPO learns from pairs, and there are prompts with {ranks} responses: give pairs (chosen and rejected), or "
+            "train a reward model on these"
+        )
+    return data.with_ranks(ranks), {name: loaded.with_ranks(ranks) for name, loaded in held_out.items()}
 
 
 def _alone(data: Data | PromptData, source: Source) -> Data | PromptData:
