@@ -149,8 +149,8 @@ def _ranked(run: Run, data: Any, held_out: dict[str, Any]) -> tuple[Loaded, dict
     ranks = max(loaded.ranks for loaded in (data, *held_out.values()))
     if isinstance(run, Dpo) and ranks > 2:
         raise UserError(
-            f"DPO learns from pairs, and there are prompts with {ranks} responses: give pairs (chosen and rejected), or "
-            "train a reward model on these"
+            f"DPO learns from pairs, and there are prompts with {ranks} responses: give pairs (chosen and rejected), "
+            "or train a reward model on these"
         )
     return data.with_ranks(ranks), {name: loaded.with_ranks(ranks) for name, loaded in held_out.items()}
 
