@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LM.score: conversations to numbers, whatever the batch, and what is no reward model's business."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import qwen2_jax
+from qwen2_jax import model
+from qwen2_jax.errors import UserError
+from qwen2_jax.infer import cli
+from qwen2_jax.infer.lm import LM
+from tiny import CONFIGS, random_params
+
+TALK = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
+
+
+@pytest.fixture(scope="module")
+def reward(lm, bytes_tokenizer):
+    config = dataclasses.replace(lm.config, score_head="two_layers")
+    weights = random_params(config, unroll=True)
+    return LM(config, weights, tokenizer=bytes_tokenizer, dtype="float32", unroll=True, max_rows=4)
+
+
+def directly(lm: LM, ids: list[int]) -> float:
+    """One forward pass over the whole row, without a cache; the head in numpy."""
+    graphdef = model.declare(lm.config, unroll=True)[0]
+    hidden_D = np.asarray(nnx.merge(graphdef, lm.params)(jnp.asarray([ids])).hidden_BTD, np.float64)[0, -1]
+    head = {name: np.asarray(value, np.float64) for name, value in lm.params["score_head"].items()}
+    up_F = np.maximum(head["up_FD"] @ hidden_D + head["up_bias_F"], 0)
+    return head["down_1F"][0] @ up_F + head["down_bias_1"][0]
+
+
+def test_a_row_scores_as_its_last_hidden_state_does(reward):
+    """Lengths within a chunk, at its end, one beyond, over several chunks; more rows than a batch holds."""
+    rows = [np.random.default_rng(n).integers(0, 256, n).tolist() for n in (1, 32, 33, 7, 300, 2)]
+    scores = reward.score(rows)
+    assert (scores.dtype, scores.shape) == (np.float32, (6,))
+    want = [directly(reward, row) for row in rows]
+    np.testing.assert_allclose(scores, want, rtol=0, atol=1e-4)
+    assert np.ptp(want) > 1
+    for row, value in zip(rows, scores, strict=True):
+        np.testing.assert_allclose(reward.score([row]), [value], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(reward.score([np.asarray(rows[3])]), scores[3:4], rtol=0, atol=1e-4)
+
+
+def test_a_conversation_ends_behind_its_last_turn(reward):
+    """The template's text without a generation prompt: its last token is the newline behind <|im_end|>."""
+    ids = reward.tokenizer.encode(
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n4<|im_end|>\n"
+    )
+    assert ids[-1] == ord("\n")
+    other = [TALK[0], {"role": "assistant", "content": "5"}]
+    scores = reward.score([TALK, other, TALK])
+    np.testing.assert_allclose(scores[[0, 2]], reward.score([ids]).repeat(2), rtol=0, atol=1e-4)
+    assert abs(scores[0] - scores[1]) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("talks", "words"),
+    [
+        (TALK, "put a single conversation into a list"),
+        (["Is this good?"], "put a single conversation into a list"),
+        ([TALK[:1]], "ends in an answer; the last role is 'user'"),
+        ([[{"role": "assistant"}]], "content"),
+        ([], "score needs a list, not empty"),
+        ([[]], "not empty"),
+        ([1, 2], r"put it in a list: \[\[1"),
+        ([[1, 999]], "token id 999"),
+        ([[1] * 5000], "at most"),
+    ],
+)
+def test_mistakes_are_named(reward, talks, words):
+    with pytest.raises(UserError, match=words):
+        reward.score(talks)
+
+
+def test_messages_need_a_tokenizer(reward):
+    bare = LM(reward.config, reward.params, dtype="float32", unroll=True)
+    with pytest.raises(UserError, match="no tokenizer; give token ids instead of messages"):
+        bare.score([TALK])
+
+
+@pytest.mark.parametrize("ask", [
+    lambda lm: lm.generate(["a"]),
+    lambda lm: lm.chat(TALK[:1]),
+    lambda lm: next(lm.stream("a")),
+    lambda lm: lm.logits([[1, 2]]),
+    lambda lm: lm.logprobs([[1, 2]]),
+])  # fmt: skip
+def test_a_reward_model_writes_nothing(reward, ask):
+    before = reward.generator.compiles
+    with pytest.raises(UserError, match="this is a reward model"):
+        ask(reward)
+    assert reward.generator.compiles == before, "it is known before anything is computed"
+
+
+def test_a_model_of_words_scores_nothing(lm):
+    with pytest.raises(UserError, match="no score head"):
+        lm.score([TALK])
+
+
+def test_saved_and_loaded(reward, tmp_path):
+    reward.save(tmp_path / "hf")
+    again = qwen2_jax.load(tmp_path / "hf", dtype="float32")
+    assert again.config == dataclasses.replace(reward.config, dtype="float32")
+    rows = [[1, 2, 3]]
+    np.testing.assert_allclose(again.score(rows), reward.score(rows), rtol=0, atol=1e-5)
+
+
+def test_the_command_line_says_what_to_do(reward, tmp_path, capsys):
+    reward.save(tmp_path / "hf")
+    assert cli.main(["--ckpt", str(tmp_path / "hf"), "Hello"]) == 2
+    said = capsys.readouterr().err
+    assert "is a reward model" in said
+    assert f"qwen2_jax.load('{tmp_path / 'hf'}').score([[" in said
+
+
+def test_a_scanned_mixture_of_experts_with_a_linear_head():
+    config = dataclasses.replace(CONFIGS["moe_mixed"], score_head="linear")
+    params = random_params(config)
+    scores = LM(config, params, dtype="float32").score([[5, 6, 7], [8]])
+    graphdef = model.declare(config)[0]
+    merged = nnx.merge(graphdef, params)
+    want = [merged.score(merged(jnp.asarray([row])).hidden_BTD)[0, -1] for row in ([5, 6, 7], [8])]
+    np.testing.assert_allclose(scores, want, rtol=0, atol=1e-4)
