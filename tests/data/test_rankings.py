@@ -240,12 +240,12 @@ class Groups(MemoryStore):
 def slow_rows(stores, length, ranks):
     """Each row's five fields as lists, token by token; rows by best fit, looked for among all."""
     groups = []
-    for store in stores:
+    for one in stores:
         at = 0
-        for sequences in store.groups:
+        for sequences in one.groups:
             made = []
             for n in sequences:
-                made.append([(int(store.tokens[i]), bool(store.flags[i])) for i in range(at, at + n)])
+                made.append([(int(one.tokens[i]), bool(one.flags[i])) for i in range(at, at + n)])
                 at += n
             groups.append(made)
     groups = [group for group in groups if sum(map(len, group)) <= length]
