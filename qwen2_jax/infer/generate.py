@@ -14,7 +14,7 @@ Rows of padding have position -1, are done from the start, and are never looked 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import jax
@@ -31,6 +31,7 @@ from qwen2_jax.infer.buckets import Buckets, context_limit
 from qwen2_jax.infer.places import Places, Programs
 from qwen2_jax.infer.sampling import Sampling, sample
 from qwen2_jax.infer.settings import Settings
+from qwen2_jax.model import check_head
 from qwen2_jax.params import Tree
 
 # B rows  C tokens of a prefill chunk  S cache slots  E end-of-sequence ids  K tokens per call  V vocabulary
@@ -147,6 +148,18 @@ class Generator:
 
     def logprobs(self, sequences: Sequence[Sequence[int]], long_context: rope.LongContext = "auto") -> list[np.ndarray]:
         """log p(token t+1 | tokens up to t) of each sequence, float32 [len - 1], prefilled in chunks."""
+        check_head(self.config, scores=False)
+        return self._values(sequences, [s[:-1] for s in sequences], [s[1:] for s in sequences], long_context)
+
+    def scores(self, sequences: Sequence[Sequence[int]], long_context: rope.LongContext = "auto") -> np.ndarray:
+        """A reward model's score of each sequence, float32 [n]: that of its last token."""
+        check_head(self.config, scores=True)
+        return np.array([values[-1] for values in self._values(sequences, sequences, None, long_context)], np.float32)
+
+    def _values(
+        self, sequences: Sequence[Sequence[int]], read: Sequence[Sequence[int]], targets, long_context: rope.LongContext
+    ) -> list[np.ndarray]:
+        """What _score_chunk says of each token of `read`, the sequences or parts of them, in chunks."""
         limit = context_limit(self.config, long_context)
         for tokens in sequences:
             self._check(tokens, limit, long_context)
@@ -155,19 +168,18 @@ class Generator:
         cache = self._empty(rows, length)
         turns = self._rope(lengths, rows, length, long_context)
         found: list[list[np.ndarray]] = [[] for _ in sequences]
-        for tokens_BC, positions_BC, targets_BC in self._chunks(
-            [s[:-1] for s in sequences], rows, [s[1:] for s in sequences]
-        ):
-            cache, logprobs_BC = self.for_cache(rows, length).score(
+        for tokens_BC, positions_BC, targets_BC in self.buckets.side_by_side(read, rows, targets):
+            cache, array_BC = self.for_cache(rows, length).score(
                 self.params, cache, tokens_BC, positions_BC, targets_BC, _rows(lengths, rows), turns
             )
-            values_BC = np.asarray(logprobs_BC)
+            values_BC = np.asarray(array_BC)
             for row, parts in enumerate(found):
                 parts.append(values_BC[row][positions_BC[row] >= 0])
         return [np.concatenate(parts) if parts else np.zeros(0, np.float32) for parts in found]
 
     def logits(self, tokens_BT: np.ndarray, long_context: rope.LongContext = "auto") -> np.ndarray:
         """Logits at every position, float32 [B, T, V], from one forward pass without a cache."""
+        check_head(self.config, scores=False)
         B, T = tokens_BT.shape
         limit = context_limit(self.config, long_context)
         for tokens in tokens_BT.tolist():
@@ -257,10 +269,13 @@ class Generator:
     def _score_chunk(
         self, params: Tree, cache: Cache, tokens_BC, positions_BC, targets_BC, context_B, turns: rope.Rope
     ):
+        """(cache, [B, C]): log-probabilities of the targets, or a reward model's scores at every token."""
         self._compiling("score", rows=tokens_BC.shape[0], chunk=tokens_BC.shape[1], cache=cache.length)
         model = nnx.merge(self.graphdef, params)
         about = {"context_B": context_B, "implementation": self.implementation}
         out = model(tokens_BC, rope=turns, positions_BT=positions_BC, cache=cache, **about)
+        if self.config.scores:
+            return out.cache, model.score(out.hidden_BTD)
         return out.cache, logprob.token_logprobs(out.hidden_BTD, model.head_weight(), targets_BC)
 
     def _all_logits(self, params: Tree, tokens_BT, positions_BT, context_B, turns: rope.Rope):
@@ -289,6 +304,7 @@ class Generator:
         self, request: Request, limit: int, long_context: rope.LongContext, what: str = "the prompt"
     ) -> Request:
         """The request, checked, with no more new tokens than the limit leaves room for (at least one)."""
+        check_head(self.config, scores=False)
         self._check(request.tokens, limit - 1, long_context, what)
         settings = request.settings
         if len(settings.eos_ids) > EOS_WIDTH:
@@ -310,23 +326,6 @@ class Generator:
         place = self.places.cache(self.config, rows, length)
         return Cache.zeros(self.config, rows, length, self.dtype, unroll=self.unroll, place=place)
 
-    def _chunks(
-        self, prompts: Sequence[Sequence[int]], rows: int, targets: Sequence[Sequence[int]] | None = None
-    ) -> Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Cuts prompts side by side: (tokens, positions, targets) int32 [rows, C], positions -1 beyond a row's end."""
-        start = 0
-        for size in self.buckets.cut(max(map(len, prompts))):
-            tokens_BC, targets_BC = np.zeros((rows, size), np.int32), np.zeros((rows, size), np.int32)
-            positions_BC = np.full((rows, size), -1, np.int32)
-            for row, prompt in enumerate(prompts):
-                part = prompt[start : start + size]
-                tokens_BC[row, : len(part)] = part
-                positions_BC[row, : len(part)] = np.arange(start, start + len(part))
-                if targets is not None:
-                    targets_BC[row, : len(part)] = targets[row][start : start + size]
-            yield tokens_BC, positions_BC, targets_BC
-            start += size
-
     def _prefilled(
         self, prompts: Sequence[Sequence[int]], rows: int, length: int, totals, long_context, progress: Progress | None
     ) -> Cache:
@@ -334,7 +333,7 @@ class Generator:
         turns = self._rope(totals, rows, length, long_context)
         context_B = _rows([len(p) + 1 for p in prompts], rows)
         done, total = 0, sum(map(len, prompts))
-        for tokens_BC, positions_BC, _ in self._chunks(prompts, rows):
+        for tokens_BC, positions_BC, _ in self.buckets.side_by_side(prompts, rows):
             cache = self.for_cache(rows, length).prefill(self.params, cache, tokens_BC, positions_BC, context_B, turns)
             if progress is not None:
                 jax.block_until_ready(cache)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reward functions that are ready to use: Reward(function="number"), and so on. Options are keywords of the function."""
+"""Reward functions that are ready to use: Reward(function="number") and so on. Options are their keywords."""
 
+import logging
 import re
 from collections.abc import Sequence
-from fractions import Fraction
+from decimal import Decimal
 from typing import Any
 
 from qwen2_jax.errors import UserError
@@ -35,6 +36,7 @@ def maths(
         from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
     except ImportError as missing:
         raise UserError(f"reward maths: {missing}; pip install 'qwen2-jax[rewards]' brings math-verify") from missing
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it prints a whole answer that takes too long
     latex = LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)
     ways = [latex] if strict else [latex, ExprExtractionConfig()]
     scores = []
@@ -54,7 +56,7 @@ def format(completions: Sequence[str], *, pattern: str) -> list[float]:
 
 
 def length(completion_ids: Sequence[Sequence[int]], *, most: int, soft: int) -> list[float]:
-    """0 up to `most` - `soft` tokens, from there falling to -1 at `most`, -1 beyond: DAPO (arXiv:2503.14476, eq. 13)."""
+    """0 up to `most` - `soft` tokens, then falling to -1 at `most`, -1 beyond: DAPO (arXiv:2503.14476, eq. 13)."""
     return [max(-1.0, min(0.0, (most - soft - len(ids)) / soft)) for ids in completion_ids]
 
 
@@ -106,9 +108,9 @@ def _column(columns: dict[str, Sequence[Any]], name: str) -> Sequence[Any]:
     return columns[name]
 
 
-def _last_number(text: str) -> Fraction | None:
+def _last_number(text: str) -> Decimal | None:
     found = NUMBER.findall(text)
-    return Fraction(found[-1].replace(",", "")) if found else None
+    return Decimal(found[-1].replace(",", "")) if found else None
 
 
 def _last_boxed(text: str) -> str:

@@ -55,8 +55,8 @@ def load(reference: str) -> Function:
 def call(function: Function, columns: dict[str, Any], options: dict[str, Any]) -> tuple[list[float | None], list[str]]:
     """Calls once. Returns scores, and for each an empty text or what is wrong with it (the score is None then).
 
-    columns: "prompts", "completions" and the data's, of equal length. Raises Failed, and UserError as the function does:
-    it means a mistake of the set-up, which no other completion would be spared.
+    columns: "prompts", "completions" and the data's, of equal length. Raises Failed, and UserError where the function
+    does: it means a mistake of the set-up, which no other completion would be spared.
     """
     count = len(columns["completions"])
     try:

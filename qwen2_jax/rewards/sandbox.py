@@ -62,7 +62,7 @@ class Ran:
     errors: str  # on stderr
 
 
-def run(program: str, stdin: str = "", limits: Limits = Limits(), *, unsandboxed: bool = False) -> Ran:  # noqa: B008
+def run(program: str, stdin: str = "", limits: Limits = Limits(), *, unsandboxed: bool = False) -> Ran:
     """Executes Python text. Raises UserError, naming what is missing, where it cannot be shut in.
 
     unsandboxed: with limits of time, memory and file size and an empty environment, but with network and the user's
@@ -75,7 +75,7 @@ def run(program: str, stdin: str = "", limits: Limits = Limits(), *, unsandboxed
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def passes(program: str, tests: str, limits: Limits = Limits(), *, unsandboxed: bool = False) -> bool:  # noqa: B008
+def passes(program: str, tests: str, limits: Limits = Limits(), *, unsandboxed: bool = False) -> bool:
     """Whether the program and then the tests, in the same process and with the same names, raise nothing."""
     word, border = secrets.token_hex(16), secrets.token_hex(16)
     driver = TESTED.replace("sys.argv[1]", repr(border))
@@ -93,6 +93,8 @@ def _run(program: str, stdin: str, limits: Limits, folder: Path, unsandboxed: bo
         "seen": [*dict.fromkeys(path for path in (*SYSTEM, *prefixes, *DEVICES) if os.path.exists(path))],
         **dataclasses.asdict(limits),
     }
+    # All that is kept of the environment; the interpreter may need it.
+    kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
     if sys.platform != "linux" and not unsandboxed:
         raise UserError(_refusal("it needs Linux"))
     with (
@@ -109,7 +111,7 @@ def _run(program: str, stdin: str, limits: Limits, folder: Path, unsandboxed: bo
         process = subprocess.Popen(
             [sys.executable, "-I", "-S", str(JAIL), str(task.fileno()), str(report.fileno())],
             stdin=given, stdout=output, stderr=errors, pass_fds=(task.fileno(), report.fileno()),
-            env={}, cwd="/", start_new_session=True,
+            env=kept, cwd="/", start_new_session=True,
         )  # fmt: skip
         try:
             process.wait(STARTING + limits.seconds)

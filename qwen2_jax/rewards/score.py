@@ -4,6 +4,7 @@
 import dataclasses
 import queue
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
@@ -17,7 +18,7 @@ from .shaping import weighted
 from .spec import Reward
 from .worker import Lost, Slow, Worker
 
-HANGS = 3  # calls of one batch that may run into the time limit before the rest of it is given up
+HANGS = 3  # completions one after the other that may take too long before the rest of the batch is given up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,6 @@ class Problem(NamedTuple):
 
     row: int
     reason: str
-    slow: bool = False  # the call took too long
 
 
 class Scorer:
@@ -86,11 +86,16 @@ class Scorer:
             for size in [reward.batch or max(count, 1)]
             for first in range(0, count, size)
         ]
-        away = [self._threads.submit(self._score, r, columns, part) for r, part in parts if r.reference is not None]
+        hangs: Counter[str] = Counter()
+        away = [
+            self._threads.submit(self._score, reward, columns, part, hangs)
+            for reward, part in parts
+            if reward.reference is not None
+        ]
         try:
             waiting = iter(away)
             done = [
-                self._score(reward, columns, part) if reward.reference is None else next(waiting).result()
+                self._score(reward, columns, part, hangs) if reward.reference is None else next(waiting).result()
                 for reward, part in parts
             ]
         finally:
@@ -122,52 +127,51 @@ class Scorer:
         self.close()
 
     def _score(
-        self, reward: Reward, columns: dict[str, Sequence[Any]], rows: range
+        self, reward: Reward, columns: dict[str, Sequence[Any]], rows: range, hangs: Counter[str]
     ) -> tuple[list[float | None], list[Problem]]:
-        """One part of a batch; if it fails as a whole, one by one, to know by which completion."""
+        """One part of a batch; if it fails as a whole, one by one, to know by which completion.
+
+        hangs: how many completions of this batch took too long since the last that did not, by reward.
+        """
         try:
+            if hangs[reward.title] >= HANGS:
+                raise Failed(f"it was not called any more after {HANGS} calls that took too long")
             scores, wrong = self._call(reward, {name: [values[i] for i in rows] for name, values in columns.items()})
+            hangs[reward.title] = 0
             problems = [Problem(row, reason) for row, reason in zip(rows, wrong, strict=True) if reason]
         except (Failed, Lost) as why:
             if len(rows) > 1:
-                return self._one_by_one(reward, columns, rows, str(why))
-            scores, problems = [None], [Problem(rows[0], str(why), isinstance(why, Slow))]
+                return self._one_by_one(reward, columns, rows, hangs, why)
+            hangs[reward.title] += isinstance(why, Slow)
+            scores, problems = [None], [Problem(rows[0], str(why))]
         if problems and reward.on_error == "stop":
             raise UserError(_message(reward, columns, problems[0]))
         return scores, problems
 
     def _one_by_one(
-        self, reward: Reward, columns: dict[str, Sequence[Any]], rows: range, together: str
+        self, reward: Reward, columns: dict[str, Sequence[Any]], rows: range, hangs: Counter[str], together: Exception
     ) -> tuple[list[float | None], list[Problem]]:
-        scores: list[float | None] = []
-        problems: list[Problem] = []
-        for row in rows:
-            if sum(problem.slow for problem in problems) < HANGS:
-                one, wrong = self._score(reward, columns, range(row, row + 1))
-            else:
-                one, wrong = [None], [Problem(row, f"it was not called any more: {HANGS} calls had taken too long")]
-            scores += one
-            problems += wrong
-        if not problems and reward.on_error == "stop":
+        done = [self._score(reward, columns, range(row, row + 1), hangs) for row in rows]
+        problems = [problem for _, found in done for problem in found]
+        if not problems and reward.on_error == "stop" and not isinstance(together, Slow):  # slow: only too many at once
             alone = f"{together} (in a call with {len(rows)} completions; with each of them alone it did not fail)"
             raise UserError(_message(reward, columns, Problem(rows[0], alone)))
-        return scores, problems
+        return [score for scores, _ in done for score in scores], problems
 
     def _call(self, reward: Reward, columns: dict[str, list[Any]]) -> tuple[list[float | None], list[str]]:
-        """One call, by a free worker; a worker that was lost is replaced. Raises Failed and Lost."""
+        """One call, by a free worker, which is replaced if it has ended. Raises Failed and Lost."""
         if reward.reference is None:
             return call(reward.function, columns, reward.options)
         worker = self._idle.get()
         try:
             if self._closed:
                 raise UserError("the Scorer was closed during a call")
-            return worker.call(reward.reference, columns, reward.options, reward.timeout)
-        except Lost:
-            if not self._closed:
+            if worker.ended:  # in its last call, or since by somebody else, such as the kernel when memory is short
+                worker.end()
                 fresh = Worker(self._references)
                 self._workers[self._workers.index(worker)] = fresh
                 worker = fresh
-            raise
+            return worker.call(reward.reference, columns, reward.options, reward.timeout)
         finally:
             self._idle.put(worker)
 
@@ -175,7 +179,7 @@ class Scorer:
 def _message(reward: Reward, columns: dict[str, Sequence[Any]], problem: Problem) -> str:
     """Function, prompt, answer and reason, in one line."""
     prompt, answer = columns["prompts"][problem.row], columns["completions"][problem.row]
-    asked = prompt if isinstance(prompt, str) or not prompt else prompt[-1]["content"]
+    asked = prompt if isinstance(prompt, str) or not prompt else prompt[-1].get("content")
     advice = "" if reward.on_error == "skip" else '; on_error="skip" would leave such answers without a score'
     return (
         f"reward {reward.title} on the prompt {check.short(asked)} and the answer {check.short(answer)}: "

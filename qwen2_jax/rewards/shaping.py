@@ -18,7 +18,5 @@ def shaped(model: Sequence[float | None], verifier: Sequence[float | None]) -> l
     Qwen2.5-Math (arXiv:2409.12122, eq. 3). verifier: 1 right, 0 wrong. A right answer gets a reward in (0, 1), a wrong
     one in (-1, 0), and the model orders them inside. None where either has no score.
     """
-    return [
-        None if m is None or v is None else 0.5 * (1 + math.tanh(m / 4)) + (v - 1)  # tanh: exp of neither sign overflows
-        for m, v in zip(model, verifier, strict=True)
-    ]
+    pairs = zip(model, verifier, strict=True)  # tanh below: the exp of a sigmoid overflows
+    return [None if m is None or v is None else 0.5 * (1 + math.tanh(m / 4)) + (v - 1) for m, v in pairs]

@@ -15,6 +15,7 @@ import sys
 import threading
 from typing import Any
 
+from qwen2_jax import check
 from qwen2_jax.errors import UserError
 
 from .call import Failed, call, load
@@ -52,7 +53,7 @@ class Worker:
             try:
                 self._ask(self._references, LOADING)
             except Lost as why:
-                raise UserError(f"reward functions {', '.join(self._references)}: loading {why}") from None
+                raise UserError(f"reward functions {', '.join(self._references)}: while loading, {why}") from None
             self._ready = True
 
     def call(
@@ -63,6 +64,11 @@ class Worker:
         scores, wrong = self._ask([reference, columns, options], seconds)
         return scores, wrong
 
+    @property
+    def ended(self) -> bool:
+        """Whether the process is no more, by whatever cause."""
+        return self._process.poll() is not None
+
     def kill(self) -> None:
         """Ends the process and what it started; a call that waits for it raises Lost."""
         with contextlib.suppress(ProcessLookupError):
@@ -70,7 +76,7 @@ class Worker:
 
     def end(self) -> None:
         """Ends the process and closes its pipes. No call may be waiting."""
-        if self._process.poll() is None:
+        if not self.ended:
             self.kill()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
@@ -79,7 +85,8 @@ class Worker:
                 pipe.close()
 
     def _ask(self, request: Any, seconds: float) -> Any:
-        assert self._process.stdin is not None and self._process.stdout is not None
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         text = json.dumps(request, default=_plain)
         over = threading.Event()
 
@@ -98,11 +105,12 @@ class Worker:
         finally:
             timer.cancel()
             timer.join()
+        if over.is_set():  # even if the reply came just before
+            self.end()
+            raise Slow(f"it took longer than {seconds:g} s and was ended")
         if not line.endswith("\n"):
             self.end()
-            if over.is_set():
-                raise Slow(f"took longer than {seconds:g} s and was ended")
-            raise Lost(f"ended the process it ran in (exit code {self._process.returncode})")
+            raise Lost(f"it ended the process it ran in (exit code {self._process.returncode})")
         kind, value = json.loads(line)
         if kind == "mistake":
             raise UserError(value)
@@ -115,7 +123,8 @@ def _plain(value: Any) -> Any:
     """What JSON does not know: arrays and numpy's numbers become lists and numbers."""
     if hasattr(value, "tolist"):
         return value.tolist()
-    raise UserError(f"a column for reward functions holds {value!r:.60}, of type {type(value).__name__}: give JSON's types")
+    kind = type(value).__name__
+    raise UserError(f"reward functions cannot be given {check.short(value)} of type {kind}: give JSON's types")
 
 
 def main() -> None:
@@ -130,7 +139,7 @@ def main() -> None:
         try:
             if functions:
                 reference, columns, options = request
-                reply = ["done", call(functions[reference], columns, options)]
+                reply: list[Any] = ["done", call(functions[reference], columns, options)]
             else:
                 functions = {reference: load(reference) for reference in request}
                 reply = ["done", None]

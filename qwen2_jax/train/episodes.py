@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from qwen2_jax.data.packing import Batch, empty_row
+from qwen2_jax.data.packing import Batch, empty_row, stack
 from qwen2_jax.data.plan import best_fit
 
 # B rows  T tokens of a row
@@ -51,8 +51,7 @@ def pack(groups: Sequence[Group], *, rows: int, length: int, pad: int, piece: in
     while rows % 2 == 0 and rows // 2 >= needed and rows // 2 % piece == 0:
         rows //= 2
     zeros = np.zeros((rows, length), np.float32)
-    empty = empty_row(length, pad)
-    batch = Batch(*(np.tile(field, (rows, 1)) for field in empty[:5]), sampled_BT=zeros, advantages_BT=zeros.copy())
+    batch = stack([empty_row(length, pad)] * rows)._replace(sampled_BT=zeros, advantages_BT=zeros.copy())
     ranks = max(map(len, groups), default=1)
     for row in range(needed):
         at = 0

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
+from qwen2_jax.data.loader import Loaded
 from qwen2_jax.data.packing import Batch
 from qwen2_jax.params import Tree
 from qwen2_jax.train.job import Job
@@ -44,6 +45,7 @@ class Corpus:
 
     def __init__(self, job: Job, trainer: Trainer, done: int, reference: Callable[[Batch], Batch] | None = None):
         """reference: fills in reference_BT of a batch on the devices, where the objective needs it."""
+        assert isinstance(job.data, Loaded)
         self.job, self.trainer, self.reference = job, trainer, reference or (lambda batch: batch)
         self._batches = job.data.batches(job.run.rows, start=done, host=trainer.place.host)
 
@@ -59,6 +61,7 @@ class Corpus:
         scores, run, trainer = {}, self.job.run, self.trainer
         rows, most = run.rows // run.accumulate, run.evaluation.batches * run.accumulate
         for name, data in self.job.held_out.items():
+            assert isinstance(data, Loaded)
             sums = None
             for i, batch in enumerate(data.once(rows, host=trainer.place.host)):
                 if i == most:

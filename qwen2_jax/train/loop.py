@@ -4,6 +4,7 @@
 import dataclasses
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,8 @@ from rich.console import Console
 
 from qwen2_jax import checkpoint, flops, linear
 from qwen2_jax.checkpoint import peft
+from qwen2_jax.data.loader import Loaded
+from qwen2_jax.data.spec import Data
 from qwen2_jax.errors import UserError
 from qwen2_jax.hosts import Group
 from qwen2_jax.observe import Recorder
@@ -82,7 +85,7 @@ def _run(job: Job, trainer: Trainer, console: Console, group: Group) -> Path | N
             recorder.start_over()
         restored = saved.restore(trainer.abstract) if config.resume else None
         if restored is None:
-            done, state, about = 0, begin(), {}
+            done, state, about = 0, begin(), dict[str, Any]()
         else:
             done, state, about = restored
             console.print(_where_it_goes_on(job, done), soft_wrap=True)
@@ -129,7 +132,10 @@ def _lost(config: Run, step: int) -> bool:
 def _tell(job: Job, trainer: Trainer, console: Console) -> None:
     """What the run would be, and the first row that it would see."""
     run = job.run
-    batch = next(job.data.batches(run.rows, host=trainer.place.host))
+    batch = stages.first_batch(job, trainer)
+    data, epochs = job.data, list[tuple[str, float]]()
+    if isinstance(data, Loaded) and isinstance(run.data, Data):
+        epochs = [*zip((s.path for s in run.data.sources), data.epochs(job.steps, run.rows), strict=True)]
     specs, places = trainer.model_specs, job.mesh and places_of(trainer.model_specs, job.mesh)
     dtype = jnp.dtype("bfloat16" if run.lora_base == "int8" else run.lora_base)
     frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), abstract(specs))
@@ -153,8 +159,8 @@ def _tell(job: Job, trainer: Trainer, console: Console) -> None:
         dtype=run.dtype,
         remat=run.remat,
         sources=job.data.report(),
-        ranks=job.data.ranks,
-        epochs=list(zip((s.path for s in run.data.sources), job.data.epochs(job.steps, run.rows), strict=True)),
+        ranks=data.ranks if isinstance(data, Loaded) else 1,
+        epochs=epochs,
     )
 
 

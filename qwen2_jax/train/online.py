@@ -10,9 +10,11 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from rich.console import Console
 
+from qwen2_jax import model
 from qwen2_jax.data.packing import Batch
 from qwen2_jax.data.prompts import Prompt, Prompts
 from qwen2_jax.infer.generate import Request
@@ -56,6 +58,9 @@ class Sampled:
         self.bound = self.run.bound or (FLOAT32_BOUND if self.run.dtype == "float32" else None)
         self._batches = None if kept is None else episodes.decode(kept)
         self._warned = False
+        # On a CPU a scan over the layers would copy each one's cache at every token; a copy of the weights costs less.
+        self._unroll = jax.default_backend() == "cpu" and job.mesh is None
+        self._served = jax.jit(lambda weights: model.unroll(weights, job.config) if self._unroll else weights)
         self._rollouts = Rollouts.of(
             job.config,
             rows=min(self.run.sampling.rows, self.run.prompts * self.run.sampling.samples),
@@ -63,6 +68,7 @@ class Sampled:
             mesh=job.mesh,
             dtype=self.run.dtype,
             vocab_size=job.tokenizer.vocab_size,
+            unroll=self._unroll,
             long_context=self.run.long_context,
             context=self.run.length,
             implementation=self.run.implementation,
@@ -121,13 +127,13 @@ class Sampled:
     ) -> tuple[list[Completion], Stats]:
         """An answer to each prompt; a greedy one where there are no seeds."""
         tokenizer, sampling = self.job.tokenizer, self.run.sampling
-        ends = {*tokenizer.eos_ids, tokenizer.token_id(IM_END)} - {None}
+        ends = {id for id in (*tokenizer.eos_ids, tokenizer.token_id(IM_END)) if id is not None}
         greedy = Settings(max_new_tokens=sampling.max_new_tokens, eos_ids=tuple(sorted(ends)))
         settings = [greedy] * len(asked)
         if seeds is not None:
             settings = [dataclasses.replace(greedy, temperature=sampling.temperature, seed=seed) for seed in seeds]
         requests = [Request(tuple(prompt.ids), one) for prompt, one in zip(asked, settings, strict=True)]
-        return self._rollouts(weights, requests)
+        return self._rollouts(self._served(weights), requests)
 
     def _scored(self, asked: Sequence[Prompt], completions: Sequence[Completion]) -> Rewards:
         tokenizer = self.job.tokenizer
@@ -179,8 +185,8 @@ def groups(run: Online, answers_PG: Sequence[Sequence[Answer]], rewards_PG: np.n
         ]
     pairs: list[list[Group]] = []
     for answers, rewards in zip(answers_PG, rewards_PG, strict=True):
-        best, worst = (None, None) if _equal(rewards) else (np.nanargmax(rewards), np.nanargmin(rewards))
-        pairs.append([] if best is None or worst is None else [(answers[best], answers[worst])])
+        order = [] if _equal(rewards) else [int(np.nanargmax(rewards)), int(np.nanargmin(rewards))]
+        pairs.append([[answers[i] for i in order]] if order else [])
     return pairs
 
 

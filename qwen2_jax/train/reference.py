@@ -55,8 +55,7 @@ def cached(job: Job, trainer: Trainer, frozen: Tree | None, console: Console) ->
             reference = weights(job, trainer, frozen) if reference is None else reference
             _write(place, data.plans, trainer, reference, job, console, about | {"weights": digest(reference)})
         found[name] = data.with_reference([_open(place, i, plan, "r") for i, plan in enumerate(data.plans)])
-    data = found.pop("")
-    return dataclasses.replace(job, data=data, held_out=found)
+    return dataclasses.replace(job, data=found.pop(""), held_out=dict(found))
 
 
 def _write(
@@ -81,7 +80,7 @@ def _write(
     os.replace(work, place / ABOUT)  # says that the arrays are whole
 
 
-def _open(place: Path, i: int, plan: Rows, mode: Any) -> np.ndarray:
+def _open(place: Path, i: int, plan: Rows, mode: Any) -> np.memmap:
     return np.memmap(place / f"{i}.f32", "<f4", mode, shape=(len(plan), plan.length))
 
 

@@ -7,7 +7,7 @@ from functools import partial
 
 import jax
 
-from qwen2_jax import checkpoint, linear, lora
+from qwen2_jax import checkpoint, linear, lora, score
 from qwen2_jax.checkpoint import peft
 from qwen2_jax.errors import UserError
 from qwen2_jax.params import Tree
@@ -56,4 +56,4 @@ def params(job: Job, dtype: str) -> Tree:
     if not isinstance(job.run, Reward) or checkpoint.read_config(job.source).score_head is not None:
         return load(job.config)
     words = dataclasses.replace(job.config, score_head=None)
-    return score.from_words(load(words), words, job.config.score_head, seed=job.run.seed)[0]
+    return score.from_words(load(words), words, job.run.head, seed=job.run.seed)[0]

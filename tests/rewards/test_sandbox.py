@@ -61,7 +61,9 @@ def test_a_program_without_end(walls, program):
 
 
 def test_signals_do_not_prolong_it(walls):
-    program = "import signal, os\nfor n in (1, 2, 15, 24): signal.signal(n, signal.SIG_IGN)\nos.setsid()\nwhile True: pass"
+    program = (
+        "import signal, os\nfor n in (1, 2, 15, 24): signal.signal(n, signal.SIG_IGN)\nos.setsid()\nwhile True: pass"
+    )
     assert run(program, limits=QUICK).exit_code is None
 
 
