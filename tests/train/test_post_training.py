@@ -5,6 +5,10 @@ import dataclasses
 import io
 import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -24,6 +28,7 @@ from qwen2_jax.train import (
     Evaluation,
     Grpo,
     Lora,
+    Mesh,
     OnlineDpo,
     Optim,
     Policy,
@@ -342,3 +347,30 @@ def test_a_dry_run_shows_prompts(base, tmp_path):
     assert "after" in screen
     assert not (tmp_path / "none" / "checkpoints").exists()
     assert jax.device_count() >= 1
+
+
+def on_a_mesh(base, out, mesh):
+    """Two steps of DPO and of GRPO; post_training_mesh.py runs them, too."""
+    settings = {"mesh": Mesh(**mesh), "steps": 2}
+    return {
+        "dpo": dpo(base, out / "dpo", rows=8, **settings),
+        "grpo": grpo(base, out / "grpo", prompts=8, length=128, policy=Policy(kl=0.1), updates=2, **settings),
+    }
+
+
+def test_eight_devices_do_what_one_does(base, tmp_path):
+    """Rows, weights, heads and the tokens of a row are divided; the numbers stay."""
+    script = Path(__file__).with_name("post_training_mesh.py")
+    mesh = json.dumps({"fsdp": 2, "context": 2, "tensor": 2})
+    done = subprocess.run(
+        [sys.executable, str(script), str(base), str(tmp_path / "many"), mesh],
+        capture_output=True, text=True, timeout=600, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    many = json.loads(done.stdout.splitlines()[-1])
+    for stage, config in on_a_mesh(base, tmp_path / "one", {}).items():
+        run(config)
+        for a, b in zip(lines_of(config.out), many[stage], strict=True):
+            for name in {"loss", "gradient_norm", "rewards/margins", "reward", "kl"} & a.keys():
+                assert a[name] == pytest.approx(b[name], rel=2e-3, abs=2e-6), (stage, name)
+            assert b.get("sampling/max", 0) < online.FLOAT32_BOUND
