@@ -245,6 +245,20 @@ def test_grpo_goes_on_bit_for_bit(base, grpo_run, tmp_path, monkeypatch, stop):
     assert told(tmp_path) == told(grpo_run[0])
 
 
+@pytest.mark.parametrize("lora_base", ["float32", "int8"])
+def test_grpo_trains_adapters(base, tmp_path, lora_base):
+    """Answers are drawn with the adapters in place, and what they are measured against has none."""
+    dtype = {"int8": "bfloat16"}.get(lora_base, lora_base)
+    settings = {"lora": Lora(rank=4), "lora_base": lora_base, "dtype": dtype, "policy": Policy(kl=0.01), "steps": 3}
+    run(grpo(base, tmp_path, optim=dataclasses.replace(STEADY, lr=3e-2), **settings))
+    lines = lines_of(tmp_path)
+    assert lines[0]["kl"] == pytest.approx(0, abs=1e-6)
+    assert lines[-1]["kl"] > 1e-5
+    if dtype == "float32":
+        assert max(line["sampling/max"] for line in lines) < online.FLOAT32_BOUND
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
 def test_grpo_stays_near_its_reference(base, tmp_path):
     """With a large coefficient the policy does not move away; without, the same steps take it far."""
     policies = {"free": Policy(), "held": Policy(kl=10.0)}
