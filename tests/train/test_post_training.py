@@ -37,6 +37,7 @@ from qwen2_jax.train import (
     RewardModel,
     Sampling,
     Start,
+    difficulty,
     loop,
     online,
 )
@@ -281,6 +282,21 @@ def test_online_dpo_learns_from_its_best_and_worst(base, tmp_path):
     lines = lines_of(tmp_path)
     assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert np.mean([line["reward"] for line in lines[-3:]]) > np.mean([line["reward"] for line in lines[:3]]) + 0.15
+
+
+def test_prompts_that_teach_most_come_first(base, tmp_path, monkeypatch):
+    """And a run that goes on does not measure them again."""
+    rewards = np.array([[1, 1, 1, 1], [0, 1, 0, 1], [0, 0, 0, 1], [math.nan] * 4, [0, 0, 0, 0]], float)
+    assert difficulty.chosen(rewards, "variance", None) == [1, 2, 0, 4]
+    assert difficulty.chosen(rewards, "shuffled", (0.25, 0.625)) == [1, 2]
+    config = grpo(base, tmp_path, steps=2, order="variance", keep=(0.01, 0.99))
+    run(config)
+    measured = json.loads((tmp_path / "difficulty.json").read_text())["rewards"]
+    assert np.shape(measured) == (13, 4)
+    monkeypatch.setattr(online.Sampled, "measure", lambda *_: pytest.fail("measured twice"))
+    run(dataclasses.replace(config, steps=3))
+    with pytest.raises(UserError, match="none has a mean reward from 2 to 3"):
+        run(dataclasses.replace(config, steps=4, keep=(2.0, 3.0)))
 
 
 def test_groups_of_both_stages(base, tmp_path):
