@@ -5,6 +5,7 @@ from qwen2_jax.lora import Lora
 from qwen2_jax.observe import Logging
 from qwen2_jax.train.checkpoints import Checkpointing
 from qwen2_jax.train.config import Evaluation, Guard, Mesh, Moe, Muon, Optim, Pretrain, Sft, Start, Upcycle
+from qwen2_jax.train.merging import OnlineMerging
 from qwen2_jax.train.upcycle import Upcycling
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Mesh",
     "Moe",
     "Muon",
+    "OnlineMerging",
     "Optim",
     "Pretrain",
     "Sft",

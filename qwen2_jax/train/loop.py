@@ -17,7 +17,7 @@ from qwen2_jax.hosts import Group
 from qwen2_jax.observe import Recorder
 from qwen2_jax.params import Tree, count
 from qwen2_jax.tokenizer import IM_END
-from qwen2_jax.train import curve, dry_run
+from qwen2_jax.train import curve, dry_run, merging
 from qwen2_jax.train.checkpoints import Checkpoints
 from qwen2_jax.train.config import Run, Sft
 from qwen2_jax.train.fingerprint import digest
@@ -256,6 +256,8 @@ def _weights(job: Job, trainer: Trainer):
         return trainer.init, None
     dtype = "float32" if run.lora is None else "bfloat16" if run.lora_base == "int8" else run.lora_base
     load = partial(checkpoint.load_params, job.source, job.config, dtype=dtype, mesh=job.mesh)
+    if run.optim.merging is not None:
+        return lambda: _merging(job, trainer, load()), None
     if run.lora is None:
         return lambda: trainer.init(load()), None
     adapters = _adapters(job)
@@ -264,6 +266,15 @@ def _weights(job: Job, trainer: Trainer):
         # The layers' matrices, as in QLoRA: embedding and head stay, they are what the loss goes through.
         frozen["stacks"] = linear.quantize(frozen["stacks"], trainer.model_specs["stacks"])
     return lambda: trainer.init(adapters()), frozen
+
+
+def _merging(job: Job, trainer: Trainer, params: Tree) -> State:
+    """The first state of a run with online merging, from its first weights."""
+    assert job.run.optim.merging is not None
+    tau = merging.load_tau(
+        job.run.optim.merging, trainer.specs, job.config, params, job.mesh, seed=job.run.seed
+    )  # before the weights are given away
+    return merging.with_tau(trainer.init(params), tau)
 
 
 def _adapters(job: Job) -> Callable[[], Tree]:
