@@ -118,7 +118,7 @@ def online_merging(
         def wanted(spec: ParamSpec, move, param, carry):
             if spec.decay and decay:
                 move = move - fade * (param if merging.variant == "paper" else param + move)
-            # A barrier: a product that is fused into the sum with the weights would be rounded otherwise than in `_lost`.
+            # A barrier: a product fused into the sum with the weights would be rounded otherwise than in `_lost`.
             return jax.lax.optimization_barrier(move + carry)
 
         updates = _map(wanted, specs, moves, params, state.carry)
