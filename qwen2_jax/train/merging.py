@@ -25,6 +25,7 @@ A tensor is one of a Hugging Face file: a layer, an expert.
 """
 
 import dataclasses
+import math
 import zlib
 from functools import partial
 from typing import Literal, NamedTuple
@@ -36,7 +37,7 @@ import optax
 from qwen2_jax import check, checkpoint
 from qwen2_jax.config import ModelConfig
 from qwen2_jax.errors import UserError
-from qwen2_jax.params import ParamSpec, Tree
+from qwen2_jax.params import ParamSpec, Tree, leaves
 
 BOUND = 1.0  # of entries that OnDARE in variant "code" has multiplied up
 
@@ -102,15 +103,15 @@ def online_merging(
             raise ValueError("online merging needs the parameters")
         step = state.count + 1
         fade = rate(state.count) * decay
-        merge = partial(_merge, merging, jax.random.fold_in(jax.random.key(seed), step), eps)
+        merge = partial(_merge, merging, specs, jax.random.fold_in(jax.random.key(seed), step), eps)
         cache, total = state.cache, increments
         if cache is None:
-            moves = _map(merge, specs, total, state.tau)
+            moves = merge(total, state.tau)
         else:
             total = jax.tree.map(jnp.add, cache, increments)
 
             def merged():
-                moves = _map(merge, specs, total, state.tau)
+                moves = merge(total, state.tau)
                 return jax.tree.map(jnp.subtract, moves, cache), jax.tree.map(jnp.zeros_like, cache)
 
             moves, cache = jax.lax.cond(step % merging.every == 0, merged, lambda: (increments, total))
@@ -134,16 +135,16 @@ def task_vector(merging: OnlineMerging, specs: Tree, sft: Tree, base: Tree, *, s
     To be called inside jit; seed as in `online_merging`, where step 0 is this mask's.
     """
     key = jax.random.fold_in(jax.random.key(seed), 0)
-
-    def one(spec: ParamSpec, sft, base):
-        tau = sft - base
-        if merging.method == "onties":
-            return _largest(merging, spec, tau)
-        if merging.variant == "code":
-            return jnp.clip(jnp.where(_drawn(merging, spec, key), tau / merging.keep, 0), -BOUND, BOUND)
+    tau = jax.tree.map(jnp.subtract, sft, base)
+    if merging.method == "onties":
+        return _largest(merging, specs, tau)
+    if merging.variant == "paper":
         return tau
 
-    return _map(one, specs, sft, base)
+    def drawn(spec: ParamSpec, tau):
+        return jnp.clip(jnp.where(_drawn(merging, spec, key), tau / merging.keep, 0), -BOUND, BOUND)
+
+    return _map(drawn, specs, tau)
 
 
 def load_tau(merging: OnlineMerging, specs: Tree, config: ModelConfig, params: Tree, mesh, *, seed: int) -> Tree:
@@ -177,23 +178,29 @@ def scale_by_early_epsilon(b1: float, b2: float, eps: float) -> optax.GradientTr
     return optax.GradientTransformation(adam.init, update)
 
 
-def _merge(merging: OnlineMerging, key: jax.Array, eps: float, spec: ParamSpec, d: jax.Array, tau: jax.Array):
-    """What one parameter's step is. tau: as `task_vector` gives it."""
-    alpha, paper = merging.alpha, merging.variant == "paper"
+def _merge(merging: OnlineMerging, specs: Tree, key: jax.Array, eps: float, d: Tree, tau: Tree) -> Tree:
+    """What a step adds to the parameters. tau: as `task_vector` gives it."""
     if merging.method == "ondare":
-        kept = jnp.where(_drawn(merging, spec, jax.random.fold_in(key, 0)), d, 0)
-        if paper:
-            tau = jnp.where(_drawn(merging, spec, jax.random.fold_in(key, 1)), tau, 0)
-        elif merging.rescale:
-            kept = jnp.clip(_rescaled(spec, d, kept, eps), -BOUND, BOUND)
-        else:
-            kept = kept / merging.keep
-        return (1 - alpha) * kept + alpha * tau
-    d = _largest(merging, spec, d)
-    x, y = (1 - alpha) * d, alpha * tau
-    if paper:
-        wins_x, wins_y = jnp.abs(x) >= jnp.abs(y), jnp.abs(y) >= jnp.abs(x)
+        return _map(partial(_ondare, merging, key, eps), specs, d, tau)
+    return jax.tree.map(partial(_onties, merging), _largest(merging, specs, d), tau)
+
+
+def _ondare(merging: OnlineMerging, key: jax.Array, eps: float, spec: ParamSpec, d: jax.Array, tau: jax.Array):
+    kept = jnp.where(_drawn(merging, spec, jax.random.fold_in(key, 0)), d, 0)
+    if merging.variant == "paper":
+        tau = jnp.where(_drawn(merging, spec, jax.random.fold_in(key, 1)), tau, 0)
+    elif merging.rescale:
+        kept = jnp.clip(_rescaled(spec, d, kept, eps), -BOUND, BOUND)
+    else:
+        kept = kept / merging.keep
+    return (1 - merging.alpha) * kept + merging.alpha * tau
+
+
+def _onties(merging: OnlineMerging, d: jax.Array, tau: jax.Array):
+    x, y = (1 - merging.alpha) * d, merging.alpha * tau
+    if merging.variant == "paper":
         agree = jnp.sign(x) == jnp.sign(y)
+        wins_x, wins_y = jnp.abs(x) >= jnp.abs(y), jnp.abs(y) >= jnp.abs(x)
         return jnp.where(agree | wins_x, x, 0) + jnp.where(agree | wins_y, y, 0)
     sign = jnp.where(d + tau >= 0, 1, -1)
     return jnp.where(jnp.sign(d) == sign, x, 0) + jnp.where(jnp.sign(tau) == sign, y, 0)
@@ -234,44 +241,71 @@ def _rescaled(spec: ParamSpec, before: jax.Array, after: jax.Array, eps: float) 
     return after * jnp.where(whole >= 1e-8, whole / jnp.where(left > 0, left + eps, 1), 1)
 
 
-def _largest(merging: OnlineMerging, spec: ParamSpec, x: jax.Array) -> jax.Array:
-    """x with all but the k = int(keep * n) entries of largest magnitude of each tensor of n set to 0.
+def _largest(merging: OnlineMerging, specs: Tree, xs: Tree) -> Tree:
+    """xs with all but the k = int(keep * n) entries of largest magnitude of each tensor of n set to 0.
 
-    Of equal ones the first in the file's order are kept. Exact, and nothing is sorted or gathered: the threshold is
-    searched bit by bit, then the place up to which equal ones are kept. That is 31 + log2(n) counts over the float32
-    tensor, each a read of it and, on a mesh, a sum of one integer per tensor over the devices.
+    Of equal ones the first in the file's order are kept. Exact, and nothing is sorted or gathered: thresholds are
+    searched bit by bit, for all tensors at once, then the places up to which equal entries are kept. In float32 that
+    is 31 + log2(largest n) times counting the entries: each time a read of all of them and, on a mesh, a sum over the
+    devices of one integer per tensor.
     """
-    inside = _inside(spec)
-    n = 1
-    for dim in inside:
-        n *= spec.shape[dim]
-    k = int(merging.keep * n)
-    if k == n or (k < 1 and merging.variant == "code"):
-        return x
-    if k < 1:
-        return jnp.zeros_like(x)
-    width = 8 * x.dtype.itemsize
-    bits = jax.lax.bitcast_convert_type(jnp.abs(x), f"uint{width}")  # ordered as the magnitudes are
+    if merging.keep == 1:
+        return xs
+
+    def share(spec: ParamSpec) -> int:
+        n = math.prod(spec.hf_shape)
+        return int(merging.keep * n) or (n if merging.variant == "code" else 0)
+
+    def enough(spec, x, bound):
+        return _count(spec, _bits(x) >= bound) >= share(spec)
+
+    def few(spec, x, least, left, end):
+        return _count(spec, (_bits(x) == least) & (_place(spec) < end)) <= left
+
+    def one(spec, x, least, end):
+        chosen = (_bits(x) > least) | ((_bits(x) == least) & (_place(spec) < end))
+        kept = jnp.where(chosen, x, 0)
+        return _rescaled(spec, x, kept, 0.0) if merging.rescale else kept
+
+    dtype = jax.eval_shape(_bits, jax.tree.leaves(xs)[0]).dtype
+    least = _search(lambda bounds: _map(enough, specs, xs, bounds), specs, dtype, 8 * dtype.itemsize - 1)
+    left = _map(lambda spec, x, least: share(spec) - _count(spec, _bits(x) > least), specs, xs, least)
+    width = max(math.prod(spec.hf_shape) for _, spec in leaves(specs)).bit_length()
+    ends = _search(lambda ends: _map(few, specs, xs, least, left, ends), specs, jnp.uint32, width)
+    return _map(one, specs, xs, least, ends)
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    """Whole numbers in the order of the magnitudes."""
+    return jax.lax.bitcast_convert_type(jnp.abs(x), f"uint{8 * x.dtype.itemsize}")
+
+
+def _place(spec: ParamSpec) -> jax.Array:
+    """The number of each entry in its tensor, in the file's order."""
     place = jnp.zeros(spec.shape, jnp.uint32)
-    for dim in inside:
+    for dim in _inside(spec):
         place = place * spec.shape[dim] + jax.lax.broadcasted_iota(jnp.uint32, spec.shape, dim)
-    count = lambda chosen: jnp.sum(chosen, inside, dtype=jnp.int32, keepdims=True)  # noqa: E731
-    least = _search(lambda bound: count(bits >= bound) >= k, bits, inside, width - 1)
-    left = k - count(bits > least)
-    end = _search(lambda bound: count((bits == least) & (place < bound)) <= left, place, inside, n.bit_length())
-    kept = jnp.where((bits > least) | ((bits == least) & (place < end)), x, 0)
-    return _rescaled(spec, x, kept, 0.0) if merging.rescale else kept
+    return place
 
 
-def _search(holds, like: jax.Array, inside: tuple[int, ...], width: int) -> jax.Array:
-    """The largest number of `width` bits for which `holds`, which is true of 0 and false from some number on."""
+def _count(spec: ParamSpec, chosen: jax.Array) -> jax.Array:
+    """How many entries of each tensor are true."""
+    return jnp.sum(chosen, _inside(spec), dtype=jnp.int32, keepdims=True)
 
-    def bit(i, found):
-        higher = found | (jnp.ones_like(found) << (width - 1 - i).astype(found.dtype))
-        return jnp.where(holds(higher), higher, found)
 
-    shape = [1 if dim in inside else size for dim, size in enumerate(like.shape)]
-    return jax.lax.fori_loop(0, width, bit, jnp.zeros(shape, like.dtype))
+def _search(holds, specs: Tree, dtype, width: int) -> Tree:
+    """For each tensor the largest number of `width` bits that `holds`: 0 does, and from some number on none does."""
+
+    def bit(i, found: Tree) -> Tree:
+        high = jnp.ones((), dtype) << (width - 1 - i).astype(dtype)
+        higher = jax.tree.map(lambda x: x | high, found)
+        return jax.tree.map(jnp.where, holds(higher), higher, found)
+
+    def zero(spec: ParamSpec) -> jax.Array:
+        first = _inside(spec)[0]
+        return jnp.zeros(spec.shape[:first] + (1,) * (len(spec.shape) - first), dtype)
+
+    return jax.lax.fori_loop(0, width, bit, _map(zero, specs))
 
 
 def _map(f, specs: Tree, *trees: Tree) -> Tree:

@@ -2,6 +2,7 @@
 """Online merging: worked numbers, the paper against its program, exact sums, and the same steps on any mesh."""
 
 import dataclasses
+import functools
 import io
 import os
 import subprocess
@@ -106,10 +107,11 @@ def rounded(shape, seed=0):
 @pytest.mark.parametrize("keep", [0.04, 0.05, 0.26, 0.5, 0.99, 1.0])
 @pytest.mark.parametrize("variant", ["paper", "code"])
 def test_exactly_k_of_each_tensor_are_largest(keep, variant):
-    """Against a stable sort of each expert of each layer; k = 0 keeps nothing in the paper and everything in the code."""
+    """Against a stable sort of each expert of each layer; k = 0 is nothing in the paper, everything in the code."""
     x = rounded((3, 2, 4, 5))
     settings = omo(method="onties", keep=keep, variant=variant)
-    got = np.asarray(jax.jit(lambda x: merging._largest(settings, STACKED["w"], x))(x)).reshape(6, 20)
+    got = jax.jit(lambda xs: merging._largest(settings, STACKED, xs))({"w": x})
+    got = np.asarray(got["w"]).reshape(6, 20)
     k = int(keep * 20)
     for row, all_of_it in zip(got, x.reshape(6, 20), strict=True):
         want = all_of_it.copy()
@@ -231,12 +233,13 @@ def test_steps_equal_the_definition(method, variant, every):
         for d in increments:
             updates, state = update(d, state, params)
             params = optax.apply_updates(params, updates)
-    key = jax.random.key(5)
     for name, spec in specs.items():
-        drawn = lambda *fold, spec=spec: np.asarray(
-            merging._drawn(settings, spec, jax.random.fold_in(key, fold[0]) if len(fold) == 1 else
-                           jax.random.fold_in(jax.random.fold_in(key, fold[0]), fold[1]))
-        )  # fmt: skip
+
+        def drawn(*fold, spec=spec):
+            return np.asarray(
+                merging._drawn(settings, spec, functools.reduce(jax.random.fold_in, fold, jax.random.key(5)))
+            )
+
         kept = [drawn(t, 0) for t in range(1, 8)]
         kept_tau = [drawn(t, 1) for t in range(1, 8)] if variant == "paper" else [drawn(0)]
         ds = [d[name] for d in increments]
@@ -264,10 +267,9 @@ def test_a_ten_billionth_arrives_a_thousand_times():
     params, state = run({"w": start}, merging.with_tau(tx.init({"w": start}), {"w": tau}))
     weights, carry = np.float64(params["w"]), np.float64(state[-1].carry["w"])
     want = np.float64(start) + 1000 * np.float64(np.float32(1e-7) * tau)
-    np.testing.assert_allclose(weights + carry, want, rtol=0, atol=1e-12)
-    assert (
-        np.abs(carry) <= np.spacing(np.abs(np.float32(params["w"]))) / 2
-    ).all()  # only what cannot be in the weights
+    most = np.spacing(np.abs(np.asarray(params["w"]))) / 2  # what cannot be in the weights
+    assert (np.abs(carry) <= most).all()
+    assert (np.abs(weights + carry - want) <= 1000 * most * 2.0**-24).all()  # the carry is float32 as well
 
 
 @pytest.mark.parametrize("variant", ["paper", "code"])
@@ -293,42 +295,41 @@ def test_sums_are_exact(variant):
 
 
 ON_EIGHT = """
-import dataclasses, sys
+import dataclasses
 import jax, numpy as np
-from qwen2_jax import sharding
+from qwen2_jax import params, sharding
 from qwen2_jax.train import OnlineMerging, Optim, Start, merging, step
-from test_step import RUN, random_batch
+from test_step import RUN
 from tiny import CONFIGS, random_params
 
-config = dataclasses.replace(CONFIGS["moe"], num_attention_heads=4, num_key_value_heads=2, head_dim=12,
-                             vocab_size=128, num_experts=4)
-for method in ("ondare", "onties"):
-    for variant in ("paper", "code"):
-        merge = OnlineMerging(base="none", method=method, variant=variant, keep=0.3, alpha=0.5)
-        optim = Optim(lr=1e-2, schedule="constant", merging=merge)
-        changes = {"model": None, "start": Start(checkpoint="none"), "rows": 8}
-        run = dataclasses.replace(RUN, optim=optim, **changes)
-        found = []
-        for mesh in (None, sharding.make_mesh(data=1, fsdp=2, tensor=2, expert=2)):
-            trainer = step.Trainer(run, config, 20, mesh=mesh)
-            where = trainer.abstract.params
-            put = lambda tree: jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), tree, where)
-            params, base, d = (put(random_params(config, seed=s)) for s in (0, 1, 2))
-            make = jax.jit(lambda a, b: merging.task_vector(merge, trainer.specs, a, b, seed=7))
-            tau = make(params, base)
-            state = trainer.init(params)
-            ours = merging.with_tau(state.optimizer[-1], put(tau))
-            tx = merging.online_merging(merge, trainer.specs, lambda n: 0.01, decay=0.1, eps=1e-8, seed=7)
-            updates, new = jax.jit(tx.update)(d, ours, state.params)
-            if mesh is not None:
-                for leaf in ("tau", "carry"):
-                    places = jax.tree.map(lambda x: x.sharding, getattr(state.optimizer[-1], leaf))
-                    assert places == trainer.shardings.params
-                state, _ = trainer.step(state, trainer.place(random_batch(rows=8)))
-            found.append(jax.tree.map(np.asarray, (tau, updates, new.carry)))
-        for (path, a), b in zip(jax.tree.leaves_with_path(found[0]), jax.tree.leaves(found[1]), strict=True):
-            np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
-        print("equal")
+sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12, "vocab_size": 128, "num_experts": 4}
+config = dataclasses.replace(CONFIGS["moe"], **sizes)
+merge = OnlineMerging(base="none", keep=0.3, alpha=0.5)
+optim = Optim(lr=1e-2, schedule="constant", merging=merge)
+run = dataclasses.replace(RUN, optim=optim, model=None, start=Start(checkpoint="none"), rows=8)
+meshes = (None, sharding.make_mesh(data=1, fsdp=2, tensor=2, expert=2))
+trainers = [step.Trainer(run, config, 20, mesh=mesh) for mesh in meshes]
+names = ("embed_VD", "wq_NHD", "bq_NH", "gate_EFD")
+specs = {path: spec for path, spec in params.leaves(trainers[0].specs) if path[-1] in names}
+ours = trainers[1].shardings.optimizer[-1]
+assert ours.tau == ours.carry == trainers[1].shardings.params
+for method, variant in (("ondare", "paper"), ("ondare", "code"), ("onties", "code")):
+    settings = dataclasses.replace(merge, method=method, variant=variant)
+    tx = merging.online_merging(settings, specs, lambda n: 0.01, decay=0.1, eps=1e-8, seed=7)
+
+    def both(sft, base, d):
+        tau = merging.task_vector(settings, specs, sft, base, seed=7)
+        return tau, *tx.update(d, merging.with_tau(tx.init(sft), tau), sft)
+
+    found = []
+    for trainer in trainers:
+        some = lambda tree: {path: x for path, x in params.leaves(tree) if path in specs}
+        places = some(jax.tree.map(lambda x: x.sharding, trainer.abstract.params))
+        trees = (jax.device_put(some(random_params(config, seed=s)), places) for s in (0, 1, 2))
+        found.append(jax.tree.map(np.asarray, jax.jit(both)(*trees)))
+    for (path, a), b in zip(jax.tree.leaves_with_path(found[0]), jax.tree.leaves(found[1]), strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
+    print("equal")
 """
 
 
@@ -342,7 +343,7 @@ def test_a_mesh_changes_no_bit():
         [sys.executable, "-c", ON_EIGHT], env=environment, capture_output=True, text=True, timeout=500
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split() == ["equal"] * 4
+    assert done.stdout.split() == ["equal"] * 3
 
 
 MODEL = ModelConfig(
