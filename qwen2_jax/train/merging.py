@@ -72,7 +72,7 @@ class OnlineMerging:
 class OnlineMergingState(NamedTuple):
     """Trees are like the parameters."""
 
-    count: jax.Array  # int32: updates so far
+    steps: jax.Array  # int32: updates so far
     tau: Tree  # what `task_vector` gives
     carry: Tree  # what rounding has kept from the weights: weights + carry is their value
     cache: Tree | None  # sum of the increments since the last merge, where every > 1
@@ -101,8 +101,8 @@ def online_merging(
     def update(increments: Tree, state: OnlineMergingState, params: Tree | None = None):
         if params is None:
             raise ValueError("online merging needs the parameters")
-        step = state.count + 1
-        fade = rate(state.count) * decay
+        step = state.steps + 1
+        fade = rate(state.steps) * decay
         merge = partial(_merge, merging, specs, jax.random.fold_in(jax.random.key(seed), step), eps)
         cache, total = state.cache, increments
         if cache is None:
