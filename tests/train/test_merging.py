@@ -384,7 +384,16 @@ def run_of(stages, corpus, out, **changes):
     )
 
 
-def test_a_run_resumes_bit_for_bit_with_its_task_vector(stages, corpus, tmp_path):
+@pytest.fixture(scope="module")
+def trainer(stages, corpus):
+    """Compiled once for all runs here, which differ in their folders and in when they end."""
+    made = step.Trainer(run_of(stages, corpus, Path("out")), MODEL, 6)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "Trainer", lambda *_, **__: made)
+        yield made
+
+
+def test_a_run_resumes_bit_for_bit_with_its_task_vector(stages, corpus, trainer, tmp_path):
     """Stopped after step 3, between two merges; the base model is gone when it goes on."""
     console = Console(file=io.StringIO())
     whole = run_of(stages, corpus, tmp_path / "whole")
@@ -399,7 +408,6 @@ def test_a_run_resumes_bit_for_bit_with_its_task_vector(stages, corpus, tmp_path
     (moved / "base").rmdir()
     loop.run(dataclasses.replace(first, steps=6), console)
     states = []
-    trainer = step.Trainer(whole, MODEL, 6)
     for run in (whole, first):
         job = loop.prepare(run, console)
         with Checkpoints(run.out / "checkpoints", run.checkpoints, identity=job.identity, console=console) as saved:
@@ -413,6 +421,7 @@ def test_a_run_resumes_bit_for_bit_with_its_task_vector(stages, corpus, tmp_path
     assert any(np.asarray(x).any() for x in jax.tree.leaves(ours.carry))
 
 
+@pytest.mark.usefixtures("trainer")
 def test_what_is_kept_of_the_task_vector_cannot_change_in_a_run(stages, corpus, tmp_path):
     console = Console(file=io.StringIO())
     run = run_of(stages, corpus, tmp_path / "run", steps=1)
