@@ -68,9 +68,9 @@ def main(arguments: list[str]) -> int:
     try:
         alone = machine is not None or not {"-h", "--help"}.isdisjoint(flags)
         with hosts.joined(None if alone else hosts.find(launch), goes_on=GOES_ON) as group:
-            from qwen2_jax.train import config
+            from qwen2_jax.train import reading
 
-            run = config.load(Path(arguments[0]), flags)
+            run = reading.load(Path(arguments[0]), flags)
             if machine is not None:
                 from qwen2_jax.plan import command
 

@@ -22,7 +22,7 @@ from qwen2_jax.plan import architecture, cost, machine
 from qwen2_jax.plan.estimate import Setting, estimate
 from qwen2_jax.plan.report import GIB
 from qwen2_jax.plan.roofline import Seconds
-from qwen2_jax.train import Mesh, config
+from qwen2_jax.train import Mesh, reading
 
 ROOT = Path(__file__).parents[1]
 SLICES = (1, 2, 4, 8, 16, 32, 64)
@@ -37,7 +37,7 @@ def weak_scaling(name: str = "pretrain_72b", slice_: str = "v5p-256") -> Iterato
     yield "| slices | devices | tokens a step | messages s | seconds a step | MFU |"
     yield "|---|---|---|---|---|---|"
     path = ROOT / f"configs/{name}.py"
-    run = config.load(path)
+    run = reading.load(path)
     architect = architecture.of_run(run, path)
     specs = model.declare(architect)[1]
     for slices in SLICES:
@@ -58,7 +58,7 @@ def by_context(preset: str = "qwen2.5-7b-instruct-1m", name: str = "8xh100") -> 
     yield "|---|---|---|---|---|---|"
     where, architect = machine.parse(name), PRESETS[preset]
     specs = model.declare(architect)[1]
-    base = config.load(ROOT / "configs/pretrain_7b.py")
+    base = reading.load(ROOT / "configs/pretrain_7b.py")
     for length in CONTEXTS:
         best = None
         for context in (1, 2, 4, 8):

@@ -9,10 +9,12 @@ import dataclasses
 import functools
 import warnings
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
-from . import check, presets
+from . import architectures, check, presets
+from .architectures import HeadKind
 from .errors import UserError
+from .stacks import Stack, shortest
 
 FULL = 2**30  # the window of a layer that sees everything: larger than any position
 
@@ -115,14 +117,6 @@ class DualChunk:
             )
 
 
-class Stack(NamedTuple):
-    """Layers run by one scan: layer `first + r * len(kinds) + j` is block j of repeat r and is of kind `kinds[j]`."""
-
-    kinds: tuple[str, ...]  # each "dense" or "sparse"
-    first: int
-    repeats: int
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """One Qwen2 or Qwen2-MoE architecture; hashable. Fields not explained here mean what they mean in transformers.
@@ -130,7 +124,9 @@ class ModelConfig:
     head_dim, num_key_value_heads: None becomes hidden_size // num_attention_heads and num_attention_heads.
     layer_types: None, or one of LAYER_TYPES per layer where that differs from what use_sliding_window and
     max_window_layers say; a tuple that says the same becomes None. num_experts: 0 for a dense model. attention_dropout
-    is recorded and has no effect on inference. dtype: of the weights in the file.
+    is recorded and has no effect on inference. score_head: of a reward model, which has it in place of a word head:
+    "linear" (transformers' ForSequenceClassification with one label) or "two_layers" (Qwen's own ForRewardModel).
+    dtype: of the weights in the file.
 
     Raises UserError when fields contradict each other or are not supported.
     """
@@ -169,6 +165,7 @@ class ModelConfig:
     mlp_only_layers: tuple[int, ...] = ()
     router_aux_loss_coef: float = 0.001
     output_router_logits: bool = False
+    score_head: HeadKind | None = None
     dtype: str = "float32"
 
     def __post_init__(self):
@@ -195,6 +192,7 @@ class ModelConfig:
         number(("norm_topk_prob", "output_router_logits"), bool)
         check.choice("model_type", self.model_type, MODEL_TYPES)
         check.choice("hidden_act", self.hidden_act, ("silu",))
+        check.choice("score_head", self.score_head, architectures.TASKS.values())
         check.choice("dtype", self.dtype, DTYPES)
         check.divides("num_attention_heads", self.num_attention_heads, "num_key_value_heads", self.num_key_value_heads)
         if self.head_dim % 2:
@@ -253,6 +251,11 @@ class ModelConfig:
         return tuple(self.sliding_window or FULL if t == "sliding_attention" else FULL for t in types)
 
     @property
+    def scores(self) -> bool:
+        """Whether this is a reward model: it gives a text a number, and has no logits."""
+        return self.score_head is not None
+
+    @property
     def trained_length(self) -> int:
         """Tokens up to which the model needs no context extension.
 
@@ -283,7 +286,7 @@ class ModelConfig:
         kinds = tuple("sparse" if self.is_sparse(i) else "dense" for i in range(self.num_hidden_layers))
         if unroll:
             return tuple(Stack((kind,), i, 1) for i, kind in enumerate(kinds))
-        return _shortest_stacks(kinds)
+        return shortest(kinds)
 
     @classmethod
     def from_hf(cls, data: Mapping[str, Any]) -> Self:
@@ -299,7 +302,7 @@ class ModelConfig:
         for name, allowed in ONLY.items():
             if data.get(name) not in allowed:
                 raise UserError(f"{name} is {check.short(data[name])}; supported: {', '.join(map(repr, allowed))}")
-        names = {field.name for field in dataclasses.fields(cls)}
+        names = {field.name for field in dataclasses.fields(cls)} - {"score_head"}
         known = names | IGNORED | ONLY.keys() | {"torch_dtype", "rope_parameters"}
         for name in sorted(data.keys() - known):
             message = f"the config has {name} = {check.short(data[name])}, which is unknown here and has no effect"
@@ -308,6 +311,7 @@ class ModelConfig:
         values = {name: data[name] for name in names & data.keys()}
         values["rope_theta"], values["rope_scaling"] = _read_rope(data)
         values["dual_chunk_attention_config"] = _read_dual_chunk(data.get("dual_chunk_attention_config"))
+        values["score_head"] = architectures.score_head(data)
         values["dtype"] = data.get("dtype") or data.get("torch_dtype") or "float32"
         if values.get("mlp_only_layers", ()) is None:
             del values["mlp_only_layers"]
@@ -319,9 +323,11 @@ class ModelConfig:
         `ModelConfig.from_hf(config.to_hf()) == config`. Fields at their default are left out where the Hub's files do.
         """
         dense = self.model_type == "qwen2"
-        out: dict[str, Any] = {"architectures": ["Qwen2ForCausalLM" if dense else "Qwen2MoeForCausalLM"]}
+        out: dict[str, Any] = architectures.keys(self.model_type, self.score_head)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
+            if field.name == "score_head":
+                continue
             if field.name == "head_dim" and value * self.num_attention_heads == self.hidden_size:
                 continue
             if value == field.default and field.name in (_OPTIONAL + _SPARSE_ONLY if dense else _OPTIONAL):
@@ -377,23 +383,6 @@ def _read_dual_chunk(given: Any) -> DualChunk | None:
     if len(dense) < len(given):  # these choose what an approximation may skip
         warnings.warn("sparse_attention settings have no effect: every visible key is attended to", stacklevel=3)
     return DualChunk(**dense)
-
-
-@functools.lru_cache(maxsize=64)
-def _shortest_stacks(kinds: tuple[str, ...]) -> tuple[Stack, ...]:
-    """Dynamic programme from the last layer: best[i] = ((distinct blocks, scans), stacks) for the layers from i on."""
-    n = len(kinds)
-    best: list[tuple[tuple[int, int], tuple[Stack, ...]]] = [((0, 0), ())] * (n + 1)
-    for i in reversed(range(n)):
-        options = []
-        for period in range(1, n - i + 1):
-            block, repeats = kinds[i : i + period], 1
-            while kinds[i + (repeats - 1) * period : i + repeats * period] == block:
-                (blocks, scans), rest = best[i + repeats * period]
-                options.append(((blocks + period, scans + 1), (Stack(block, i, repeats), *rest)))
-                repeats += 1
-        best[i] = min(options, key=lambda option: option[0])
-    return best[0][1]
 
 
 PRESETS: dict[str, ModelConfig] = {row[0].lower(): ModelConfig.from_hf(presets.hub_config(row)) for row in presets.ROWS}

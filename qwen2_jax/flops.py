@@ -19,8 +19,8 @@ def active_parameters(config: ModelConfig) -> int:
 
 
 def embedding_parameters(config: ModelConfig) -> int:
-    """Parameters of the token embedding and, where it is not tied, the head."""
-    return config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+    """Parameters of the token embedding and, where there is one and it is not tied, the word head."""
+    return config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings or config.scores else 2)
 
 
 def kv_bytes_per_token(config: ModelConfig, itemsize: int = 2) -> int:
@@ -52,10 +52,11 @@ def train_flops(config: ModelConfig, lengths: Iterable[int], *, frozen: bool = F
 
 def matrix_parameters(config: ModelConfig) -> int:
     """Parameters of the matrices that a token is multiplied with; the embedding is a lookup, the head is one of them,
-    also where they are the same array."""
+    also where they are the same array, and a reward model's too."""
     L, D = config.num_hidden_layers, config.hidden_size
-    layers = active_parameters(config) - embedding_parameters(config) - D * (2 * L + 1) - L * _biases(config)
-    return layers + config.vocab_size * D
+    outside = embedding_parameters(config) + D + sum(_score_head(config))
+    layers = active_parameters(config) - outside - L * (2 * D + _biases(config))
+    return layers + (_score_head(config)[0] if config.scores else config.vocab_size * D)
 
 
 def expert_parameters(config: ModelConfig) -> int:
@@ -97,6 +98,12 @@ def _biases(config: ModelConfig) -> int:
     return heads * config.head_dim if config.qkv_bias else 0
 
 
+def _score_head(config: ModelConfig) -> tuple[int, int]:
+    """Parameters of a reward model's head: those of its matrices, its biases."""
+    D = config.hidden_size
+    return {None: (0, 0), "linear": (D, 0), "two_layers": (D * D + D, D + 1)}[config.score_head]
+
+
 def _count(config: ModelConfig, experts: int) -> int:
     D, H = config.hidden_size, config.head_dim
     queries, keys = config.num_attention_heads * H, config.num_key_value_heads * H
@@ -105,4 +112,5 @@ def _count(config: ModelConfig, experts: int) -> int:
     router = D * config.num_experts + D  # and the shared expert's gate
     sparse = router + 3 * D * (experts * config.moe_intermediate_size + config.shared_expert_intermediate_size)
     mlps = sum(sparse if config.is_sparse(i) else dense for i in range(config.num_hidden_layers))
-    return embedding_parameters(config) + D + config.num_hidden_layers * (attention + 2 * D) + mlps
+    outside = embedding_parameters(config) + D + sum(_score_head(config))
+    return outside + config.num_hidden_layers * (attention + 2 * D) + mlps

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Qwen2 decoder: embedding, layers of attention and feed-forward, a final norm and the output head.
 
-Read it from the top: RMSNorm, Block (one layer), Stack (equal layers, scanned), Qwen2 (the whole).
+Read it from the top: RMSNorm, Block (one layer), Stack (equal layers, scanned), ScoreHead, Qwen2 (the whole).
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ from qwen2_jax.attention import Attention, Tokens
 from qwen2_jax.cache import Cache, LayerCache
 from qwen2_jax.config import FULL, ModelConfig
 from qwen2_jax.config import Stack as StackPlan
+from qwen2_jax.errors import UserError
 from qwen2_jax.linear import Weight, embed, linear
 from qwen2_jax.moe import MLP, RouterStats, SparseMLP
 from qwen2_jax.params import Declare, Tree, specs
@@ -110,6 +111,29 @@ def add_stats(a: RouterStats | None, b: RouterStats | None) -> RouterStats | Non
     return b if a is None else a if b is None else a + b
 
 
+class ScoreHead(nnx.Module):
+    """A reward model's head, one number per hidden state x: w x, or Qwen's own w relu(W x + b) + c."""
+
+    def __init__(self, config: ModelConfig, declare: Declare):
+        D, F, one = ("embed", config.hidden_size), ("mlp", config.hidden_size), ("score", 1)
+        self.deep = config.score_head == "two_layers"
+        if self.deep:
+            self.up_FD = declare(F, D, hf="score.0.weight")
+            self.up_bias_F = declare(F, hf="score.0.bias", init="zeros")
+            self.down_1F = declare(one, F, hf="score.2.weight")
+            self.down_bias_1 = declare(one, hf="score.2.bias", init="zeros")
+        else:
+            self.weight_1D = declare(one, D, hf="score.weight")
+
+    def __call__(self, hidden: jax.Array) -> jax.Array:
+        """float32 [...] of hidden states [..., D]."""
+        if not self.deep:
+            return linear(hidden, self.weight_1D[...], dtype=jnp.float32)[..., 0]
+        up = jax.nn.relu(linear(hidden, self.up_FD[...], dtype=jnp.float32) + self.up_bias_F[...])
+        score = linear(up.astype(hidden.dtype), self.down_1F[...], dtype=jnp.float32) + self.down_bias_1[...]
+        return score[..., 0]
+
+
 @dataclasses.dataclass(frozen=True)
 class Output:
     """hidden_BTD: after the final norm. cache: with this call's tokens. router: sums over sparse layers, or None."""
@@ -123,7 +147,7 @@ jax.tree_util.register_dataclass(Output)
 
 
 class Qwen2(nnx.Module):
-    """Every Qwen2: dense and mixture of experts (Qwen2 report, arXiv:2407.10671, sec. 2).
+    """Every Qwen2: dense and mixture of experts (Qwen2 report, arXiv:2407.10671, sec. 2), of words or of scores.
 
     unroll=False stacks equal layers and scans them; unroll=True keeps one array per layer, for decoding where a scan
     would copy each layer's slice (CPU).
@@ -137,7 +161,9 @@ class Qwen2(nnx.Module):
         self.embed_VD = declare(V, D, hf="model.embed_tokens.weight")
         self.stacks = nnx.List([Stack(config, plan, key, dtype) for plan in config.stacks(unroll)])
         self.final_norm_D = declare(D, hf="model.norm.weight", init="ones")
-        if not config.tie_word_embeddings:
+        if config.scores:
+            self.score_head = ScoreHead(config, declare)
+        elif not config.tie_word_embeddings:
             self.head_VD = declare(V, D, hf="lm_head.weight")
 
     def __call__(
@@ -180,12 +206,32 @@ class Qwen2(nnx.Module):
         return Output(hidden_BTD, None if cache is None else Cache(tuple(layers)), router)
 
     def head_weight(self) -> Weight:
-        """The output head [V, D]: the embedding itself when tied."""
+        """The word head [V, D]: the embedding itself when tied."""
+        check_head(self.config, scores=False)
         return self.embed_VD[...] if self.config.tie_word_embeddings else self.head_VD[...]
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32 logits [..., V] of hidden states [..., D]."""
         return linear(hidden, self.head_weight(), dtype=jnp.float32)
+
+    def score(self, hidden: jax.Array) -> jax.Array:
+        """float32 scores [...] of hidden states [..., D], of a reward model."""
+        check_head(self.config, scores=True)
+        return self.score_head(hidden)
+
+
+def check_head(config: ModelConfig, *, scores: bool) -> None:
+    """Raises UserError where a reward model is asked for words, or a model of words for scores."""
+    if config.scores and not scores:
+        raise UserError(
+            "this is a reward model: it has a score head and no word head, so it scores answers and writes none; use "
+            "score, or load the chat model it was made from"
+        )
+    if scores and not config.scores:
+        raise UserError(
+            "this is a model of words, which has no score head; load a reward model (an architecture "
+            "ForSequenceClassification or ForRewardModel), or use logprobs"
+        )
 
 
 def declare(config: ModelConfig, *, dtype=jnp.float32, unroll: bool = False) -> tuple[nnx.GraphDef, Tree]:

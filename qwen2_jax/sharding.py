@@ -39,6 +39,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "mlp": ("tensor",),
     "vocab": ("tensor",),
     "experts": ("expert",),
+    "score": (),  # the one number of a reward model
 }
 # Where weights are read at every token, and not once for thousands: they are split over fsdp alone, which is there for
 # models that fit no other way. A prefill gathers them, a decode step sums activations instead (step_rows).

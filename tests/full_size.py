@@ -109,14 +109,14 @@ def shardings() -> str:
     from qwen2_jax import heads, model, sharding
     from qwen2_jax.params import leaves
     from qwen2_jax.plan import architecture, infer, machine
-    from qwen2_jax.train import config
+    from qwen2_jax.train import reading
 
     lines = []
     for job in JOBS:
         devices = machine.parse(job.machine).devices
         if job.trains:
             path = ROOT / f"configs/{job.what}.py"
-            run = config.load(path, list(job.flags))
+            run = reading.load(path, list(job.flags))
             architect, sizes, rules = architecture.of_run(run, path), run.mesh.sizes(devices), sharding.RULES
             specs = model.declare(architect)[1]
         else:

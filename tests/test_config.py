@@ -67,6 +67,7 @@ MUTATIONS = {
     "mlp_only_layers": {"mlp_only_layers": (1,)},
     "router_aux_loss_coef": {"router_aux_loss_coef": 0.5},
     "output_router_logits": {"output_router_logits": True},
+    "score_head": {"score_head": "two_layers"},
     "dtype": {"dtype": "bfloat16"},
 }
 ONE_VALUE = {"hidden_act"}  # fields of which only one value is supported

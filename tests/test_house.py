@@ -19,13 +19,13 @@ SETUPTOOLS = PYPROJECT["tool"]["setuptools"]
 
 # A module may import from its own row and from the rows above it. docs/architecture.md draws the same table.
 LAYERS = [
-    ["errors", "check", "presets", "config", "flops", "chips", "hosts"],
+    ["errors", "check", "presets", "stacks", "architectures", "config", "flops", "chips", "hosts"],
     ["params", "rope", "sharding", "exchange", "ops", "tables", "linear", "heads", "logprob"],
     ["attention", "moe", "cache"],
-    ["model", "lora"],
+    ["model", "lora", "score"],
     ["checkpoint", "tokenizer"],
     ["infer"],
-    ["data"],
+    ["data", "rewards"],
     ["observe"],
     ["train"],
     ["eval", "plan"],

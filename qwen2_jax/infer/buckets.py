@@ -3,8 +3,10 @@
 
 import dataclasses
 import math
+from collections.abc import Iterable, Sequence
 
 import jax
+import numpy as np
 
 from qwen2_jax import rope
 from qwen2_jax.config import ModelConfig
@@ -48,6 +50,23 @@ class Buckets:
             sizes.append(size)
             tokens -= size
         return sizes
+
+    def side_by_side(
+        self, prompts: Sequence[Sequence[int]], rows: int, targets: Sequence[Sequence[int]] | None = None
+    ) -> Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Cuts prompts side by side: (tokens, positions, targets) int32 [rows, C], positions -1 beyond a row's end."""
+        start = 0
+        for size in self.cut(max(map(len, prompts))):
+            tokens_BC, targets_BC = np.zeros((rows, size), np.int32), np.zeros((rows, size), np.int32)
+            positions_BC = np.full((rows, size), -1, np.int32)
+            for row, prompt in enumerate(prompts):
+                part = prompt[start : start + size]
+                tokens_BC[row, : len(part)] = part
+                positions_BC[row, : len(part)] = np.arange(start, start + len(part))
+                if targets is not None:
+                    targets_BC[row, : len(part)] = targets[row][start : start + size]
+            yield tokens_BC, positions_BC, targets_BC
+            start += size
 
     def __str__(self) -> str:
         lengths: list[int] = []

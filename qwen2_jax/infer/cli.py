@@ -287,6 +287,12 @@ def _load(args: argparse.Namespace, group: hosts.Group | None = None) -> "LM":
             implementation=args.implementation,
             progress=progress,
         )
+    if loaded.config.scores:
+        raise UserError(
+            f"{args.ckpt} is a reward model, which scores answers and writes none; in Python: "
+            f"qwen2_jax.load({args.ckpt!r}).score([[{{'role': 'user', 'content': ...}}, {{'role': 'assistant', "
+            "'content': ...}]])"
+        )
     count = flops.parameters(loaded.config) / 1e6
     if group is None or group.first:
         _status(

@@ -14,7 +14,7 @@ Rows of padding have position -1, are done from the start, and are never looked 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import jax
@@ -31,6 +31,7 @@ from qwen2_jax.infer.buckets import Buckets, context_limit
 from qwen2_jax.infer.places import Places, Programs
 from qwen2_jax.infer.sampling import Sampling, sample
 from qwen2_jax.infer.settings import Settings
+from qwen2_jax.model import check_head
 from qwen2_jax.params import Tree
 
 # B rows  C tokens of a prefill chunk  S cache slots  E end-of-sequence ids  K tokens per call  V vocabulary
@@ -53,7 +54,7 @@ class State:
     """A batch between two calls of the decode loop. Donated to each call.
 
     token_B: the next token to feed. position_B: its position. count_B: tokens drawn so far. done_B: bool.
-    seen_BV: bool, ids in prompt and answer, for the repetition penalty; None where the whole batch is greedy.
+    seen_BV: bool, ids in prompt and answer, for the repetition penalty; None where no row can have one.
     """
 
     cache: Cache
@@ -126,12 +127,14 @@ class Generator:
         rows, length = self.buckets.batch(len(requests)), self.buckets.length(max(totals))
         prompts = [r.tokens for r in requests]
         cache = self._prefilled([p[:-1] for p in prompts], rows, length, totals, long_context, progress)
-        orders = self._orders(requests, rows, length, totals, long_context)
+        asked = [*(r.settings for r in requests), *[Settings()] * (rows - len(requests))]
+        turns = self._rope(totals, rows, length, long_context)
+        orders = self._orders(asked, turns, Sampling.of(asked))
         return Decoding(self, requests, self._state(cache, prompts, rows, orders.sampling is None), orders)
 
-    def check(self, request: Request, long_context: rope.LongContext = "auto") -> None:
-        """Raises UserError for a request that `start` would refuse."""
-        self._clipped(request, context_limit(self.config, long_context), long_context)
+    def check(self, request: Request, long_context: rope.LongContext = "auto", what: str = "the prompt") -> None:
+        """Raises UserError, which calls the prompt `what`, for a request that `start` would refuse."""
+        self._clipped(request, context_limit(self.config, long_context), long_context, what)
 
     def run(self, requests: Sequence[Request], long_context: rope.LongContext = "auto") -> list[tuple[list, list, str]]:
         """Runs one batch to its end: (tokens, logprobs, "stop" or "length") per request."""
@@ -145,6 +148,18 @@ class Generator:
 
     def logprobs(self, sequences: Sequence[Sequence[int]], long_context: rope.LongContext = "auto") -> list[np.ndarray]:
         """log p(token t+1 | tokens up to t) of each sequence, float32 [len - 1], prefilled in chunks."""
+        check_head(self.config, scores=False)
+        return self._values(sequences, [s[:-1] for s in sequences], [s[1:] for s in sequences], long_context)
+
+    def scores(self, sequences: Sequence[Sequence[int]], long_context: rope.LongContext = "auto") -> np.ndarray:
+        """A reward model's score of each sequence, float32 [n]: that of its last token."""
+        check_head(self.config, scores=True)
+        return np.array([values[-1] for values in self._values(sequences, sequences, None, long_context)], np.float32)
+
+    def _values(
+        self, sequences: Sequence[Sequence[int]], read: Sequence[Sequence[int]], targets, long_context: rope.LongContext
+    ) -> list[np.ndarray]:
+        """What _score_chunk says of each token of `read`, the sequences or parts of them, in chunks."""
         limit = context_limit(self.config, long_context)
         for tokens in sequences:
             self._check(tokens, limit, long_context)
@@ -153,19 +168,18 @@ class Generator:
         cache = self._empty(rows, length)
         turns = self._rope(lengths, rows, length, long_context)
         found: list[list[np.ndarray]] = [[] for _ in sequences]
-        for tokens_BC, positions_BC, targets_BC in self._chunks(
-            [s[:-1] for s in sequences], rows, [s[1:] for s in sequences]
-        ):
-            cache, logprobs_BC = self.for_cache(rows, length).score(
+        for tokens_BC, positions_BC, targets_BC in self.buckets.side_by_side(read, rows, targets):
+            cache, array_BC = self.for_cache(rows, length).score(
                 self.params, cache, tokens_BC, positions_BC, targets_BC, _rows(lengths, rows), turns
             )
-            values_BC = np.asarray(logprobs_BC)
+            values_BC = np.asarray(array_BC)
             for row, parts in enumerate(found):
                 parts.append(values_BC[row][positions_BC[row] >= 0])
         return [np.concatenate(parts) if parts else np.zeros(0, np.float32) for parts in found]
 
     def logits(self, tokens_BT: np.ndarray, long_context: rope.LongContext = "auto") -> np.ndarray:
         """Logits at every position, float32 [B, T, V], from one forward pass without a cache."""
+        check_head(self.config, scores=False)
         B, T = tokens_BT.shape
         limit = context_limit(self.config, long_context)
         for tokens in tokens_BT.tolist():
@@ -255,10 +269,13 @@ class Generator:
     def _score_chunk(
         self, params: Tree, cache: Cache, tokens_BC, positions_BC, targets_BC, context_B, turns: rope.Rope
     ):
+        """(cache, [B, C]): log-probabilities of the targets, or a reward model's scores at every token."""
         self._compiling("score", rows=tokens_BC.shape[0], chunk=tokens_BC.shape[1], cache=cache.length)
         model = nnx.merge(self.graphdef, params)
         about = {"context_B": context_B, "implementation": self.implementation}
         out = model(tokens_BC, rope=turns, positions_BT=positions_BC, cache=cache, **about)
+        if self.config.scores:
+            return out.cache, model.score(out.hidden_BTD)
         return out.cache, logprob.token_logprobs(out.hidden_BTD, model.head_weight(), targets_BC)
 
     def _all_logits(self, params: Tree, tokens_BT, positions_BT, context_B, turns: rope.Rope):
@@ -283,9 +300,12 @@ class Generator:
             hint = f" ({longest} with long_context='auto')" if long_context == "off" and longest > limit else ""
             raise UserError(f"{what} has {len(tokens)} tokens; this model takes at most {limit}{hint}: shorten it")
 
-    def _clipped(self, request: Request, limit: int, long_context: rope.LongContext) -> Request:
+    def _clipped(
+        self, request: Request, limit: int, long_context: rope.LongContext, what: str = "the prompt"
+    ) -> Request:
         """The request, checked, with no more new tokens than the limit leaves room for (at least one)."""
-        self._check(request.tokens, limit - 1, long_context, "the prompt")
+        check_head(self.config, scores=False)
+        self._check(request.tokens, limit - 1, long_context, what)
         settings = request.settings
         if len(settings.eos_ids) > EOS_WIDTH:
             raise UserError(f"{len(settings.eos_ids)} end-of-sequence ids; at most {EOS_WIDTH} are supported")
@@ -306,23 +326,6 @@ class Generator:
         place = self.places.cache(self.config, rows, length)
         return Cache.zeros(self.config, rows, length, self.dtype, unroll=self.unroll, place=place)
 
-    def _chunks(
-        self, prompts: Sequence[Sequence[int]], rows: int, targets: Sequence[Sequence[int]] | None = None
-    ) -> Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Cuts prompts side by side: (tokens, positions, targets) int32 [rows, C], positions -1 beyond a row's end."""
-        start = 0
-        for size in self.buckets.cut(max(map(len, prompts))):
-            tokens_BC, targets_BC = np.zeros((rows, size), np.int32), np.zeros((rows, size), np.int32)
-            positions_BC = np.full((rows, size), -1, np.int32)
-            for row, prompt in enumerate(prompts):
-                part = prompt[start : start + size]
-                tokens_BC[row, : len(part)] = part
-                positions_BC[row, : len(part)] = np.arange(start, start + len(part))
-                if targets is not None:
-                    targets_BC[row, : len(part)] = targets[row][start : start + size]
-            yield tokens_BC, positions_BC, targets_BC
-            start += size
-
     def _prefilled(
         self, prompts: Sequence[Sequence[int]], rows: int, length: int, totals, long_context, progress: Progress | None
     ) -> Cache:
@@ -330,7 +333,7 @@ class Generator:
         turns = self._rope(totals, rows, length, long_context)
         context_B = _rows([len(p) + 1 for p in prompts], rows)
         done, total = 0, sum(map(len, prompts))
-        for tokens_BC, positions_BC, _ in self._chunks(prompts, rows):
+        for tokens_BC, positions_BC, _ in self.buckets.side_by_side(prompts, rows):
             cache = self.for_cache(rows, length).prefill(self.params, cache, tokens_BC, positions_BC, context_B, turns)
             if progress is not None:
                 jax.block_until_ready(cache)
@@ -349,15 +352,12 @@ class Generator:
             cache, *jax.device_put((token_B, position_B, _rows([0], rows), done_B, seen_BV), self.places.everywhere)
         )
 
-    def _orders(self, requests: Sequence[Request], rows: int, length: int, totals, long_context) -> Orders:
-        asked = [r.settings for r in requests]
-        eos_BE = np.full((rows, EOS_WIDTH), -1, np.int32)
+    def _orders(self, asked: Sequence[Settings], turns: rope.Rope, sampling: Sampling | None) -> Orders:
+        eos_BE = np.full((len(asked), EOS_WIDTH), -1, np.int32)
         for row, settings in enumerate(asked):
             if not settings.ignore_eos:
                 eos_BE[row, : len(settings.eos_ids)] = settings.eos_ids
-        sampling = Sampling.of([*asked, *[Settings()] * (rows - len(asked))])
-        limit_B = _rows([s.max_new_tokens for s in asked], rows)
-        turns = self._rope(totals, rows, length, long_context)
+        limit_B = np.asarray([s.max_new_tokens for s in asked], np.int32)
         return Orders(*jax.device_put((turns, sampling, eos_BE, limit_B), self.places.everywhere))
 
 

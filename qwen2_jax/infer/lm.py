@@ -6,8 +6,7 @@ Text enters and leaves here. Everything below (generate.py) works on token ids.
 
 import dataclasses
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +20,22 @@ from qwen2_jax.errors import UserError
 from qwen2_jax.infer import memory
 from qwen2_jax.infer.answer import Answer, Generation
 from qwen2_jax.infer.buckets import context_limit
-from qwen2_jax.infer.generate import STEPS, Decoding, Generator, Progress, Request, reason
+from qwen2_jax.infer.generate import STEPS, Generator, Progress, Request
 from qwen2_jax.infer.settings import Settings
+from qwen2_jax.infer.stream import Stream, advance
 from qwen2_jax.linear import is_quantized, quantize
+from qwen2_jax.model import check_head
 from qwen2_jax.params import Tree
 from qwen2_jax.rope import MODES, LongContext
 from qwen2_jax.tokenizer import IM_END, Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]  # text, token ids, or chat messages
+Talk = Sequence[int] | Sequence[Mapping[str, str]]  # what a reward model scores
 INT8 = "int8"  # besides the dtypes of arrays
-SECONDS_PER_PIECE = 0.2  # a stream shows something about this often
 
 
 class LM:
-    """A language model ready to score and generate.
+    """A language model ready to generate, or a reward model ready to score.
 
     config: ModelConfig. tokenizer: Tokenizer, or None where the checkpoint has none: token ids then still work.
     generation_config: the checkpoint's defaults for settings. generator: the layer below, for token ids.
@@ -104,6 +105,7 @@ class LM:
 
     def logits(self, ids) -> np.ndarray:
         """Next-token logits at every position, float32 [B, T, V], of int [B, T]. For small inputs: V is 152k."""
+        check_head(self.config, scores=False)
         try:
             array = np.asarray(ids)
         except ValueError as error:  # ragged
@@ -117,11 +119,24 @@ class LM:
 
         ids: int [B, T], or a list of rows of different lengths, which gives a list of arrays [len - 1].
         """
+        check_head(self.config, scores=False)
         rows = [self._ids(row) for row in _listed(ids, "logprobs")]
         found: list[np.ndarray] = []
         for start in range(0, len(rows), self.max_rows):
             found += self.generator.logprobs(rows[start : start + self.max_rows], self.long_context)
         return np.stack(found) if len({len(row) for row in rows}) == 1 else found
+
+    def score(self, talks: Sequence[Talk]) -> np.ndarray:
+        """What a reward model thinks of each conversation, float32 [n]: higher is better. Any length, bounded memory.
+
+        talks: lists of messages that end in an assistant's, or rows of token ids. The score is that of the last token,
+        for messages of the text that the chat template writes: in Qwen2's the newline behind <|im_end|>. Scores of
+        answers to one prompt compare; their zero has no meaning.
+        """
+        check_head(self.config, scores=True)
+        rows = [self._talk(talk) for talk in _listed(talks, "score")]
+        parts = [rows[start : start + self.max_rows] for start in range(0, len(rows), self.max_rows)]
+        return np.concatenate([self.generator.scores(part, self.long_context) for part in parts])
 
     def generate(
         self,
@@ -181,7 +196,7 @@ class LM:
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
-    ) -> "Stream":
+    ) -> Stream:
         """Like `generate` for one prompt (text, token ids or chat messages), yielding the text as it comes.
 
         The pieces add up to the text that `generate` returns. Nothing is computed before the first piece is asked for.
@@ -202,6 +217,7 @@ class LM:
 
     def request(self, prompt: Prompt, **given: Any) -> Request:
         """A prompt and the settings given for it (None: not given), complete and checked."""
+        check_head(self.config, scores=False)
         settings = Settings.resolve(given, self.generation_config, self.config.eos_ids)
         if settings.stop and self.tokenizer is None:
             raise UserError("stop texts need a tokenizer, and this checkpoint has none")
@@ -227,11 +243,27 @@ class LM:
             decoding = self.generator.start([requests[i] for i in batch], self.long_context, progress)
             answers = [Answer(self.tokenizer, request.settings) for request in decoding.requests]
             while True:
-                _advance(decoding, answers, STEPS)
+                advance(decoding, answers, STEPS)
                 if all(answer.reason for answer in answers):
                     break
             results |= {i: answer.generation() for i, answer in zip(batch, answers, strict=True)}
         return [results[i] for i in range(len(requests))]
+
+    def _talk(self, talk: Any) -> list[int]:
+        """The token ids of a conversation to score."""
+        if isinstance(talk, str | Mapping):
+            raise UserError(
+                f"score needs a list of conversations, each a list of messages or of token ids; given {_short(talk)} "
+                "as one of them: put a single conversation into a list"
+            )
+        if not (isinstance(talk, Sequence) and len(talk) and isinstance(talk[0], Mapping)):
+            return self._ids(talk)
+        if self.tokenizer is None:
+            raise UserError("this checkpoint has no tokenizer; give token ids instead of messages")
+        ids = self.tokenizer.chat_ids(talk, add_generation_prompt=False)
+        if talk[-1]["role"] != "assistant":
+            raise UserError(f"a conversation to score ends in an answer; the last role is {talk[-1]['role']!r}")
+        return ids
 
     def _ids(self, prompt: Any) -> list[int]:
         if isinstance(prompt, str):
@@ -244,49 +276,6 @@ class LM:
         if ids.ndim != 1 or not ids.size or not np.issubdtype(ids.dtype, np.integer):
             raise UserError(f"a prompt must be text or a list of token ids, not empty; given {_short(prompt)}")
         return ids.tolist()
-
-
-class Stream:
-    """Iterates over the pieces of one answer. `generation` is complete once the iteration has ended.
-
-    first_seconds: from the first request for a piece to the first token; seconds: to the end. prompt_tokens: int.
-    progress: set before iterating to be told about the prefill.
-    """
-
-    def __init__(self, lm: LM, request: Request):
-        self._lm, self._request = lm, request
-        self._answer = Answer(lm.tokenizer, request.settings)
-        self.progress: Progress | None = None
-        self.prompt_tokens = len(request.tokens)
-        self.first_seconds = self.seconds = 0.0
-        self._pieces = self._run()
-
-    def __iter__(self) -> Iterator[str]:
-        return self._pieces
-
-    def __next__(self) -> str:
-        return next(self._pieces)
-
-    @property
-    def generation(self) -> Generation:
-        """The answer so far; its finish_reason is "length" while it is not complete."""
-        return self._answer.generation()
-
-    def _run(self) -> Iterator[str]:
-        begin = time.perf_counter()
-        decoding = self._lm.generator.start([self._request], self._lm.long_context, self.progress)
-        self._answer = Answer(self._lm.tokenizer, decoding.requests[0].settings)
-        steps = 1  # the first token is shown as soon as it is there
-        while not self._answer.reason:
-            before = time.perf_counter()
-            piece = _advance(decoding, [self._answer], steps)[0]
-            now = time.perf_counter()
-            self.seconds = now - begin
-            self.first_seconds = self.first_seconds or self.seconds
-            per_token = (now - before) / steps
-            steps = max(1, min(STEPS, int(SECONDS_PER_PIECE / per_token)))
-            if piece:
-                yield piece
 
 
 def load(
@@ -349,18 +338,6 @@ def _tokenizer(source: checkpoint.Source) -> Tokenizer | None:
             return Tokenizer.from_folder(folder)
     except FileNotFoundError:
         return None
-
-
-def _advance(decoding: Decoding, answers: Sequence[Answer], steps: int) -> list[str]:
-    """One call of the device loop: adds its tokens to the answers and returns the text that each gained."""
-    cancel = [row for row, answer in enumerate(answers) if answer.reason and not decoding.finished[row]]
-    pieces = []
-    for row, (answer, new) in enumerate(zip(answers, decoding.advance(steps, cancel), strict=True)):
-        gained = [answer.add(token, value) for token, value in new if not answer.reason]
-        if decoding.finished[row] and not answer.reason:
-            gained.append(answer.finish(reason(answer.settings, answer.token_ids)))
-        pieces.append("".join(gained))
-    return pieces
 
 
 def _given(max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, stop, ignore_eos) -> dict[str, Any]:

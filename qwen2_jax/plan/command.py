@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     import argparse
 
     from qwen2_jax.plan.report import Plan
-    from qwen2_jax.train.config import Recipe, Run
+    from qwen2_jax.train.config import Run
+    from qwen2_jax.train.reading import Recipe
 
 WIDTH = 120  # of tables that nobody watches: a file should not be cut to a terminal's width
 

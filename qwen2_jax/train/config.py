@@ -2,20 +2,16 @@
 """Run configurations: frozen dataclasses that a file in configs/ fills in and command-line flags override.
 
 A config file shows what differs from the defaults here. It ends in `config = Pretrain(...)`, `Sft(...)` or
-`Upcycle(...)`.
+`Upcycle(...)`, or in one of post_training.py's. reading.py reads it.
 """
 
 import dataclasses
-import runpy
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-import tyro
-
 from qwen2_jax import check
 from qwen2_jax.config import ModelConfig
-from qwen2_jax.data.spec import Data, Source
+from qwen2_jax.data.spec import Data, PromptData, Source
 from qwen2_jax.errors import UserError
 from qwen2_jax.lora import Lora
 from qwen2_jax.model import REMAT_POLICIES
@@ -166,7 +162,7 @@ class Evaluation:
 class Run:
     """What every kind of training has in common. Use Pretrain or Sft, which differ in their defaults."""
 
-    data: Data
+    data: Data | PromptData
     rows: int  # of one step's batch, over all devices and micro-batches
     length: int  # tokens of a row
     optim: Optim
@@ -188,8 +184,8 @@ class Run:
     mesh: Mesh = Mesh()
     export_dtype: str = "bfloat16"  # of the result's weights
     evaluation: Evaluation = Evaluation()
-    checkpoints: Checkpointing = Checkpointing()  # noqa: RUF009  (frozen, as the others here)
-    log: Logging = Logging()  # noqa: RUF009
+    checkpoints: Checkpointing = Checkpointing()
+    log: Logging = Logging()
     implementation: str | None = None  # of the kernels: "xla", "attention=splash", ...; None: the best that serves
     seed: int = 0
     out: Path = Path("runs/run")  # run folder: checkpoints, metrics, plots; out/hf is the result
@@ -235,11 +231,14 @@ class Run:
 class Pretrain(Run):
     """Next-token training on all tokens, from random weights or from a checkpoint (continued, long context)."""
 
+    data: Data
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sft(Run):
     """Supervised fine-tuning on chats; the defaults are the Qwen2 report's (arXiv:2407.10671, sec. 4.2)."""
 
+    data: Data
     length: int = 32768
     optim: Optim = Optim(lr=7e-6, schedule="linear", warmup=20, final=0.1, decay=0.1, clip=1.0)
     epochs: float | None = 2
@@ -261,61 +260,3 @@ class Upcycle:
 
     resume: bool = True  # False replaces a result that is there already
     dry_run: bool = False  # print what would be done
-
-
-Recipe = Pretrain | Sft | Upcycle
-
-
-def load(path: Path, flags: Sequence[str] = ()) -> Recipe:
-    """The `config` of a Python file, with command-line flags such as ["--optim.lr", "1e-3"] applied.
-
-    Raises UserError when the file is missing or defines no config; wrong flags end the program with exit code 2.
-    """
-    if not path.is_file():
-        raise UserError(f"no config file {str(path)!r}; give the path of a Python file such as configs/sft.py")
-    try:
-        values = runpy.run_path(str(path))
-    except (SyntaxError, ImportError, NameError, TypeError, AttributeError) as mistake:
-        raise UserError(f"{path}: {mistake}") from mistake
-    config = values.get("config")
-    if not isinstance(config, Recipe):
-        raise UserError(f"{path} defines no run: its last line must be `config = Pretrain(...)`, not {config!r:.60}")
-    with _sources_as_words():
-        return tyro.cli(
-            type(config),
-            default=config,
-            args=list(flags),
-            prog=f"train.py {path}",
-            description=values["__doc__"],
-            config=(tyro.conf.AvoidSubcommands,),
-        )
-
-
-def _sources_as_words() -> tyro.constructors.ConstructorRegistry:
-    """Lets a source be one word on the command line: --data.sources chats.jsonl,weight=0.7 books/,weight=0.3"""
-    registry = tyro.constructors.ConstructorRegistry()
-    fields = [field for field in dataclasses.fields(Source) if field.name != "path"]
-
-    def parse(words: list[str]) -> Source:
-        path, *settings = words[0].split(",")
-        flags = [f"--{setting}" for setting in settings]
-        return tyro.cli(Source, default=Source(path=path), args=flags, prog="a source, PATH[,FIELD=VALUE...]")
-
-    def spell(source: Source) -> list[str]:
-        given = {field.name: getattr(source, field.name) for field in fields}
-        changed = [f"{f.name}={given[f.name]}" for f in fields if given[f.name] != f.default]
-        return [",".join([source.path, *changed])]
-
-    @registry.primitive_rule
-    def _(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
-        if info.type is not Source:
-            return None
-        return tyro.constructors.PrimitiveConstructorSpec(
-            nargs=1,
-            metavar="PATH[,FIELD=VALUE...]",
-            instance_from_str=parse,
-            is_instance=lambda value: isinstance(value, Source),
-            str_from_instance=spell,
-        )
-
-    return registry

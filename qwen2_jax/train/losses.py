@@ -3,73 +3,40 @@
 
 from typing import NamedTuple
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 
-from qwen2_jax import moe
-from qwen2_jax.moe import RouterStats
-
 # B batch  T query  S sequences of a row
-
-
-class Ratio(NamedTuple):
-    """A mean that is not divided yet, float32 scalars: totals and counts add up, means do not."""
-
-    total: jax.Array
-    count: jax.Array
-
-
-class Sums(NamedTuple):
-    """What a loss gives for some rows; float32 scalars. Sums of shards and micro-batches add up to the whole's.
-
-    loss is differentiable; the others are for looking at.
-    """
-
-    loss: jax.Array  # what is minimised, times `count`
-    told: jax.Array  # what is told of it: without the terms that only keep the training in shape
-    count: jax.Array  # of targets, pairs or sequences: what both are divided by after everything has been added
-    ratios: dict[str, Ratio]  # metrics by name
-
-
-def objective(
-    loss: jax.Array,
-    count: jax.Array,
-    router: RouterStats | None = None,
-    *,
-    load_balancing: jax.Array | float = 0.0,
-    router_z: jax.Array | float = 0.0,
-) -> jax.Array:
-    """What a micro-batch adds to what is minimised: its loss divided by the `count` of the whole step, plus the
-    router's losses times their coefficients.
-
-    Summed over micro-batches the first part is the step's mean loss (0 if nothing counts), however targets are spread.
-    The router's losses are not linear in the tokens, so each micro-batch has its own; the caller scales the
-    coefficients by the micro-batch's share of the step's tokens.
-    """
-    value = loss / jnp.maximum(count, 1e-9)
-    if router is not None:
-        value += load_balancing * moe.load_balancing_loss(router) + router_z * moe.router_z_loss(router)
-    return value
 
 
 class Ratio(NamedTuple):
     """A mean that is not divided yet: ratios of shards and micro-batches add up to the ratio of the whole."""
 
     total: jax.Array
-    count: jax.Array
+    weight: jax.Array
 
     def mean(self) -> jax.Array:
-        """total / count, 0 if nothing was counted."""
-        return self.total / jnp.maximum(self.count, 1e-9)
+        """total / weight, 0 if nothing was counted."""
+        return self.total / jnp.maximum(self.weight, 1e-9)
 
 
 Ratios = dict[str, Ratio]
 
 
+class Sums(NamedTuple):
+    """What a loss gives for some rows. Sums of shards and micro-batches add up to the step's."""
+
+    objective: jax.Array  # what these rows add to what is minimised: divided by the step's count already
+    loss: Ratio  # what is told of it: without the terms that only keep the training in shape
+    metrics: Ratios
+
+
 def counted(values: jax.Array, weights: jax.Array) -> Ratio:
-    """The weighted mean of some values, as a Ratio. Where the weight is 0 a value may be anything, also not finite."""
+    """The weighted mean of some values, as a Ratio. Where the weight is 0 a value may be anything, also not finite.
+
+    values, weights: float or bool, of one shape; the sums are floats.
+    """
+    weights = weights.astype(float)
     return Ratio(jnp.sum(jnp.where(weights > 0, weights * values, 0)), jnp.sum(weights))
 
 
@@ -77,8 +44,9 @@ def sequence_sums(x_BT: jax.Array, segments_BT: jax.Array, sequences: int) -> ja
     """Sums over the sequences packed in each row: [B, T] -> [B, S], S = `sequences`, in the dtype of x.
 
     Entry s adds up the positions of segment s, 0 if there are none; segments outside 0..S-1 (padding is -1) are left
-    out. A masked reduction and not a scatter or a product with a one-hot matrix: XLA fuses the mask into it (nothing
-    of size [B, T, S] is stored), adds in full float32 on every chip, and divides it over rows and positions alike.
+    out. A masked reduction and not a scatter or a product with a one-hot matrix: on TPUs and GPUs XLA fuses the mask
+    into it (nothing of size [B, T, S] is stored, forward or backward), it adds in full float32, and it is divided over
+    rows and positions of a mesh like any sum.
     """
     mine_BTS = segments_BT[..., None] == jnp.arange(sequences)
     return jnp.sum(jnp.where(mine_BTS, x_BT[..., None], 0), axis=1)

@@ -86,9 +86,10 @@ def advantages(rewards_PG: np.ndarray, config: Policy) -> np.ndarray:
         return ahead_PG
     if config.scaling == "batch":
         given = rewards_PG[given_PG]
-        return ahead_PG / ((np.std(given, ddof=1) if given.size > 1 else 0) + config.eps)
-    deviation_P1 = np.sqrt((ahead_PG**2).sum(1, keepdims=True) / np.maximum(n_P1 - 1, 1))
-    return np.where(differ_P1, ahead_PG / np.where(differ_P1, deviation_P1 + config.eps, 1), 0)
+        deviation = np.std(given, ddof=1) if given.size > 1 else 0.0
+    else:
+        deviation = np.sqrt((ahead_PG**2).sum(1, keepdims=True) / np.maximum(n_P1 - 1, 1))
+    return np.divide(ahead_PG, deviation + config.eps, out=np.zeros_like(ahead_PG), where=ahead_PG != 0)
 
 
 def policy_count(config: Policy, weights_BT: jax.Array, segments_BT: jax.Array, sequences: int) -> jax.Array:
@@ -103,8 +104,11 @@ def policy_count(config: Policy, weights_BT: jax.Array, segments_BT: jax.Array, 
     if config.aggregation == "dapo":
         return jnp.sum(weights_BT)
     here_BS = sequence_sums(jnp.ones_like(weights_BT), segments_BT, sequences) > 0
-    number = jnp.sum(here_BS).astype(weights_BT.dtype)
-    return number * config.max_completion if config.aggregation == "dr_grpo" else number
+    number = jnp.sum(here_BS, dtype=float)
+    if config.aggregation == "grpo":
+        return number
+    assert config.max_completion is not None  # Policy has checked
+    return number * config.max_completion
 
 
 def policy_sums(

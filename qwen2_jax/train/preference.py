@@ -109,7 +109,7 @@ def pair_counts(tokens_BG2: jax.Array) -> PairCounts:
     A pair counts if both of its answers do.
     """
     pairs_BG = (tokens_BG2 > 0).all(-1)
-    return PairCounts(jnp.sum(pairs_BG), jnp.sum(jnp.where(pairs_BG, tokens_BG2[..., 0], 0)))
+    return PairCounts(jnp.sum(pairs_BG, dtype=float), jnp.sum(jnp.where(pairs_BG, tokens_BG2[..., 0], 0), dtype=float))
 
 
 def pair_sums(config: Preference, logps_BG2: jax.Array, reference_BG2: jax.Array, tokens_BG2: jax.Array) -> PairSums:
@@ -209,7 +209,7 @@ def bradley_terry(
         "mean_reward": counted(scores_BGK.sum(-1) / jnp.maximum(present_BGK.sum(-1), 1), groups_BG),
         "max_reward": counted(jnp.where(present_BGK, scores_BGK, -jnp.inf).max(-1), groups_BG),
     }
-    return RankingSums(jnp.sum(means_BG), jnp.sum(groups_BG), metrics)
+    return RankingSums(jnp.sum(means_BG), jnp.sum(groups_BG, dtype=float), metrics)
 
 
 def ranking_groups(present_BGK: jax.Array, ranks_BGK: jax.Array | None = None) -> jax.Array:

@@ -8,8 +8,9 @@ from rich.console import Console
 from qwen2_jax.errors import UserError
 from qwen2_jax.hosts import Group
 from qwen2_jax.train import loop, upcycle
-from qwen2_jax.train.config import Recipe, Upcycle
+from qwen2_jax.train.config import Upcycle
 from qwen2_jax.train.lock import alone
+from qwen2_jax.train.reading import Recipe
 
 
 def run(config: Recipe, console: Console | None = None, *, group: Group | None = None) -> Path | None:

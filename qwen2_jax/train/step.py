@@ -21,8 +21,8 @@ from qwen2_jax.config import ModelConfig
 from qwen2_jax.data.packing import Batch
 from qwen2_jax.moe import RouterStats
 from qwen2_jax.params import ParamSpec, Tree, leaves
-from qwen2_jax.train import losses, optimizer
-from qwen2_jax.train.losses import Ratio, Sums
+from qwen2_jax.train import optimizer
+from qwen2_jax.train.losses import Sums
 from qwen2_jax.train.objectives import NextToken, Objective, logprobs
 from qwen2_jax.train.placing import Placing
 
@@ -149,7 +149,7 @@ class Trainer:
     def _outs(self):
         return None if self.mesh is None else (self.shardings, NamedSharding(self.mesh, PartitionSpec()))
 
-    def _compute(self, params: Tree, frozen: Tree | None) -> Tree:
+    def compute(self, params: Tree, frozen: Tree | None) -> Tree:
         """The weights that activations meet: a copy in the run's dtype, routers excepted."""
         dtype = jnp.dtype(self.run.dtype)
         cast = lambda spec, p: p if is_router(spec) else p.astype(dtype)  # noqa: E731
@@ -171,30 +171,29 @@ class Trainer:
         )
         return qwen2, output
 
-    def _sums(self, weights: Tree, batch: Batch) -> tuple[Sums, RouterStats | None]:
+    def _sums(self, weights: Tree, batch: Batch, counts) -> tuple[Sums, RouterStats | None]:
         qwen2, output = self._forward(weights, batch)
-        return self.objective.sums(qwen2, output.hidden_BTD, batch), output.router
+        return self.objective.sums(qwen2, output.hidden_BTD, batch, counts), output.router
 
     def _gradients(self, params: Tree, frozen: Tree | None, batch: Batch):
         """(sums over the batch, router's sums or None, gradient of the objective with respect to params, float32)."""
-        count = self.objective.count(batch)
+        counts = self.objective.counts(batch)
         tokens = (batch.segments_BT >= 0).sum().astype(jnp.float32)
 
         def objective(weights, part: Batch):
-            sums, router = self._sums(self._compute(weights, frozen) if frozen is not None else weights, part)
-            share = (part.segments_BT >= 0).sum() / jnp.maximum(tokens, 1.0)
-            value = losses.objective(
-                sums.loss,
-                count,
-                router,
-                load_balancing=self.balancing * share,
-                router_z=self.run.moe.router_z * share,
-            )
+            weights = self.compute(weights, frozen) if frozen is not None else weights
+            sums, router = self._sums(weights, part, counts)
+            value = sums.objective
+            if router is not None:
+                # Not linear in the tokens: each micro-batch has its own, at its share of the step's tokens.
+                share = (part.segments_BT >= 0).sum() / jnp.maximum(tokens, 1.0)
+                value += share * self.balancing * moe.load_balancing_loss(router)
+                value += share * self.run.moe.router_z * moe.router_z_loss(router)
             return value, (sums, router)
 
         # The gradient is taken with respect to the low-precision copy and added up in float32: no float32 gradient of
         # all weights exists per micro-batch besides the sum.
-        weights = params if frozen is not None else self._compute(params, None)
+        weights = params if frozen is not None else self.compute(params, None)
         gradient = jax.grad(objective, has_aux=True)
         to32 = lambda grads: jax.tree.map(lambda g: g.astype(jnp.float32), grads)  # noqa: E731
         if self.run.accumulate == 1:
@@ -214,10 +213,10 @@ class Trainer:
 
     def _step(self, state: State, batch: Batch, frozen: Tree | None = None) -> tuple[State, Metrics]:
         sums, router, grads = self._gradients(state.params, frozen, batch)
-        loss = sums.told / jnp.maximum(sums.count, 1e-9)
+        loss = sums.loss.mean()
         norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(sums.loss) & jnp.isfinite(norm)
-        good = finite & ~_spike(loss, state.health, self.run.guard) & (sums.count > 0)
+        finite = jnp.isfinite(sums.objective) & jnp.isfinite(norm)
+        good = finite & ~_spike(loss, state.health, self.run.guard) & (sums.loss.weight > 0)
 
         def apply():
             updates, opt = self.tx.update(grads, state.optimizer, state.params)
@@ -239,7 +238,7 @@ class Trainer:
         health = _next(state.health, loss, good)
         metrics = {
             "loss": loss,
-            "ratios": {"loss": Ratio(sums.told, sums.count), **sums.ratios},
+            "ratios": {"loss": sums.loss, **sums.metrics},
             "targets": batch.weights_BT.sum(),
             "tokens": (batch.segments_BT >= 0).sum(),
             "learning_rate": self.rate(_updates(state)),
@@ -255,11 +254,11 @@ class Trainer:
     def _score(self, state: State, batch: Batch, frozen: Tree | None = None) -> Sums:
         """Sums over a held-out batch."""
         params = state.params if state.ema is None else state.ema
-        return self._sums(self._compute(params, frozen), batch)[0]
+        return self._sums(self.compute(params, frozen), batch, self.objective.counts(batch))[0]
 
     def _policy(self, state: State, frozen: Tree | None = None) -> Tree:
         """The model's weights as a step meets them: the copy in the run's dtype, adapters attached."""
-        return self._compute(state.params, frozen)
+        return self.compute(state.params, frozen)
 
     def _logprobs(self, weights: Tree, batch: Batch) -> jax.Array:
         """log p of each target, float32 [B, T], with weights as `policy` gives them; 0 where nothing is a target."""

@@ -35,6 +35,9 @@ SPARSE = DENSE | {
     "norm_topk_prob": False,
     "decoder_sparse_step": 1,
 }
+LABEL = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+LINEAR_SCORE = TIED | LABEL | {"architectures": ["Qwen2ForSequenceClassification"]}
+DEEP_SCORE = SPARSE | LABEL | {"architectures": ["Qwen2MoeForRewardModel"]}
 ALTERNATING = SPARSE | {"decoder_sparse_step": 2, "num_hidden_layers": 4}
 
 
@@ -44,7 +47,11 @@ def tensors_of(config: dict) -> dict[str, tuple[int, ...]]:
     N, K = config["num_attention_heads"], config["num_key_value_heads"]
     H = D // N
     out = {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,)}
-    if not config["tie_word_embeddings"]:
+    if config["architectures"][0].endswith("SequenceClassification"):
+        out["score.weight"] = (1, D)
+    elif config["architectures"][0].endswith("RewardModel"):
+        out |= {"score.0.weight": (D, D), "score.0.bias": (D,), "score.2.weight": (1, D), "score.2.bias": (1,)}
+    elif not config["tie_word_embeddings"]:
         out["lm_head.weight"] = (V, D)
     for i in range(config["num_hidden_layers"]):
         at = f"model.layers.{i}."

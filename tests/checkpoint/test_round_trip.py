@@ -37,6 +37,8 @@ CASES = {
     "alternating, float32": (hf.ALTERNATING, hf.F32, 1),
     "sparse, mixed": (hf.SPARSE, by_expert, 2),
     "dense, mixed": (hf.DENSE, by_layer, 1),
+    "linear score": (hf.LINEAR_SCORE, hf.BF16, 1),
+    "two-layer score, sharded": (hf.DEEP_SCORE, hf.BF16, 3),
 }
 
 
@@ -61,7 +63,9 @@ def test_bytes_survive(tmp_path, case):
 
 
 @pytest.mark.parametrize(
-    "config", [hf.DENSE, hf.TIED, hf.SPARSE, hf.ALTERNATING], ids=["dense", "tied", "sparse", "alternating"]
+    "config",
+    [hf.DENSE, hf.TIED, hf.SPARSE, hf.ALTERNATING, hf.LINEAR_SCORE, hf.DEEP_SCORE],
+    ids=["dense", "tied", "sparse", "alternating", "linear score", "two-layer score"],
 )
 @pytest.mark.parametrize("unroll", [False, True])
 def test_every_tensor_goes_where_it_is_declared(tmp_path, config, unroll):

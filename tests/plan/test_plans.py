@@ -22,7 +22,7 @@ from qwen2_jax.plan import architecture, command, cost, estimate, infer, report,
 from qwen2_jax.plan.machine import parse
 from qwen2_jax.plan.program import Program, refused
 from qwen2_jax.plan.roofline import Seconds
-from qwen2_jax.train import Lora, Mesh, Optim, Pretrain, Start, config
+from qwen2_jax.train import Lora, Mesh, Optim, Pretrain, Start, reading
 
 ROOT = Path(__file__).parents[2]
 SMALL = ModelConfig(
@@ -200,11 +200,11 @@ def test_architectures_need_no_weights(tmp_path):
 
 def test_a_run_may_start_from_what_another_configuration_will_write():
     path = ROOT / "configs/long_32k_7b.py"
-    found = architecture.of_run(config.load(path), path)
+    found = architecture.of_run(reading.load(path), path)
     assert (found.rope_theta, found.max_position_embeddings) == (1e6, 32768)
     assert found.hidden_size == PRESETS["qwen2-7b"].hidden_size
     path = ROOT / "configs/moe_57b_a14b.py"
-    assert architecture.of_run(config.load(path), path).num_experts == 64
+    assert architecture.of_run(reading.load(path), path).num_experts == 64
 
 
 def test_lengths_beyond_the_model_s_are_refused():
@@ -269,7 +269,7 @@ def test_train_py_takes_the_plan_s_flags_away():
 def test_upcycling_has_no_plan():
     path = ROOT / "configs/upcycle_57b_a14b.py"
     with pytest.raises(UserError, match="trains nothing"):
-        command.train(config.load(path), "8xh100", path)
+        command.train(reading.load(path), "8xh100", path)
 
 
 @pytest.mark.parametrize("_", [pytest.param(0, marks=GPU_COMPILER)])

@@ -49,7 +49,7 @@ def random_batch(rows=4, length=LENGTH, seed=0, vocabulary=96) -> Batch:
 
 def gradients(trainer, params, batch):
     sums, _, grads = jax.jit(lambda p, b: trainer._gradients(p, None, b))(params, jax.tree.map(jnp.asarray, batch))
-    return float(sums.loss / sums.count), grads
+    return float(sums.loss.mean()), grads
 
 
 def assert_close(got, want, tolerance=2e-5):
@@ -108,7 +108,7 @@ def test_remat_changes_no_number(remat):
 def test_weights_stay_float32_under_bfloat16_compute():
     """bfloat16 rounds what passes through it, not what is stored; the router is not rounded."""
     trainer = trainer_of("moe", dtype="bfloat16")
-    copy = trainer._compute(random_params(CONFIGS["moe"]), None)
+    copy = trainer.compute(random_params(CONFIGS["moe"]), None)
     dtypes = {step.group(spec): leaf.dtype for spec, leaf in flat(trainer.model_specs, copy)}
     assert {str(d) for name, d in dtypes.items() if name != "router"} == {"bfloat16"}
     state, metrics = trainer.step(trainer.init(random_params(CONFIGS["moe"])), trainer.place(random_batch()))
@@ -209,7 +209,9 @@ def test_the_balancing_loss_reaches_the_router_with_the_right_gradient():
     slope = (float(loss(router + h * direction)) - float(loss(router - h * direction))) / (2 * h)
     assert float(((with_loss - without) * direction).sum()) == pytest.approx(slope, rel=0.02)
     real = int((batch.segments_BT >= 0).sum())
-    stats = jax.jit(lambda p, b: step.Trainer(run, config, 20)._sums(p, b)[1])(params, jax.tree.map(jnp.asarray, batch))
+    stats = jax.jit(lambda p, b: step.Trainer(run, config, 20)._sums(p, b, 1.0)[1])(
+        params, jax.tree.map(jnp.asarray, batch)
+    )
     assert float(stats.tokens) == real
 
 
