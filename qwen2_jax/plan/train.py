@@ -108,7 +108,7 @@ def compile_step(job: Job) -> Program:
         "batch and counters": (state.step, state.health, batch),
     }
     arguments = {kind: tree for kind, tree in kinds.items() if jax.tree.leaves(tree)}
-    return compiled("training step", lambda: (job.trainer.step.lower(state, batch, frozen), arguments), job.machine)
+    return compiled("training step", lambda: (job.trainer.step.lower(state, batch, frozen), arguments), job.mesh)
 
 
 def describe(job: Job, program: Program) -> Plan:
