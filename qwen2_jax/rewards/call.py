@@ -89,8 +89,8 @@ def _accepted(function: Function, given: dict[str, Any]) -> dict[str, Any]:
     needed = {p.name for p in parameters if p.name in names and p.default is p.empty}
     if missing := sorted(needed - given.keys()):
         raise UserError(
-            f"reward function {getattr(function, '__name__', 'given')} needs {', '.join(missing)}, which the data does not "
-            f"have: it can have {', '.join(given)}. Name the field as the data does, or give the argument a default"
+            f"reward function {getattr(function, '__name__', 'given')} needs {', '.join(missing)}, which the data does "
+            f"not have: it can have {', '.join(given)}. Name the field as the data does, or give the argument a default"
         )
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
     return given if takes_all else {name: given[name] for name in names if name in given}
