@@ -83,12 +83,15 @@ def told(why: BaseException) -> str:
 
 
 def _accepted(function: Function, given: dict[str, Any]) -> dict[str, Any]:
-    """Those of the keywords that the function takes. Raises Failed where it needs one that is not there."""
+    """Those of the keywords that the function takes. Raises UserError where it needs one that is not there."""
     parameters = inspect.signature(function).parameters.values()
     names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     needed = {p.name for p in parameters if p.name in names and p.default is p.empty}
     if missing := sorted(needed - given.keys()):
-        raise Failed(f"it needs {', '.join(missing)}; it can have {', '.join(given)}")
+        raise UserError(
+            f"reward function {getattr(function, '__name__', 'given')} needs {', '.join(missing)}, which the data does "
+            f"not have: it can have {', '.join(given)}. Name the field as the data does, or give the argument a default"
+        )
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
     return given if takes_all else {name: given[name] for name in names if name in given}
 

@@ -7,7 +7,7 @@ A config file shows what differs from the defaults here. It ends in `config = Pr
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from qwen2_jax import check
 from qwen2_jax.config import ModelConfig
@@ -192,7 +192,15 @@ class Run:
     resume: bool = True  # continue the run found in `out`; False starts over
     dry_run: bool = False  # print what would be done, and the first batch; train nothing
 
+    def check_data(self) -> None:
+        """Raises UserError for data of the other kind."""
+        wanted: Any = next(field.type for field in dataclasses.fields(self) if field.name == "data")
+        if not isinstance(self.data, wanted):
+            example = "PromptData(sources=(PATH,))" if wanted is PromptData else "Data(sources=(Source(path=PATH),))"
+            raise UserError(f"data is {check.short(self.data)}; {type(self).__name__} takes {example}")
+
     def __post_init__(self):
+        self.check_data()
         check.number(self, "config", ("rows", "accumulate"), int, 1)
         check.number(self, "config", ("length",), int, 2)
         check.number(self, "config", ("steps",), int, 1, none=True)

@@ -143,6 +143,11 @@ def prepare(run: Run, console: Console) -> Job:
         held_out[one.path if name in held_out else name] = opened(_alone(run.data, one))
     if isinstance(run, Reward | Dpo):
         data, held_out = _ranked(run, data, held_out)
+    elif ranked := [name for name, one in {"data": data, **held_out}.items() if getattr(one, "ranks", 1) > 1]:
+        raise UserError(
+            f"{', '.join(ranked)}: rankings, of which this run would learn the rejected answers too; they are for Dpo "
+            "and Reward. For fine-tuning give messages, or prompt and completion"
+        )
     return Job(run, config, source, tokenizer, files, data, held_out, steps, mesh)
 
 

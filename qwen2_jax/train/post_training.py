@@ -4,15 +4,17 @@
 (Qwen2 report, arXiv:2407.10671, sec. 4.3; docs/post-training.md.)
 """
 
+import copy
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal, Self
 
 from qwen2_jax import check
 from qwen2_jax.data.spec import Data, PromptData
 from qwen2_jax.errors import UserError
 from qwen2_jax.rewards import Reward as RewardFunction
 from qwen2_jax.train.config import Optim, Run
+from qwen2_jax.train.episodes import MOST
 from qwen2_jax.train.policy import Policy
 from qwen2_jax.train.preference import Preference
 
@@ -123,9 +125,18 @@ class Online(Run):
     # None: 1e-5 in float32, where the two are the same computation; no bound in bfloat16, which rounds.
     bound: float | None = None
 
+    filled_in: ClassVar[tuple[str, ...]] = ()  # fields that were 0
+
     def __post_init__(self):
         check.number(self, "config", ("prompts", "updates", "iterations"), int, 1)
         check.number(self, "config", ("bound",), float, 0.0, none=True)
+        self.check_data()
+        given = self.rewards if isinstance(self.rewards, tuple | list) else [None]
+        if not all(isinstance(reward, RewardFunction) for reward in given):
+            raise UserError(
+                f"rewards is {check.short(self.rewards)}; it must be (Reward(function=...),) with the Reward of "
+                "qwen2_jax.rewards: mind the comma"
+            )
         object.__setattr__(self, "rewards", tuple(self.rewards))
         if not self.rewards and self.reward_model is None:
             raise UserError(
@@ -138,11 +149,11 @@ class Online(Run):
             raise UserError(f"keep={self.keep}: the first is the least mean reward, the second the largest")
         if self.prompts % self.updates:
             raise UserError(f"prompts={self.prompts} cannot be divided among updates={self.updates} equal steps")
+        object.__setattr__(self, "filled_in", tuple(name for name in ("length", "rows") if not getattr(self, name)))
         if not self.length:
             object.__setattr__(self, "length", self.answers_per_group * self.longest)
         if not self.rows:
-            groups = self.prompts // self.updates * (1 if self.answers_per_group > 1 else self.sampling.samples)
-            object.__setattr__(self, "rows", -(-groups // self.accumulate) * self.accumulate)
+            object.__setattr__(self, "rows", -(-self.rows_needed // self.accumulate) * self.accumulate)
         super().__post_init__()
         _starts_from_a_checkpoint(self, "learning from one's own answers")
         if self.epochs is not None:
@@ -151,6 +162,11 @@ class Online(Run):
             raise UserError(
                 f"length={self.length} has no room for {self.answers_per_group} x (data.max_tokens + "
                 f"sampling.max_new_tokens) = {self.answers_per_group * self.longest} tokens: raise it, or lower those"
+            )
+        if self.rows < self.rows_needed:
+            raise UserError(
+                f"rows={self.rows} have no room for the answers of a step if all are as long as can be: give at least "
+                f"{self.rows_needed}, or leave rows out; accumulate is what saves memory"
             )
 
     @property
@@ -162,6 +178,20 @@ class Online(Run):
     def answers_per_group(self) -> int:
         """Answers that must lie in one row."""
         return 1
+
+    @property
+    def rows_needed(self) -> int:
+        """Rows of a step whose answers are all as long as can be."""
+        groups = self.prompts // self.updates * (1 if self.answers_per_group > 1 else self.sampling.samples)
+        size = max(self.answers_per_group * self.longest, -(-self.length // MOST))
+        return -(-groups // max(1, self.length // size))
+
+    def unfilled(self) -> Self:
+        """This with 0 again where a number was filled in, so that flags may change what it follows from."""
+        again = copy.copy(self)
+        for name in self.filled_in:
+            object.__setattr__(again, name, 0)
+        return again
 
     @property
     def steps_per_episode(self) -> int:

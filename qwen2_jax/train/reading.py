@@ -3,15 +3,18 @@
 
 import dataclasses
 import runpy
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import tyro
 
 from qwen2_jax.data.spec import Source
 from qwen2_jax.errors import UserError
+from qwen2_jax.rewards import Reward as RewardFunction
 from qwen2_jax.train.config import Pretrain, Sft, Upcycle
-from qwen2_jax.train.post_training import Dpo, Grpo, OnlineDpo, Reward
+from qwen2_jax.train.post_training import Dpo, Grpo, Online, OnlineDpo, Reward
 
 Recipe = Pretrain | Sft | Reward | Dpo | OnlineDpo | Grpo | Upcycle
 
@@ -26,14 +29,17 @@ def load(path: Path, flags: Sequence[str] = ()) -> Recipe:
     try:
         values = runpy.run_path(str(path))
     except (SyntaxError, ImportError, NameError, TypeError, AttributeError) as mistake:
-        raise UserError(f"{path}: {mistake}") from mistake
+        lines = [frame.lineno for frame in traceback.extract_tb(mistake.__traceback__) if frame.filename == str(path)]
+        raise UserError(f"{path}{f' line {lines[-1]}' if lines else ''}: {mistake}") from mistake
     config = values.get("config")
     if not isinstance(config, Recipe):
-        raise UserError(f"{path} defines no run: its last line must be `config = Pretrain(...)`, not {config!r:.60}")
-    with _sources_as_words():
+        raise UserError(
+            f"{path} defines no run: its last line must be `config = Sft(...)` or another run, not {config!r:.60}"
+        )
+    with _as_words():
         return tyro.cli(
             type(config),
-            default=config,
+            default=config.unfilled() if isinstance(config, Online) else config,
             args=list(flags),
             prog=f"train.py {path}",
             description=values["__doc__"],
@@ -41,31 +47,42 @@ def load(path: Path, flags: Sequence[str] = ()) -> Recipe:
         )
 
 
-def _sources_as_words() -> tyro.constructors.ConstructorRegistry:
-    """Lets a source be one word on the command line: --data.sources chats.jsonl,weight=0.7 books/,weight=0.3"""
+def _as_words() -> tyro.constructors.ConstructorRegistry:
+    """Lets a source or a reward function be one word: --data.sources chats.jsonl,weight=0.7 --rewards number
+
+    What these dataclasses have besides, such as a reward's options, only a config file can say.
+    """
     registry = tyro.constructors.ConstructorRegistry()
-    fields = [field for field in dataclasses.fields(Source) if field.name != "path"]
+    for kind, first in ((Source, "path"), (RewardFunction, "function")):
+        registry.primitive_rule(_word(kind, first))
+    return registry
 
-    def parse(words: list[str]) -> Source:
-        path, *settings = words[0].split(",")
+
+def _word(kind: Any, first: str) -> Callable[[Any], tyro.constructors.PrimitiveConstructorSpec | None]:
+    """The rule that reads `kind` from its field `first`, and others behind commas."""
+    fields = [field for field in dataclasses.fields(kind) if field.name not in (first, "options")]
+    shape = f"{first.upper()}[,FIELD=VALUE...]"
+
+    def parse(words: list[str]) -> Any:
+        begin, *settings = words[0].split(",")
         flags = [f"--{setting}" for setting in settings]
-        return tyro.cli(Source, default=Source(path=path), args=flags, prog="a source, PATH[,FIELD=VALUE...]")
+        return tyro.cli(kind, default=kind(**{first: begin}), args=flags, prog=shape)
 
-    def spell(source: Source) -> list[str]:
-        given = {field.name: getattr(source, field.name) for field in fields}
+    def spell(value: Any) -> list[str]:
+        given = {field.name: getattr(value, field.name) for field in fields}
         changed = [f"{f.name}={given[f.name]}" for f in fields if given[f.name] != f.default]
-        return [",".join([source.path, *changed])]
+        begin = getattr(value, first)
+        return [",".join([begin if isinstance(begin, str) else value.title, *changed])]
 
-    @registry.primitive_rule
-    def _(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
-        if info.type is not Source:
+    def rule(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
+        if info.type is not kind:
             return None
         return tyro.constructors.PrimitiveConstructorSpec(
             nargs=1,
-            metavar="PATH[,FIELD=VALUE...]",
+            metavar=shape,
             instance_from_str=parse,
-            is_instance=lambda value: isinstance(value, Source),
+            is_instance=lambda value: isinstance(value, kind),
             str_from_instance=spell,
         )
 
-    return registry
+    return rule

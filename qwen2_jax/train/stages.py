@@ -51,8 +51,11 @@ def first_batch(job: Job, trainer: Trainer) -> Batch:
     if isinstance(job.data, Loaded):
         return next(job.data.batches(job.run.rows, host=trainer.place.host))
     assert isinstance(job.run, Online)
-    nothing = np.full(1, job.tokenizer.fill_id), np.zeros(1, np.float32)
-    asked = [[Answer(prompt.ids, *nothing, counts=False)] for prompt in job.data.batch(0, job.run.prompts)]
+    zero = np.zeros(1, np.float32)  # an answer has a token at least: the prompt's last one stands for it
+    asked = [
+        [Answer(prompt.ids[:-1], np.array(prompt.ids[-1:]), zero, counts=False)]
+        for prompt in job.data.batch(0, job.run.prompts)
+    ]
     return episodes.pack(asked, rows=job.run.rows, length=job.run.length, pad=job.tokenizer.fill_id)
 
 
