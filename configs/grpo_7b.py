@@ -4,8 +4,8 @@
     python train.py configs/grpo_7b.py --data.sources questions.jsonl
 
 32 answers to a question, 128 questions (4,096 answers) an episode, learning rate 1e-5 and KL coefficient 1e-3 are those
-of Qwen2.5-Math-7B (arXiv:2409.12122, sec. 3.3; its batch of 512 answers makes 8 updates). It takes questions that 2 to 5
-of 8 answers solve; here the shares are of 32. With reward_model=RewardModel(checkpoint=..., shaped=True) answers are
+of Qwen2.5-Math-7B (arXiv:2409.12122, sec. 3.3; its batch of 512 answers makes 8 updates). It takes questions that 2 to
+5 of 8 answers solve; here the shares are of 32. With reward_model=RewardModel(checkpoint=..., shaped=True) answers are
 also ranked below that verdict, as there; without, right is 1 and wrong 0. Not run at this size by us.
 """
 
