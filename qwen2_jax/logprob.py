@@ -24,8 +24,10 @@ from qwen2_jax.linear import Weight, linear
 CHUNK = 768  # rows (batch times positions) of logits at a time on a device: 0.5 GB of float32 for 152k words
 
 
-def token_logprobs(hidden_BTD: jax.Array, head_VD: Weight, targets_BT: jax.Array, *, chunk: int = CHUNK) -> jax.Array:
-    """log p(target | hidden) in nats, float32 [B, T].
+def token_logprobs(
+    hidden_BTD: jax.Array, head_VD: Weight, targets_BT: jax.Array, *, temperature: float = 1.0, chunk: int = CHUNK
+) -> jax.Array:
+    """log p(target | hidden) in nats, float32 [B, T], of the logits divided by `temperature`, which is above 0.
 
     Logits exist for about `chunk` rows at a time, in the forward and in the backward pass (which computes them again,
     because the gradients of the results are not known before), so memory does not grow with the number of tokens.
@@ -34,7 +36,7 @@ def token_logprobs(hidden_BTD: jax.Array, head_VD: Weight, targets_BT: jax.Array
     def own(axes, hidden_BTD, head_VD, targets_BT):
         @jax.checkpoint
         def one(hidden_BCD, targets_BC):
-            logits_BCV = linear(hidden_BCD, head_VD, dtype=jnp.float32)
+            logits_BCV = linear(hidden_BCD, head_VD, dtype=jnp.float32) / temperature
             return _picked(logits_BCV, targets_BC) - jax.nn.logsumexp(logits_BCV, axis=-1)
 
         logprobs_nBC = jax.lax.map(lambda args: one(*args), _cut((hidden_BTD, targets_BT), chunk))

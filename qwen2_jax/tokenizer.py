@@ -122,6 +122,17 @@ class Tokenizer:
             return (self.eos_id,)
         return tuple(self._special[name] for name in (END_OF_TEXT, IM_END) if name in self._special)
 
+    @property
+    def fill_id(self) -> int:
+        """The id that fills what is left of a row. Raises UserError if there is no token that could."""
+        fill = next((token for token in (self.pad_id, *self.eos_ids) if token is not None), None)
+        if fill is None:
+            raise UserError(
+                "this tokenizer has no token to fill rows with; name a pad_token or eos_token in its "
+                "tokenizer_config.json"
+            )
+        return fill
+
     def token_id(self, token: str | None) -> int | None:
         """The id of one token by its spelling, None when there is no such token."""
         return None if token is None else self._backend.token_to_id(token)

@@ -25,7 +25,7 @@ LAYERS = [
     ["model", "lora", "score"],
     ["checkpoint", "tokenizer"],
     ["infer"],
-    ["data"],
+    ["data", "rewards"],
     ["observe"],
     ["train"],
     ["eval", "plan"],

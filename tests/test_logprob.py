@@ -24,8 +24,8 @@ def case():
     return hidden, head, targets, 1.5 * (jax.random.uniform(keys[3], (B, T)) < 0.6)
 
 
-def plain(hidden, head, targets):
-    logits = jnp.einsum("btd,vd->btv", hidden, head)
+def plain(hidden, head, targets, temperature=1.0):
+    logits = jnp.einsum("btd,vd->btv", hidden, head) / temperature
     return jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
 
 
@@ -42,6 +42,12 @@ def test_equal_to_log_softmax_with_gradients(case, chunk):
     )
     chunked = jax.grad(lambda h, w: (token_logprobs(h, w, targets, chunk=chunk) ** 2).sum(), (0, 1))(hidden, head)
     close(chunked, jax.grad(lambda h, w: (plain(h, w, targets) ** 2).sum(), (0, 1))(hidden, head))
+
+
+def test_logits_are_divided_by_the_temperature(case):
+    hidden, head, targets, _ = case
+    got = jax.value_and_grad(lambda h: (token_logprobs(h, head, targets, temperature=0.7, chunk=5) ** 2).sum())(hidden)
+    close(got, jax.value_and_grad(lambda h: (plain(h, head, targets, 0.7) ** 2).sum())(hidden))
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)

@@ -28,6 +28,11 @@ class MemoryStore:
             [self.flags[a + 1 : b].sum() for a, b in zip(self.offsets, self.offsets[1:], strict=False)], int
         )
 
+    ranks = 1
+
+    def begins(self, start, stop):
+        return None
+
     def where(self, document):
         return f"memory line {document + 1}"
 

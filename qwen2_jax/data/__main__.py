@@ -27,7 +27,7 @@ examples:
   python -m qwen2_jax.data inspect ./chats-tokens --tokenizer Qwen/Qwen2-7B-Instruct
 
 A run takes the folder as Source(path="./chats-tokens"). exit codes: 0 done, 2 the command cannot be carried out."""
-SHOWN = 400  # tokens of the first document
+SHOWN = 400  # tokens of the first document, or of each sequence of the first ranking
 
 
 def parser() -> argparse.ArgumentParser:
@@ -118,6 +118,7 @@ def _inspect(args: argparse.Namespace) -> int:
     for name, value in {
         "folder": args.path,
         "format": meta.format,
+        **({"ranks": f"at most {meta.ranks} responses of each prompt"} if meta.ranks > 1 else {}),
         "targets": "all" if meta.format == "text" else meta.targets,
         "documents": f"{meta.kept:,}",
         "left out": f"{meta.empty:,} empty, {meta.untargeted:,} without a target",
@@ -132,9 +133,15 @@ def _inspect(args: argparse.Namespace) -> int:
     trained = Text.assemble("trained tokens ", (f"{marks[0]}like this{marks[1]}", show.STYLES["target"]))
     console.print(Text.assemble(f"\n{show.visible(store.where(int(kept[0])))}, ", trained, ":"))
     tokens, is_target = store.document(int(kept[0]))
-    console.print(_coloured(tokens[:SHOWN], is_target[:SHOWN], tokenizer, marks), soft_wrap=True)
-    if len(tokens) > SHOWN:
-        console.print(f"... and {len(tokens) - SHOWN:,} tokens more")
+    begins = store.begins(*store.offsets[kept[0] : kept[0] + 2].tolist())
+    edges = [0, len(tokens)] if begins is None else [*np.flatnonzero(begins).tolist(), len(tokens)]
+    for rank, (a, b) in enumerate(itertools.pairwise(edges)):
+        if begins is not None:
+            console.print(Text(f"--- {show.rank_name(rank, store.ranks)}: {b - a:,} tokens ---", "bold"))
+        end = min(b, a + SHOWN)
+        console.print(_coloured(tokens[a:end], is_target[a:end], tokenizer, marks), soft_wrap=True)
+        if b > end:
+            console.print(f"... and {b - end:,} tokens more")
     return 0
 
 

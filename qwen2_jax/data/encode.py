@@ -12,6 +12,8 @@ answer's end are rendered too: what the second has more than the first is the an
 whole, or the template is refused.
 
 Text that spells a special token stays text everywhere, in plain documents too.
+
+A ranking is one document: its conversations one after another, the best response's first, each with the prompt.
 """
 
 import functools
@@ -26,7 +28,7 @@ import numpy as np
 from tokenizers import models
 
 from qwen2_jax import check
-from qwen2_jax.data.formats import Chat, Document, Text
+from qwen2_jax.data.formats import Chat, Document, Ranking, Text
 from qwen2_jax.errors import UserError
 from qwen2_jax.tokenizer import END_OF_TEXT, IM_END, IM_START, ROLES, Tokenizer, pipeline
 
@@ -47,10 +49,14 @@ CUT = re.compile(r"\n(?=\S)")
 
 @dataclass(frozen=True)
 class Encoded:
-    """A document's token ids and, for each, whether it is a target. Its length is the number of tokens."""
+    """A document's token ids and, for each, whether it is a target. Its length is the number of tokens.
+
+    begins: of a ranking, for each token whether one of its sequences begins there.
+    """
 
     tokens: list[int]
     is_target: list[bool]
+    begins: list[bool] | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -60,7 +66,8 @@ class Encoder:
     """Encodes documents. A message whose `train` flag is off has no targets, whatever `targets` says.
 
     A text ends with <|endoftext|>, and all of it is target. A conversation without an answer has no targets under
-    "assistant", "assistant_newline" and "last_assistant"; the caller leaves it out.
+    "assistant", "assistant_newline" and "last_assistant"; the caller leaves it out. Of a ranking only responses have
+    targets, so "turns_qwen1" and "all" are refused for it.
     """
 
     def __init__(self, tokenizer: Tokenizer, targets: Targets = "assistant"):
@@ -73,6 +80,24 @@ class Encoder:
 
     def encode_batch(self, documents: Sequence[Document]) -> list[Encoded]:
         """`encode` of many documents on all cores."""
+        parts: list[list[Text | Chat]] = [
+            self._chats(document) if isinstance(document, Ranking) else [document] for document in documents
+        ]
+        encoded = iter(self._encode_parts(list(itertools.chain.from_iterable(parts))))
+        return [
+            _laid_out(list(itertools.islice(encoded, len(some)))) if isinstance(document, Ranking) else next(encoded)
+            for document, some in zip(documents, parts, strict=True)
+        ]
+
+    def _chats(self, ranking: Ranking) -> list[Text | Chat]:
+        if self.targets in ("turns_qwen1", "all"):
+            raise UserError(
+                f"targets {self.targets!r} are also tokens of the prompt, and of a ranking only responses are targets; "
+                "give 'assistant', 'assistant_newline' or 'last_assistant'"
+            )
+        return [*ranking.chats]
+
+    def _encode_parts(self, documents: Sequence[Text | Chat]) -> list[Encoded]:
         turns = [None if isinstance(document, Text) else self._turns(document) for document in documents]
         texts: list[str] = []
         for document, parts in zip(documents, turns, strict=True):
@@ -253,6 +278,16 @@ class Encoder:
 
     def _bytes(self, tokens: list[int]) -> bytes:
         return b"".join(self.tokenizer.token_bytes(token, False) for token in tokens)
+
+
+def _laid_out(sequences: Sequence[Encoded]) -> Encoded:
+    """A ranking's sequences one after another."""
+    flat = itertools.chain.from_iterable
+    return Encoded(
+        [*flat(one.tokens for one in sequences)],
+        [*flat(one.is_target for one in sequences)],
+        [*flat((i == 0 for i in range(len(one))) for one in sequences)],
+    )
 
 
 def _body(message: dict[str, Any]) -> str:

@@ -37,16 +37,50 @@ Host = slice | tuple[int, int]
 
 
 class Loaded:
-    """Opened data of a run: `batches` for training, `once` for held-out data, `report` and `epochs` for people."""
+    """Opened data of a run: `batches` for training, `once` for held-out data, `report` and `epochs` for people.
+
+    plans: the rows themselves, each plan's in its own fixed order. ranks: K, which numbers the sequences of groups
+    (packing.py), 1 for documents that are none. groups_per_row: the most groups that any row has, 0 without groups.
+    """
 
     def __init__(self, data: Data, plans: Sequence[Rows], *, seed: int, found: Sequence[stores.Meta]):
-        self.data, self._plans, self._found, self._seed = data, plans, found, seed
-        self.length, self.pad = plans[0].length, plans[0].pad
+        self.data, self.plans, self._found, self._seed = data, list(plans), found, seed
+        self.length, self.pad, self.ranks = plans[0].length, plans[0].pad, plans[0].ranks
+        self.groups_per_row = max(plan.most_groups for plan in plans)
+        self._padding = empty_row(self.length, self.pad)
+
+    def with_ranks(self, ranks: int) -> "Loaded":
+        """The same rows with groups numbered by `ranks`, so that one objective takes them and other data alike.
+
+        It comes before `with_reference`. Raises UserError if this data has no groups.
+        """
+        if self.ranks == 1:
+            raise UserError(
+                f"{self.data.sources[0].path} holds no rankings, which this run learns from; give records with chosen "
+                "and rejected, or with responses; where they have messages as well, add format='preference'"
+            )
+        plans = [plan for plan in self.plans if isinstance(plan, BestFitRows)]
+        assert len(plans) == len(self.plans), "the rows have a reference already"
+        plans = [plan.with_ranks(ranks) for plan in plans]
+        return Loaded(self.data, plans, seed=self._seed, found=self._found)
+
+    def with_reference(self, arrays: Sequence[np.ndarray]) -> "Loaded":
+        """The same batches with reference_BT: row r of plan p has arrays[p][r], wherever the shuffle puts it.
+
+        arrays: float32 [rows, length] for each of `plans`, in memory or mapped; rows of padding have zeros.
+        """
+        shapes, wanted = [array.shape for array in arrays], [(len(plan), self.length) for plan in self.plans]
+        if shapes != wanted:
+            raise ValueError(f"the reference has the shapes {shapes}, and the rows {wanted}")
+        plans = [_Referenced(plan, array) for plan, array in zip(self.plans, arrays, strict=True)]
+        loaded = Loaded(self.data, plans, seed=self._seed, found=self._found)
+        loaded._padding = self._padding._replace(reference_BT=np.zeros(self.length, np.float32))
+        return loaded
 
     @property
     def rows_per_epoch(self) -> int:
         """Rows of one pass over everything; with weights, each source's rows once."""
-        return sum(map(len, self._plans))
+        return sum(map(len, self.plans))
 
     def batches(self, rows: int, start: int = 0, host: Host = (0, 1)) -> Iterator[Batch]:
         """Endless batches of `rows` rows, from number `start` on, prepared ahead by threads.
@@ -64,11 +98,10 @@ class Loaded:
         """
         part = _part(rows, host)
         dataset = _grain().MapDataset
-        every = dataset.concatenate([dataset.source(plan).shuffle(seed=0) for plan in self._plans])
-        padding = empty_row(self.length, self.pad)
+        every = dataset.concatenate([dataset.source(plan).shuffle(seed=0) for plan in self.plans])
         for begin in range(0, len(every), rows):
             numbers = range(begin + part.start, begin + part.stop)
-            yield stack([every[r] if r < len(every) else padding for r in numbers])
+            yield stack([every[r] if r < len(every) else self._padding for r in numbers])
 
     def epochs(self, batches: int, rows: int) -> list[float]:
         """How often each source is gone through in that many batches. Raises UserError if that exceeds max_epochs.
@@ -79,10 +112,10 @@ class Loaded:
         if self.data.weighted:
             weights = np.array([source.weight for source in self.data.sources], float)
             counts = [
-                total * share / len(plan) for share, plan in zip(weights / weights.sum(), self._plans, strict=True)
+                total * share / len(plan) for share, plan in zip(weights / weights.sum(), self.plans, strict=True)
             ]
         else:
-            counts = [total / len(self._plans[0])] * len(self.data.sources)
+            counts = [total / len(self.plans[0])] * len(self.data.sources)
         for source, count in zip(self.data.sources, counts, strict=True):
             if source.max_epochs is not None and count - count / batches >= source.max_epochs:
                 raise UserError(
@@ -94,7 +127,7 @@ class Loaded:
     def report(self) -> list[dict[str, Any]]:
         """One dict per plan for a table: what was found, used and left out, and how well the rows are filled."""
         table = []
-        for group, plan in zip(_groups(self.data), self._plans, strict=True):
+        for group, plan in zip(_groups(self.data), self.plans, strict=True):
             found = list({id(self._found[i]): self._found[i] for i in group}.values())  # a store listed twice: once
             table.append(
                 {
@@ -118,11 +151,26 @@ class Loaded:
         """The endless sequence of rows: [i] is one row."""
         dataset = _grain().MapDataset
         # Grain's shuffle takes seed + epoch, so neighbouring seeds would repeat each other's orders: spread them.
-        seeds = np.random.SeedSequence(self._seed).generate_state(len(self._plans)).tolist()
-        each = [dataset.source(p).shuffle(seed=s).repeat() for p, s in zip(self._plans, seeds, strict=True)]
+        seeds = np.random.SeedSequence(self._seed).generate_state(len(self.plans)).tolist()
+        each = [dataset.source(p).shuffle(seed=s).repeat() for p, s in zip(self.plans, seeds, strict=True)]
         if len(each) == 1:
             return each[0]
         return dataset.mix(each, weights=[source.weight for source in self.data.sources])
+
+
+class _Referenced:
+    """Rows with the log-probabilities of a reference: row r has those of reference[r], float32 [rows, length]."""
+
+    def __init__(self, rows: Rows, reference: np.ndarray):
+        self._rows, self._reference = rows, reference
+        self.length, self.pad, self.counts = rows.length, rows.pad, rows.counts
+        self.ranks, self.most_groups = rows.ranks, rows.most_groups
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, r: int) -> Batch:
+        return self._rows[r]._replace(reference_BT=np.array(self._reference[r], np.float32))
 
 
 class _Batches:
@@ -176,15 +224,12 @@ def open_data(
         if (source.path, source.format) not in opened:  # a corpus may be listed twice, with other bounds
             opened[source.path, source.format] = _open_source(source, data.targets, tokenizer, cache, console)
     found = [opened[source.path, source.format] for source in data.sources]
+    ranks = _ranks(data, found)
     parts = [(store, s.min_tokens, s.max_tokens) for store, s in zip(found, data.sources, strict=True)]
-    pads = [tokenizer.pad_id, *tokenizer.eos_ids]
-    pad = next((token for token in pads if token is not None), None)
-    if pad is None:
-        raise UserError(
-            "this tokenizer has no token to fill rows with; name a pad_token or eos_token in its tokenizer_config.json"
-        )
+    pad = tokenizer.fill_id
     plans = [
-        _plan(data, Documents([parts[i] for i in group]), length, pad, _names(data, group)) for group in _groups(data)
+        _plan(data, Documents([parts[i] for i in group]), length, pad, ranks, _names(data, group))
+        for group in _groups(data)
     ]
     loaded = Loaded(data, plans, seed=seed, found=[store.meta for store in found])
     _check_hosts(data, loaded.identity)
@@ -253,16 +298,30 @@ def _made_ahead(source: Source, targets: Targets, tokenizer: Tokenizer) -> Token
     return store
 
 
-def _plan(data: Data, documents: Documents, length: int, pad: int, name: str) -> Rows:
+def _ranks(data: Data, found: Sequence[TokenStore]) -> int:
+    """The most sequences that a document of any source has: with it all of them number groups."""
+    ranked = [store.ranks > 1 for store in found]
+    if any(ranked) and not all(ranked):
+        paths = [source.path for source in data.sources]
+        raise UserError(
+            f"{paths[ranked.index(True)]} holds rankings, and {paths[ranked.index(False)]} does not; one run takes "
+            "rankings alone or none: leave out one, or name the format that is meant (format='preference')"
+        )
+    if any(ranked) and data.packing != "best_fit":
+        raise UserError(f"data: packing is {data.packing!r}, but rankings are packed whole; give packing='best_fit'")
+    return max(store.ranks for store in found)
+
+
+def _plan(data: Data, documents: Documents, length: int, pad: int, ranks: int, name: str) -> Rows:
     if not len(documents):
         raise UserError(f"{name}: no document has a length between min_tokens and max_tokens; widen them")
     if data.packing == "concat":
         return ConcatRows(documents, length, pad=pad)
-    rows = BestFitRows(documents, length, pad=pad, too_long=data.too_long)
+    rows = BestFitRows(documents, length, pad=pad, too_long=data.too_long, ranks=ranks)
     if not len(rows):
         raise UserError(
             f"{name}: all {len(documents)} documents are longer than rows of {length}; "
-            "give longer rows, or too_long 'cut'"
+            "give longer rows" + ", or too_long 'cut'" * (ranks == 1)
         )
     return rows
 

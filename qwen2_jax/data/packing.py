@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packs documents into rows: segment ids keep them apart, positions start again in each."""
+"""Packs documents into rows: segment ids keep them apart, positions start again in each.
+
+A group is a document of several sequences that belong together: a prompt with each of its ranked responses. Its row has
+all of it, and a sequence's segment is the group's number in the row times K plus its rank, 0 for the best response. K
+is how many sequences a group of the data has at most.
+"""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
@@ -16,8 +21,8 @@ class Batch(NamedTuple):
     tokens_BT: Any  # int32, inputs
     targets_BT: Any  # int32, the next token of the same document
     weights_BT: Any  # float32, weight of each target in the loss; 0 = not a target
-    segments_BT: Any  # int32, document number within the row
-    positions_BT: Any  # int32, position within the document
+    segments_BT: Any  # int32, document number within the row; of groups: group number x K + rank
+    positions_BT: Any  # int32, position within the document; of groups: within the sequence
     reference_BT: Any = None  # log-probability under the reference
     old_BT: Any = None  # under the weights that the rows were sampled with, as training computes it
     sampled_BT: Any = None  # the same as the sampler computed it
@@ -61,6 +66,35 @@ def pack_row(documents: Sequence[Tokens], length: int, *, pad: int) -> Batch:
         row.weights_BT[here] = document.is_target[1 : n + 1]
         row.segments_BT[here] = number
         row.positions_BT[here] = np.arange(n)
+        at += n
+    return row
+
+
+class Group(Tokens, Protocol):
+    """A document of several sequences, one after another."""
+
+    @property
+    def begins(self) -> Any: ...  # array of bool, as long: whether a sequence begins here
+
+
+def pack_groups(groups: Sequence[Group], length: int, ranks: int, *, pad: int) -> Batch:
+    """One row [length] from groups that fit it, of at most `ranks` sequences each.
+
+    Every token is an input, for a reward model reads its score at a sequence's last one. That has no target: its weight
+    is 0.
+    """
+    row = empty_row(length, pad)
+    at = 0
+    for number, group in enumerate(groups):
+        n = len(group)
+        here = slice(at, at + n)
+        rank = np.cumsum(group.begins) - 1
+        follows = ~np.append(group.begins[1:], True)  # a token of the same sequence
+        row.tokens_BT[here] = group.tokens
+        row.targets_BT[here] = np.where(follows, np.append(group.tokens[1:], pad), pad)
+        row.weights_BT[here] = follows & np.append(group.is_target[1:], False)
+        row.segments_BT[here] = number * ranks + rank
+        row.positions_BT[here] = np.arange(n) - np.flatnonzero(group.begins)[rank]
         at += n
     return row
 

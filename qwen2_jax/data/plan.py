@@ -5,6 +5,7 @@ A plan is a pure function of the documents' lengths, so every row can be had dir
 """
 
 import bisect
+import copy
 import dataclasses
 import functools
 import heapq
@@ -14,7 +15,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from qwen2_jax import check
-from qwen2_jax.data.packing import Batch, empty_row, pack_row
+from qwen2_jax.data.packing import Batch, empty_row, pack_groups, pack_row
 from qwen2_jax.errors import UserError
 
 TooLong = Literal["drop", "cut", "error"]
@@ -34,15 +35,21 @@ class Store(Protocol):
 
     def target_counts(self) -> np.ndarray: ...
 
+    @property
+    def ranks(self) -> int: ...  # the most sequences of a document; more than one: all are groups (packing.py)
+
+    def begins(self, start: int, stop: int) -> np.ndarray | None: ...  # where sequences of groups do; None: no groups
+
     def where(self, document: int) -> str: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """A stretch of tokens, and for each whether it is a target: what pack_row takes."""
+    """A stretch of tokens, and for each whether it is a target: what pack_row takes; with begins: pack_groups."""
 
     tokens: np.ndarray
     is_target: np.ndarray
+    begins: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -53,11 +60,13 @@ class Documents:
 
     lengths: [documents] int64. starts: [documents + 1], where each begins when all are laid end to end.
     outside: how many documents of the stores are not chosen, by any of the parts that name their store.
+    ranks: the most sequences of a document of the stores; 1 where none of them holds groups.
     """
 
     def __init__(self, parts: Sequence[tuple[Store, int, int | None]]):
         """parts: (store, fewest tokens, most tokens or None) each."""
         self._stores = [store for store, _, _ in parts]
+        self.ranks = max(store.ranks for store in self._stores)
         begins, lengths, ids = [], [], []
         left: dict[int, np.ndarray] = {}  # by store: which documents no part has chosen
         for store, least, most in parts:
@@ -127,7 +136,8 @@ class Documents:
 
     def _slice(self, store: int, begin: int, length: int) -> Document:
         chosen = self._stores[store]
-        return Document(np.asarray(chosen.tokens[begin : begin + length]), chosen.is_target(begin, begin + length))
+        here = (begin, begin + length)
+        return Document(np.asarray(chosen.tokens[slice(*here)]), chosen.is_target(*here), chosen.begins(*here))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,11 +153,16 @@ class Counts:
 
 
 class Rows(Protocol):
-    """Rows of one length. Row r is the same whenever and wherever it is asked for."""
+    """Rows of one length. Row r is the same whenever and wherever it is asked for.
+
+    ranks: what groups are numbered by (packing.py); 1: no groups. most_groups: that any row has, 0 without groups.
+    """
 
     length: int
     pad: int
     counts: Counts
+    ranks: int
+    most_groups: int
 
     def __len__(self) -> int: ...
 
@@ -165,6 +180,8 @@ class ConcatRows:
     A document that a cut splits goes on in the next row as a segment of its own, with positions from 0: it does not
     see its beginning. No target is lost to the cut: the first token of a row is the last target of the row before.
     """
+
+    ranks, most_groups = 1, 0
 
     def __init__(self, documents: Documents, length: int, *, pad: int):
         self.documents, self.length, self.pad = documents, length, pad
@@ -199,18 +216,37 @@ class ConcatRows:
 class BestFitRows:
     """Whole documents, each in the fullest row that still has room for it: for chats, whose beginning must be seen."""
 
-    def __init__(self, documents: Documents, length: int, *, pad: int, too_long: TooLong = "drop"):
-        """too_long: what happens to documents of more than length + 1 tokens (the last one is only a target)."""
+    def __init__(
+        self, documents: Documents, length: int, *, pad: int, too_long: TooLong = "drop", ranks: int | None = None
+    ):
+        """too_long: what happens to documents of more than length + 1 tokens (the last one is only a target), and to
+        groups of more than length (all are inputs), which are never cut.
+
+        ranks: what groups are numbered by; None: the most sequences that one of these documents has.
+        """
         check.choice("too_long", too_long, ("drop", "cut", "error"))
         self.documents, self.length, self.pad = documents, length, pad
-        kept, dropped, cut, targets = _fit(documents, length, too_long)
-        sizes = np.minimum(documents.lengths[kept] - 1, length)
+        self.ranks = documents.ranks if ranks is None else ranks
+        if self.ranks > 1 and too_long == "cut":
+            raise UserError("too_long is 'cut', but rankings are never cut; give 'drop' or 'error'")
+        last = int(self.ranks == 1)  # token that a document may have beyond its inputs
+        kept, dropped, cut, targets = _fit(documents, length, last, too_long)
+        sizes = np.minimum(documents.lengths[kept], length + last) - last
         order, self._edges = best_fit(sizes, length)
+        self.most_groups = int(np.diff(self._edges).max(initial=0)) if self.ranks > 1 else 0
         self._order = kept[order]
         self.counts = Counts(len(kept), int(sizes.sum()), targets, dropped, cut, documents.outside)
 
     def __len__(self) -> int:
         return len(self._edges) - 1
+
+    def with_ranks(self, ranks: int) -> "BestFitRows":
+        """The same rows of groups, numbered by `ranks`, which no group may exceed."""
+        if not 1 < self.documents.ranks <= ranks:
+            raise ValueError(f"groups of {self.documents.ranks} sequences cannot be numbered by {ranks}")
+        rows = copy.copy(self)
+        rows.ranks = ranks
+        return rows
 
     def members(self, r: int) -> list[int]:
         """Numbers of the documents in row r, in their order."""
@@ -218,12 +254,15 @@ class BestFitRows:
 
     def __getitem__(self, r: int) -> Batch:
         documents = [self.documents.document(i, self.length + 1) for i in self.members(r)]
+        if self.ranks > 1:
+            return pack_groups(documents, self.length, self.ranks, pad=self.pad)
         return pack_row(documents, self.length, pad=self.pad)
 
 
-def _fit(documents: Documents, length: int, too_long: TooLong) -> tuple[np.ndarray, int, int, int]:
+def _fit(documents: Documents, length: int, last: int, too_long: TooLong) -> tuple[np.ndarray, int, int, int]:
     """Numbers of the documents to pack, how many are dropped, how many cut, and how many tokens are trained."""
-    long = documents.lengths > length + 1
+    most = length + last
+    long = documents.lengths > most
     (over,) = np.nonzero(long)
     targets = int(documents.targets[~long].sum())
     if not len(over):
@@ -232,10 +271,12 @@ def _fit(documents: Documents, length: int, too_long: TooLong) -> tuple[np.ndarr
         first = int(over[0])
         raise UserError(
             f"{documents.where(first)} has {documents.lengths[first]} tokens, more than rows of {length} hold "
-            f"({len(over)} of {len(documents)} documents do); give longer rows, or too_long 'drop' or 'cut'"
+            f"({len(over)} of {len(documents)} documents do); give longer rows, or too_long 'drop'"
+            + " or 'cut'"
+            * (documents.ranks == 1)
         )
     if too_long == "cut":
-        within = documents.targets_within(over, length + 1)
+        within = documents.targets_within(over, most)
         long[over] = within == 0  # a chat whose first answer lies behind the cut teaches nothing
         cut = int((within > 0).sum())
         return np.nonzero(~long)[0], len(over) - cut, cut, targets + int(within.sum())

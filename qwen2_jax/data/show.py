@@ -35,6 +35,11 @@ def runs(
         start = i
 
 
+def rank_name(rank: int, ranks: int) -> str:
+    """What a person calls the sequence of this rank, of groups with at most so many."""
+    return ("chosen", "rejected")[rank] if ranks == 2 else f"rank {rank + 1}"
+
+
 def visible(text: str) -> str:
     """The text with control characters spelled out, so that data cannot command the terminal."""
     return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)

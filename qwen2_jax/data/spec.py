@@ -77,6 +77,20 @@ class Data:
         return self.sources[0].weight is not None
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptData:
+    """Prompts that a run answers itself (prompts.py says what records look like)."""
+
+    sources: tuple[str, ...]  # files, folders or globs
+    max_tokens: int = 1024  # longer prompts are left out
+
+    def __post_init__(self):
+        check.number(self, "data", ("max_tokens",), int, 1)
+        if isinstance(self.sources, str) or not self.sources:
+            raise UserError(f"data: sources is {check.short(self.sources)}; it must be (PATH,): mind the comma")
+        object.__setattr__(self, "sources", tuple(_expanded("data: sources", path) for path in self.sources))
+
+
 def _expanded(where: str, path: str | os.PathLike[str]) -> str:
     """The path as text, with ~ replaced by the user's folder."""
     if not isinstance(path, str | os.PathLike) or not str(path):

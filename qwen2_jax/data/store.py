@@ -5,6 +5,7 @@
     offsets.i64   where each begins, and the end of the last
     targets.bits  one bit per token, whether it is trained, lowest bit first; absent where all are
     counts.u32    trained tokens of each document; absent with targets.bits
+    begins.bits   of rankings: one bit per token, whether a sequence begins there; absent for other documents
     meta.json     what it was made from, and how many of everything
 
 A record that teaches nothing (empty, or a chat without an answer) is a document of length 0, so numbers stay those of
@@ -17,14 +18,14 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
 from qwen2_jax.checkpoint.workspace import write_file
-from qwen2_jax.data import formats
+from qwen2_jax.data import formats, rankings
 from qwen2_jax.data.encode import Encoded, Encoder
 from qwen2_jax.data.records import META, TOKENS, Records
 from qwen2_jax.data.whole import alone_in, aside, publish
@@ -48,10 +49,11 @@ class Meta:
     targets: str  # of chats; empty where format is "text": all of a text is target
     documents: int = 0  # records of the source
     tokens: int = 0
-    digest: str = ""  # of ids and target flags: the same data, wherever it lies and whenever it was written
+    digest: str = ""  # of ids, target flags and begins: the same data, wherever it lies and whenever it was written
     trained: int = 0  # tokens that are targets and have a token before them
     empty: int = 0  # records left out because they are shorter than two tokens
     untargeted: int = 0  # records left out because nothing in them is a target
+    ranks: int = 1  # the most sequences that a document has; more than one: all of them are rankings
 
     @property
     def kept(self) -> int:
@@ -85,6 +87,7 @@ class TokenStore:
         some = (self.folder / "targets.bits").exists()
         self._bits = self._map("targets.bits", "u1", -(-n // 8)) if some else None
         self._counts = self._map("counts.u32", "<u4", documents) if some else None
+        self._begins = self._map("begins.bits", "u1", -(-n // 8)) if self.ranks > 1 else None
         if self.offsets[0] != 0 or self.offsets[-1] != n or (not some and self.meta.trained < self.meta.trainable):
             raise UserError(self._damaged("its files do not belong together"))
 
@@ -108,10 +111,16 @@ class TokenStore:
 
     def is_target(self, start: int, stop: int) -> np.ndarray:
         """Target flags of tokens [start, stop), bool."""
-        if self._bits is None:
-            return np.ones(stop - start, bool)
-        bits = np.unpackbits(self._bits[start // 8 : -(-stop // 8)], bitorder="little")
-        return bits[start % 8 : start % 8 + stop - start].astype(bool)
+        return np.ones(stop - start, bool) if self._bits is None else _flags(self._bits, start, stop)
+
+    @property
+    def ranks(self) -> int:
+        """The most sequences that a document has; more than one: all of them are rankings."""
+        return self.meta.ranks
+
+    def begins(self, start: int, stop: int) -> np.ndarray | None:
+        """Whether a sequence of a ranking begins there, of tokens [start, stop), bool; None: no rankings."""
+        return None if self._begins is None else _flags(self._begins, start, stop)
 
     def target_counts(self) -> np.ndarray:
         """How many tokens of each document are trained; the first one never is, for nothing stands before it."""
@@ -132,6 +141,28 @@ class TokenStore:
 
     def _damaged(self, why: str) -> str:
         return f"the tokens in {self.folder} are damaged: {why}; delete that folder and run again, and it is made anew"
+
+
+def _flags(bits: np.ndarray, start: int, stop: int) -> np.ndarray:
+    """Flags [start, stop) of packed ones."""
+    some = np.unpackbits(bits[start // 8 : -(-stop // 8)], bitorder="little")
+    return some[start % 8 : start % 8 + stop - start].astype(bool)
+
+
+class _BitsFile:
+    """Flags on their way into a file. What does not fill a byte yet waits for the next ones."""
+
+    def __init__(self, file: IO[bytes]):
+        self._file, self._left = file, np.zeros(0, bool)
+
+    def write(self, flags: Sequence[np.ndarray]) -> None:
+        joined = np.concatenate([self._left, *flags])
+        whole = len(joined) // 8 * 8
+        self._file.write(np.packbits(joined[:whole], bitorder="little").tobytes())
+        self._left = joined[whole:]
+
+    def end(self) -> None:
+        self._file.write(np.packbits(self._left, bitorder="little").tobytes())
 
 
 def read_meta(folder: Path) -> Meta:
@@ -235,12 +266,13 @@ def _matches(folder: Path, wanted: Meta) -> bool:
 def _write(records: Records, encoder: Encoder, work: Path, meta: Meta, name: str, progress: Progress | None) -> Meta:
     """Writes the data files; gives back what meta.json is to say."""
     done = total = trained = empty = untargeted = 0
+    ranks, ranked = 1, meta.format in rankings.READERS
     digest = hashlib.sha256()
-    left = np.zeros(0, bool)  # flags that do not fill a byte yet
-    with _files(work) as (tokens, bits, offsets, counts):
+    with _files(work) as (tokens, targets_file, offsets, counts, begins_file):
+        bits, begins_bits = _BitsFile(targets_file), _BitsFile(begins_file)
         offsets.write(np.zeros(1, "<i8").tobytes())
         for encoded in _encoded(records, meta.format, encoder):
-            lengths, targets, flags = [], [], [left]
+            lengths, targets, flags, begins = [], [], [], []
             for one in encoded:
                 is_target = np.asarray(one.is_target, bool)
                 count = int(is_target[1:].sum())
@@ -253,24 +285,29 @@ def _write(records: Records, encoder: Encoder, work: Path, meta: Meta, name: str
                     tokens.write(ids)
                     flags.append(is_target)
                     digest.update(len(ids).to_bytes(8, "little") + ids + is_target.tobytes())
-            joined = np.concatenate(flags)
-            whole = len(joined) // 8 * 8
-            bits.write(np.packbits(joined[:whole], bitorder="little").tobytes())
-            left = joined[whole:]
+                    if ranked:
+                        begins.append(np.asarray(one.begins, bool))
+                        ranks = max(ranks, int(begins[-1].sum()))
+                        digest.update(begins[-1].tobytes())
+            bits.write(flags)
+            begins_bits.write(begins)
             ends = total + np.cumsum(lengths, dtype="<i8")
             offsets.write(ends.tobytes())
             counts.write(np.array(targets, "<u4").tobytes())
             total, trained, done = int(ends[-1]), trained + sum(targets), done + len(lengths)
             if progress:
                 progress(done, len(records))
-        bits.write(np.packbits(left, bitorder="little").tobytes())
+        bits.end()
+        begins_bits.end()
     if not total:
         raise UserError(
             f"{name} has nothing to train on: of {len(records)} records {empty} are empty and {untargeted} have no "
             f"target; format is {meta.format!r} and targets {meta.targets!r}"
         )
     meta = dataclasses.replace(meta, digest=digest.hexdigest()[:32], documents=done, tokens=total, trained=trained)
-    meta = dataclasses.replace(meta, empty=empty, untargeted=untargeted)
+    meta = dataclasses.replace(meta, empty=empty, untargeted=untargeted, ranks=ranks)
+    if not ranked:
+        (work / "begins.bits").unlink()
     if meta.trained == meta.trainable:
         (work / "targets.bits").unlink()
         (work / "counts.u32").unlink()
@@ -295,7 +332,8 @@ def _encoded(records: Records, format: str, encoder: Encoder) -> Iterator[list[E
 def _characters(document: formats.Document) -> int:
     if isinstance(document, formats.Text):
         return len(document.text)
-    return sum(len(message["content"]) for message in document.messages)
+    chats = document.chats if isinstance(document, formats.Ranking) else [document]
+    return sum(len(message["content"]) for chat in chats for message in chat.messages)
 
 
 def _encode(batch: list[formats.Document], encoder: Encoder, records: Records, first: int) -> list[Encoded]:
@@ -312,9 +350,9 @@ def _encode(batch: list[formats.Document], encoder: Encoder, records: Records, f
 
 @contextlib.contextmanager
 def _files(work: Path) -> Iterator[tuple[IO[bytes], ...]]:
-    """The four data files, on the disk when the block ends."""
+    """The data files, on the disk when the block ends."""
     with contextlib.ExitStack() as stack:
-        names = (TOKENS, "targets.bits", "offsets.i64", "counts.u32")
+        names = (TOKENS, "targets.bits", "offsets.i64", "counts.u32", "begins.bits")
         files = tuple(stack.enter_context(open(work / name, "xb")) for name in names)
         yield files
         for file in files:

@@ -54,7 +54,7 @@ class State:
     """A batch between two calls of the decode loop. Donated to each call.
 
     token_B: the next token to feed. position_B: its position. count_B: tokens drawn so far. done_B: bool.
-    seen_BV: bool, ids in prompt and answer, for the repetition penalty; None where the whole batch is greedy.
+    seen_BV: bool, ids in prompt and answer, for the repetition penalty; None where no row can have one.
     """
 
     cache: Cache
@@ -127,12 +127,14 @@ class Generator:
         rows, length = self.buckets.batch(len(requests)), self.buckets.length(max(totals))
         prompts = [r.tokens for r in requests]
         cache = self._prefilled([p[:-1] for p in prompts], rows, length, totals, long_context, progress)
-        orders = self._orders(requests, rows, length, totals, long_context)
+        asked = [*(r.settings for r in requests), *[Settings()] * (rows - len(requests))]
+        turns = self._rope(totals, rows, length, long_context)
+        orders = self._orders(asked, turns, Sampling.of(asked))
         return Decoding(self, requests, self._state(cache, prompts, rows, orders.sampling is None), orders)
 
-    def check(self, request: Request, long_context: rope.LongContext = "auto") -> None:
-        """Raises UserError for a request that `start` would refuse."""
-        self._clipped(request, context_limit(self.config, long_context), long_context)
+    def check(self, request: Request, long_context: rope.LongContext = "auto", what: str = "the prompt") -> None:
+        """Raises UserError, which calls the prompt `what`, for a request that `start` would refuse."""
+        self._clipped(request, context_limit(self.config, long_context), long_context, what)
 
     def run(self, requests: Sequence[Request], long_context: rope.LongContext = "auto") -> list[tuple[list, list, str]]:
         """Runs one batch to its end: (tokens, logprobs, "stop" or "length") per request."""
@@ -298,10 +300,12 @@ class Generator:
             hint = f" ({longest} with long_context='auto')" if long_context == "off" and longest > limit else ""
             raise UserError(f"{what} has {len(tokens)} tokens; this model takes at most {limit}{hint}: shorten it")
 
-    def _clipped(self, request: Request, limit: int, long_context: rope.LongContext) -> Request:
+    def _clipped(
+        self, request: Request, limit: int, long_context: rope.LongContext, what: str = "the prompt"
+    ) -> Request:
         """The request, checked, with no more new tokens than the limit leaves room for (at least one)."""
         check_head(self.config, scores=False)
-        self._check(request.tokens, limit - 1, long_context, "the prompt")
+        self._check(request.tokens, limit - 1, long_context, what)
         settings = request.settings
         if len(settings.eos_ids) > EOS_WIDTH:
             raise UserError(f"{len(settings.eos_ids)} end-of-sequence ids; at most {EOS_WIDTH} are supported")
@@ -348,15 +352,12 @@ class Generator:
             cache, *jax.device_put((token_B, position_B, _rows([0], rows), done_B, seen_BV), self.places.everywhere)
         )
 
-    def _orders(self, requests: Sequence[Request], rows: int, length: int, totals, long_context) -> Orders:
-        asked = [r.settings for r in requests]
-        eos_BE = np.full((rows, EOS_WIDTH), -1, np.int32)
+    def _orders(self, asked: Sequence[Settings], turns: rope.Rope, sampling: Sampling | None) -> Orders:
+        eos_BE = np.full((len(asked), EOS_WIDTH), -1, np.int32)
         for row, settings in enumerate(asked):
             if not settings.ignore_eos:
                 eos_BE[row, : len(settings.eos_ids)] = settings.eos_ids
-        sampling = Sampling.of([*asked, *[Settings()] * (rows - len(asked))])
-        limit_B = _rows([s.max_new_tokens for s in asked], rows)
-        turns = self._rope(totals, rows, length, long_context)
+        limit_B = np.asarray([s.max_new_tokens for s in asked], np.int32)
         return Orders(*jax.device_put((turns, sampling, eos_BE, limit_B), self.places.everywhere))
 
 

@@ -31,6 +31,7 @@ class Sampling:
 
     temperature_B: 0 is greedy (the other settings but the penalty are then unused). top_k_B: int32, 0 is off.
     top_p_B: in (0, 1], 1 is off. min_p_B: in [0, 1], 0 is off. repetition_penalty_B: above 0, 1 is off. seed_B: uint32.
+    tempered: a bool known at compile time, whether log-probabilities are of the logits divided by the temperature.
     """
 
     temperature_B: jax.Array
@@ -39,17 +40,23 @@ class Sampling:
     min_p_B: jax.Array
     repetition_penalty_B: jax.Array
     seed_B: jax.Array
+    tempered: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @classmethod
     def of(cls, rows: Sequence[Settings]) -> "Sampling | None":
-        """The rows' settings as numpy arrays. None where all are greedy and without penalty: such a batch takes a
-        program that has no sampling in it, which compiles faster."""
+        """The rows' settings. None where all are greedy and without penalty: such a batch takes a program that has no
+        sampling in it, which compiles faster."""
         if all(s.temperature == 0 and s.repetition_penalty == 1 for s in rows):
             return None
+        return cls.stacked(rows)
+
+    @classmethod
+    def stacked(cls, rows: Sequence[Settings], *, tempered: bool = False) -> "Sampling":
+        """The rows' settings as numpy arrays, for a program that serves greedy rows too."""
         kinds = {"top_k_B": np.int32, "seed_B": np.uint32}
-        names = [field.name for field in dataclasses.fields(cls)]
+        names = [field.name for field in dataclasses.fields(cls) if field.name != "tempered"]
         columns = {n: np.asarray([getattr(s, n[:-2]) for s in rows], kinds.get(n, np.float32)) for n in names}
-        return cls(**cast(Any, columns))
+        return cls(**cast(Any, columns), tempered=tempered)
 
 
 def sample(
@@ -62,21 +69,25 @@ def sample(
 ) -> tuple[jax.Array, jax.Array]:
     """Draws one token per row.
 
-    logits_BV: float32. seen_BV: bool, ids in the row's prompt and answer so far; None together with settings. count_B:
-    int32, tokens generated so far. settings: None is greedy for every row. vocab_size: ids from here on are padding of
-    the embedding and are never drawn.
-    Returns (tokens int32 [B], logprobs float32 [B]): the log-softmax of the unfiltered logits at the drawn token.
+    logits_BV: float32. seen_BV: bool, ids in the row's prompt and answer so far; None where no row has a penalty.
+    count_B: int32, tokens generated so far. settings: None is greedy for every row. vocab_size: ids from here on are
+    padding of the embedding and are never drawn.
+    Returns (tokens int32 [B], logprobs float32 [B]): the log-softmax of the unfiltered logits at the drawn token, or of
+    those logits divided by the temperature (settings.tempered; greedy rows: by 1).
     """
     ids_V = jnp.arange(logits_BV.shape[-1])
     scores_BV = jnp.where(ids_V < vocab_size, logits_BV, -jnp.inf)
     if settings is None:
         tokens_B = _greedy(scores_BV)
     else:
-        penalty_B = settings.repetition_penalty_B
-        scores_BV = jax.lax.cond(jnp.any(penalty_B != 1), _penalise, lambda s, *_: s, scores_BV, seen_BV, penalty_B)
+        if seen_BV is not None:
+            penalty_B = settings.repetition_penalty_B
+            scores_BV = jax.lax.cond(jnp.any(penalty_B != 1), _penalise, lambda s, *_: s, scores_BV, seen_BV, penalty_B)
         tokens_B = jax.lax.cond(
             jnp.any(settings.temperature_B > 0), _draw, lambda s, *_: _greedy(s), scores_BV, count_B, settings
         )
+        if settings.tempered:
+            logits_BV = logits_BV / _divisor(settings)
     # A sum of one number: devices that have parts of the vocabulary add theirs up. A look-up would gather all logits.
     chosen_B = jnp.sum(jnp.where(ids_V == tokens_B[:, None], logits_BV, 0), axis=-1)
     return tokens_B, chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
@@ -110,9 +121,14 @@ def _penalise(scores_BV: jax.Array, seen_BV: jax.Array, penalty_B: jax.Array) ->
     return jnp.where(seen_BV, jnp.where(scores_BV < 0, scores_BV * penalty_B1, scores_BV / penalty_B1), scores_BV)
 
 
+def _divisor(settings: Sampling) -> jax.Array:
+    """The temperatures, 1 for greedy rows, float32 [B, 1]."""
+    return jnp.where(settings.temperature_B > 0, settings.temperature_B, 1.0)[:, None]
+
+
 def _draw(scores_BV: jax.Array, count_B: jax.Array, settings: Sampling) -> jax.Array:
     sampled_B = settings.temperature_B > 0
-    scaled_BV = scores_BV / jnp.where(sampled_B, settings.temperature_B, 1.0)[:, None]
+    scaled_BV = scores_BV / _divisor(settings)
     vocabulary = scaled_BV.shape[-1]
     window = min(WINDOW, vocabulary)
     # The barrier keeps XLA:CPU's fast top-k: slices of its result would otherwise turn it back into a full sort.

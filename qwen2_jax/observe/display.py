@@ -12,6 +12,10 @@ from rich.text import Text
 # Name in a line of metrics, how it is shown. In this order, those that a line has.
 SHOWN: tuple[tuple[str, Callable[[Any], str]], ...] = (
     ("loss", lambda x: f"loss {x:.4f}"),
+    ("reward", lambda x: f"reward {x:.3f}"),
+    ("rewards/accuracies", lambda x: f"pairs right {x:.1%}"),
+    ("kl", lambda x: f"kl {x:.4f}"),
+    ("completions/mean_length", lambda x: f"length {x:.0f}"),
     ("learning_rate", lambda x: f"lr {x:.2e}"),
     ("gradient_norm", lambda x: f"grad {x:.2f}"),
     ("tokens_per_second", lambda x: f"{x:,.0f} tokens/s"),
@@ -19,6 +23,12 @@ SHOWN: tuple[tuple[str, Callable[[Any], str]], ...] = (
     ("data_share", lambda x: f"data wait {x:.1%}"),
     ("moe/load_max", lambda x: f"load max {x:.2f}"),
     ("skipped", lambda x: f"skipped {x}" if x else ""),
+)
+HELD_OUT: tuple[tuple[str, Callable[[Any], str]], ...] = (
+    ("loss", lambda x: f"loss {x:.4f}"),
+    ("accuracy", lambda x: f"accuracy {x:.1%}"),
+    ("rewards/accuracies", lambda x: f"pairs right {x:.1%}"),
+    ("reward", lambda x: f"reward {x:.3f}"),
 )
 
 
@@ -107,7 +117,6 @@ def duration(seconds: float) -> str:
 def _held_out(line: Mapping[str, Any]) -> str:
     scores = []
     for name, score in line["held_out"].items():
-        numbers = [f"loss {score['loss']:.4f}"] if score.get("loss") is not None else []
-        numbers += [f"accuracy {score['accuracy']:.1%}"] if score.get("accuracy") is not None else []
+        numbers = [show(score[key]) for key, show in HELD_OUT if score.get(key) is not None]
         scores.append(f"{name}: {', '.join(numbers)}")
     return f"step {line['step']} held out  " + "  ".join(scores)

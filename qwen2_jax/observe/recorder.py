@@ -120,7 +120,7 @@ class Recorder:
         metrics: see docs/metrics.md for the names with a meaning. batch: this host's rows, for FLOPs and digests.
         """
         self._wait()
-        self.newest = jax.tree.leaves(metrics)[0]
+        self.newest = next(x for x in jax.tree.leaves(metrics) if hasattr(x, "block_until_ready"))
         line = self._write_due()
         self._waiting.append({**metrics, **self._facts(batch)})
         if done % self.config.every == 0 or done == self.total:
@@ -252,7 +252,8 @@ def reduce(steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if name in values:
             values[name] = sum(step[name] for step in steps)
     finite = [step for step in steps if math.isfinite(step.get("loss", 0.0))]
-    for name in values.pop("ratios", {}):
+    values.pop("ratios", None)
+    for name in dict.fromkeys(name for step in steps for name in step.get("ratios", ())):
         pairs = [step["ratios"][name] for step in finite if name in step["ratios"]]
         count = sum(count for _, count in pairs)
         values[name] = sum(total for total, _ in pairs) / count if count else math.nan

@@ -11,7 +11,7 @@ from typing import Literal
 
 from qwen2_jax import check
 from qwen2_jax.config import ModelConfig
-from qwen2_jax.data.spec import Data, Source
+from qwen2_jax.data.spec import Data, PromptData, Source
 from qwen2_jax.errors import UserError
 from qwen2_jax.lora import Lora
 from qwen2_jax.model import REMAT_POLICIES
@@ -158,7 +158,7 @@ class Evaluation:
 class Run:
     """What every kind of training has in common. Use Pretrain or Sft, which differ in their defaults."""
 
-    data: Data
+    data: Data | PromptData
     rows: int  # of one step's batch, over all devices and micro-batches
     length: int  # tokens of a row
     optim: Optim
@@ -180,8 +180,8 @@ class Run:
     mesh: Mesh = Mesh()
     export_dtype: str = "bfloat16"  # of the result's weights
     evaluation: Evaluation = Evaluation()
-    checkpoints: Checkpointing = Checkpointing()  # noqa: RUF009  (frozen, as the others here)
-    log: Logging = Logging()  # noqa: RUF009
+    checkpoints: Checkpointing = Checkpointing()
+    log: Logging = Logging()
     implementation: str | None = None  # of the kernels: "xla", "attention=splash", ...; None: the best that serves
     seed: int = 0
     out: Path = Path("runs/run")  # run folder: checkpoints, metrics, plots; out/hf is the result
@@ -223,11 +223,14 @@ class Run:
 class Pretrain(Run):
     """Next-token training on all tokens, from random weights or from a checkpoint (continued, long context)."""
 
+    data: Data
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sft(Run):
     """Supervised fine-tuning on chats; the defaults are the Qwen2 report's (arXiv:2407.10671, sec. 4.2)."""
 
+    data: Data
     length: int = 32768
     optim: Optim = Optim(lr=7e-6, schedule="linear", warmup=20, final=0.1, decay=0.1, clip=1.0)
     epochs: float | None = 2

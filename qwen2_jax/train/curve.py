@@ -27,6 +27,11 @@ STYLE: dict[Any, Any] = {
     "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "legend.fontsize": 8,
 }  # fmt: skip
 UNITS = ((1e9, "billion tokens"), (1e6, "million tokens"), (1e3, "thousand tokens"), (1.0, "tokens"))
+SCORES = (  # what is larger the better: name in metrics, title, unit
+    ("accuracy", "Accuracy", "targets predicted right"),
+    ("rewards/accuracies", "Preferences", "pairs in the right order"),
+    ("reward", "Reward", "mean over answers"),
+)
 SMOOTH_FROM = 40  # lines from which on a running mean is drawn over the noise
 
 
@@ -68,8 +73,9 @@ def draw(metrics: Path, png: Path) -> None:
     """
     run = Run(metrics)
     panels = [partial(_losses, run=run)]
-    if run.held_out("accuracy"):
-        panels.append(partial(_accuracies, run=run))
+    for name, title, unit in SCORES:
+        if run.held_out(name) or (name in run and name != "accuracy"):
+            panels.append(partial(_scores, run=run, name=name, title=title, unit=unit))
     for name, title, unit, scale in (
         ("learning_rate", "Learning rate", "learning rate", "linear"),
         ("gradient_norm", "Gradient norm", "norm before clipping", "log"),
@@ -152,22 +158,26 @@ def _losses(axes, run: Run) -> None:
         _points(axes, tokens, values, i, f"held out: {name}")
     for i, tokens in enumerate(run.resumed):
         axes.axvline(tokens, color="#888888", linewidth=0.8, linestyle=":", label=None if i else "resumed")
-    axes.set(title="Loss", ylabel="nats per target")
+    axes.set(title="Loss", ylabel="nats per target" if "accuracy" in run else "loss of the stage")
     _legend(axes)
 
 
-def _accuracies(axes, run: Run) -> None:
-    if "accuracy" in run:
-        _noisy(axes, run.tokens, run.column("accuracy"), COLOURS[0], "-", "training")
-    for i, (name, (tokens, values)) in enumerate(run.held_out("accuracy").items(), 1):
-        _points(axes, tokens, values, i, f"held out: {name}")
-    axes.set(title="Accuracy", ylabel="targets predicted right", ylim=(0, 1.02))
+def _scores(axes, run: Run, name: str, title: str, unit: str) -> None:
+    if name in run:
+        _noisy(axes, run.tokens, run.column(name), COLOURS[0], "-", "training")
+    for i, (source, (tokens, values)) in enumerate(run.held_out(name).items(), 1):
+        _points(axes, tokens, values, i, f"held out: {source}")
+    axes.set(title=title, ylabel=unit)
+    if name != "reward":  # a share
+        axes.set_ylim(0, 1.02)
     axes.yaxis.set_major_formatter("{x:.0%}")
     _legend(axes)
 
 
 def _one(axes, run: Run, name: str, title: str, unit: str, scale: str) -> None:
     axes.plot(run.tokens, run.column(name), color=COLOURS[0], linewidth=1)
+    if not (run.column(name) > 0).any():
+        scale = "linear"
     axes.set(title=title, ylabel=unit, yscale=scale)
     if scale == "linear":
         axes.set_ylim(bottom=0)

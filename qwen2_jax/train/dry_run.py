@@ -17,7 +17,7 @@ from qwen2_jax import chips, flops
 from qwen2_jax.checkpoint.console import readable_bytes
 from qwen2_jax.config import ModelConfig
 from qwen2_jax.data.packing import Batch
-from qwen2_jax.data.show import MARKS, STYLES, runs
+from qwen2_jax.data.show import MARKS, STYLES, rank_name, runs
 from qwen2_jax.logprob import CHUNK
 from qwen2_jax.tokenizer import Tokenizer
 
@@ -51,13 +51,15 @@ def report(
     sources: Sequence[Mapping[str, Any]] = (),
     epochs: Sequence[tuple[str, float]] = (),
     shown: int = 600,
+    ranks: int = 1,
 ) -> None:
     """Prints what a run with these numbers would be, and its first row.
 
     trained, optimizer, ema, frozen: trees of arrays or jax.ShapeDtypeStruct (with shardings, where there is a mesh);
     frozen: the weights below adapters. batch: the first one, whole or this host's part. rows: of a whole batch, cut
     into `accumulate` micro-batches and divided among `row_parts` devices. sources: rows of a table, as
-    data.loader.Loaded.report gives them; epochs: of each source. shown: tokens of the row that are printed.
+    data.loader.Loaded.report gives them; epochs: of each source. shown: tokens of the row that are printed. ranks: of
+    its groups (data.packing); 1: it has documents.
     """
     lengths = flops.segment_lengths(batch.segments_BT)
     share = rows / len(batch.tokens_BT)
@@ -92,7 +94,7 @@ def report(
     console.print(Rule("first row of the first batch", align="left"))
     marks = ("", "") if console.color_system else MARKS
     console.print(Text.assemble("targets: ", (f"{marks[0]}like this{marks[1]}", STYLES["target"])))
-    console.print(first_row(batch, tokenizer, shown=shown, marks=marks), soft_wrap=True, highlight=False)
+    console.print(first_row(batch, tokenizer, shown=shown, marks=marks, ranks=ranks), soft_wrap=True, highlight=False)
 
 
 def memory_by_kind(
@@ -169,10 +171,13 @@ def named_leaves(optimizer: Any) -> dict[str, list[Any]]:
     return named
 
 
-def first_row(batch: Batch, tokenizer: Tokenizer, *, shown: int = 600, marks: tuple[str, str] = ("", "")) -> Text:
+def first_row(
+    batch: Batch, tokenizer: Tokenizer, *, shown: int = 600, marks: tuple[str, str] = ("", ""), ranks: int = 1
+) -> Text:
     """The documents of a batch's first row as they are trained on: targets stand out, special tokens are spelled.
 
-    A document ends in its last target, which is no input of the row any more. marks: put around targets.
+    A document ends in its last target, which is no input of the row any more. marks: put around targets. ranks: of
+    groups, whose sequences are shown one by one and end in an input.
     """
     tokens, targets, weights, segments, _ = (np.asarray(field).reshape(-1, field.shape[-1])[0] for field in batch[:5])
     text, left = Text(), shown
@@ -183,8 +188,12 @@ def first_row(batch: Batch, tokenizer: Tokenizer, *, shown: int = 600, marks: tu
             continue
         ids = [*tokens[start:end].tolist(), int(targets[end - 1])]
         is_target = [False, *(weights[start:end] > 0).tolist()]
+        name = f"document {segments[start]}"
+        if ranks > 1:
+            ids, is_target = ids[:-1], is_target[:-1]
+            name = f"group {segments[start] // ranks}, {rank_name(segments[start] % ranks, ranks)}"
         counted = f"{end - start} tokens, {sum(is_target)} targets"
-        text.append(f"{chr(10) if start else ''}--- document {segments[start]}: {counted} ---\n", "bold")
+        text.append(f"{chr(10) if start else ''}--- {name}: {counted} ---\n", "bold")
         for spelled, kind in runs(tokenizer, ids[:left], is_target[:left], marks):
             text.append(spelled, kind)
         if len(ids) > left:

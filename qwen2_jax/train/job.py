@@ -4,7 +4,6 @@
 import dataclasses
 import json
 import math
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,12 @@ from rich.console import Console
 from qwen2_jax import checkpoint, rope, sharding
 from qwen2_jax.config import ModelConfig
 from qwen2_jax.data.loader import Loaded, open_data
+from qwen2_jax.data.prompts import Prompts
+from qwen2_jax.data.spec import Data, PromptData, Source
 from qwen2_jax.errors import UserError
 from qwen2_jax.tokenizer import END_OF_TEXT, IM_END, Tokenizer
-from qwen2_jax.train.config import Run, Sft
+from qwen2_jax.train.config import Pretrain, Run
+from qwen2_jax.train.post_training import Dpo, Online, Reward
 
 # What may not change when a run is continued: the arrays in its checkpoints, and the order of its data.
 FIXED = ("lora", "rows", "length", "seed")
@@ -33,8 +35,8 @@ class Job:
     source: checkpoint.Source | None
     tokenizer: Tokenizer
     tokenizer_files: checkpoint.Source  # where the tokenizer comes from
-    data: Loaded
-    held_out: dict[str, Loaded]  # name -> data
+    data: Loaded | Prompts
+    held_out: dict[str, Loaded | Prompts]  # name -> data
     steps: int
     mesh: jax.sharding.Mesh | None
 
@@ -44,20 +46,22 @@ class Job:
         run = {name: getattr(self.run, name) for name in FIXED}
         optim = {"algorithm": self.run.optim.algorithm, "muon": self.run.optim.muon is not None}
         run["ema"] = self.run.ema is not None
-        data = {
-            "packing": self.run.data.packing,
-            "too_long": self.run.data.too_long,
-            "sources": [[s.weight, s.min_tokens, s.max_tokens] for s in self.run.data.sources],
-            "tokens": self.data.identity,
-        }
+        data: dict[str, Any] = {"tokens": self.data.identity}
+        if isinstance(self.run.data, Data):
+            data["packing"], data["too_long"] = self.run.data.packing, self.run.data.too_long
+            data["sources"] = [[s.weight, s.min_tokens, s.max_tokens] for s in self.run.data.sources]
+        for name in ("prompts", "updates", "iterations", "sampling"):
+            if isinstance(self.run, Online):
+                run[name] = getattr(self.run, name)
         whole = {"model": self.config.to_hf(), "run": run, "optim": optim, "data": data}
         return json.loads(json.dumps(whole, default=_plain))
 
     @property
     def meanings(self) -> dict[str, str]:
         """What to say where the identity differs in digests, which tell a person nothing."""
-        sources = enumerate(self.run.data.sources)
-        said = {f"data.tokens.{i}": f"the data of {s.path} has changed, or the tokenizer has" for i, s in sources}
+        data = self.run.data
+        paths = [s.path for s in data.sources] if isinstance(data, Data) else [", ".join(data.sources)]
+        said = {f"data.tokens.{i}": f"the data of {p} has changed, or the tokenizer has" for i, p in enumerate(paths)}
         said["base"] = (
             "the weights under the adapters are others than those that the checkpoint's adapters were trained on: give "
             "the same start.checkpoint and lora_base"
@@ -88,7 +92,7 @@ class Job:
         folder.mkdir(parents=True, exist_ok=True)
         source, end = self.tokenizer_files, self.tokenizer.token_id(IM_END)
         contents = {name: source.read_bytes(name) or b"" for name in source.travellers() if name not in NO_TRAVELLERS}
-        if isinstance(self.run, Sft) and end is not None:
+        if not isinstance(self.run, Pretrain) and end is not None:
             for name, changes in (
                 ("tokenizer_config.json", {"eos_token": IM_END}),
                 ("generation_config.json", {"eos_token_id": [end, self.tokenizer.token_id(END_OF_TEXT)]}),
@@ -120,18 +124,42 @@ def prepare(run: Run, console: Console) -> Job:
             f"length={run.length} cannot be cut into the {_parts('length', mesh)} parts of the mesh's context axis: "
             f"choose a multiple of {2 * _parts('length', mesh)}, which also gives the parts equal work"
         )
-    opened = partial(
-        open_data, tokenizer=tokenizer, length=run.length, seed=run.seed, cache=run.out / "tokens", console=console
-    )
-    data = opened(run.data)
-    steps = run.steps or max(1, math.ceil((run.epochs or 0) * data.rows_per_epoch / run.rows))
-    data.epochs(steps, run.rows)  # raises where a source would be repeated too often
+
+    def opened(data: Data | PromptData) -> Loaded | Prompts:
+        cache = run.out / "tokens"
+        if isinstance(data, PromptData):
+            return Prompts(data, tokenizer, seed=run.seed, cache=cache)
+        return open_data(data, tokenizer, length=run.length, seed=run.seed, cache=cache, console=console)
+
+    data, steps = opened(run.data), run.steps or 1
+    if isinstance(data, Loaded):
+        steps = run.steps or max(1, math.ceil((run.epochs or 0) * data.rows_per_epoch / run.rows))
+        data.epochs(steps, run.rows)  # raises where a source would be repeated too often
     held_out = {}
     for one in run.evaluation.sources:
-        alone = dataclasses.replace(run.data, sources=(one,), too_long="cut")
         name = Path(one.path).name.split(".")[0]
-        held_out[one.path if name in held_out else name] = opened(alone)
+        held_out[one.path if name in held_out else name] = opened(_alone(run.data, one))
+    if isinstance(run, Reward | Dpo):
+        data, held_out = _ranked(run, data, held_out)
     return Job(run, config, source, tokenizer, files, data, held_out, steps, mesh)
+
+
+def _ranked(run: Run, data: Any, held_out: dict[str, Any]) -> tuple[Loaded, dict[str, Loaded | Prompts]]:
+    """The data with segments numbered alike: by the most responses that any prompt has."""
+    ranks = max(loaded.ranks for loaded in (data, *held_out.values()))
+    if isinstance(run, Dpo) and ranks > 2:
+        raise UserError(
+            f"DPO learns from pairs, and there are prompts with {ranks} responses: give pairs (chosen and rejected), "
+            "or train a reward model on these"
+        )
+    return data.with_ranks(ranks), {name: loaded.with_ranks(ranks) for name, loaded in held_out.items()}
+
+
+def _alone(data: Data | PromptData, source: Source) -> Data | PromptData:
+    """A held-out source, read as the data is."""
+    if isinstance(data, PromptData):
+        return dataclasses.replace(data, sources=(source.path,))
+    return dataclasses.replace(data, sources=(source,), too_long="drop" if data.packing == "best_fit" else "cut")
 
 
 def _architecture(run: Run, source: checkpoint.Source | None, tokenizer: Tokenizer) -> ModelConfig:
@@ -142,6 +170,8 @@ def _architecture(run: Run, source: checkpoint.Source | None, tokenizer: Tokeniz
         config = checkpoint.read_config(source)
         changes = {n: getattr(run.start, n) for n in ("rope_theta", "max_position_embeddings")}
         config = dataclasses.replace(config, **{n: v for n, v in changes.items() if v is not None})
+    if isinstance(run, Reward) and config.score_head is None:
+        config = dataclasses.replace(config, score_head=run.head)
     if run.long_context == "yarn":  # what the weights get used to belongs to the result
         config = dataclasses.replace(config, rope_scaling=rope.yarn_scaling(config, run.length))
     if tokenizer.vocab_size > config.vocab_size:

@@ -2,24 +2,27 @@
 """The training loop: batches in, steps done, metrics, checkpoints, evaluation, and the result as a folder."""
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from rich.console import Console
 
-from qwen2_jax import checkpoint, flops, linear, lora
+from qwen2_jax import checkpoint, flops, linear
 from qwen2_jax.checkpoint import peft
+from qwen2_jax.data.loader import Loaded
+from qwen2_jax.data.spec import Data
 from qwen2_jax.errors import UserError
 from qwen2_jax.hosts import Group
 from qwen2_jax.observe import Recorder
 from qwen2_jax.params import Tree, count
 from qwen2_jax.tokenizer import IM_END
-from qwen2_jax.train import curve, dry_run
+from qwen2_jax.train import curve, dry_run, stages, start
 from qwen2_jax.train.checkpoints import Checkpoints
 from qwen2_jax.train.config import Run, Sft
+from qwen2_jax.train.feeds import Feed
 from qwen2_jax.train.fingerprint import digest
 from qwen2_jax.train.job import Job, prepare
 from qwen2_jax.train.lock import alone
@@ -41,7 +44,7 @@ def run(config: Run, console: Console | None = None, *, group: Group | None = No
     console, group = console or Console(stderr=True), group or Group()
     group.at("reading the data", unhurried=True)
     job = prepare(config, console)
-    trainer = Trainer(config, job.config, job.steps, mesh=job.mesh)
+    trainer = Trainer(config, job.config, job.steps, mesh=job.mesh, objective=stages.objective_of(job))
     if config.dry_run:
         _tell(job, trainer, console)
         return None
@@ -59,7 +62,7 @@ def _run(job: Job, trainer: Trainer, console: Console, group: Group) -> Path | N
     recorder = Recorder(
         config.log, config.out, total=job.steps, cost=cost, about=dataclasses.asdict(config), console=console
     )
-    start, frozen = _weights(job, trainer)
+    begin, frozen = start.weights(job, trainer)
     console.print(
         f"{count(trainer.model_specs) / 1e6:,.2f} M parameters"
         + (f", {count(trainer.specs) / 1e6:,.2f} M of them in adapters trained" if config.lora else "")
@@ -82,17 +85,17 @@ def _run(job: Job, trainer: Trainer, console: Console, group: Group) -> Path | N
             recorder.start_over()
         restored = saved.restore(trainer.abstract) if config.resume else None
         if restored is None:
-            done, state, about = 0, start(), None
+            done, state, about = 0, begin(), dict[str, Any]()
         else:
-            done, state, extras = restored
-            about = extras.get("recorder")
+            done, state, about = restored
             console.print(_where_it_goes_on(job, done), soft_wrap=True)
-        del start, restored  # the arrays they hold: the first step gives the state's buffers away
-        recorder.start(done, about)
+        del begin, restored  # the arrays they hold: the first step gives the state's buffers away
+        recorder.start(done, about.get("recorder"))
         if 0 < done < job.steps and saved.export_due(done) and _lost(config, done):
             with recorder.goodput("save"):
                 export(job, trainer, state, frozen, config.out / f"hf-{done}")
-        state, done = _train(job, trainer, state, done, frozen, saved, recorder, stop, group)
+        with stages.feed(job, trainer, done, frozen, about.get("feed") or {}, console) as feed:
+            state, done = _train(job, trainer, feed, state, done, frozen, saved, recorder, stop, group)
         if done < job.steps:
             again = "the same command" if config.resume else "the same command without --no-resume"
             console.print(f"stopped after step {done}, which is saved; resume with {again}", soft_wrap=True)
@@ -129,7 +132,10 @@ def _lost(config: Run, step: int) -> bool:
 def _tell(job: Job, trainer: Trainer, console: Console) -> None:
     """What the run would be, and the first row that it would see."""
     run = job.run
-    batch = next(job.data.batches(run.rows, host=trainer.place.host))
+    batch = stages.first_batch(job, trainer)
+    data, epochs = job.data, list[tuple[str, float]]()
+    if isinstance(data, Loaded) and isinstance(run.data, Data):
+        epochs = [*zip((s.path for s in run.data.sources), data.epochs(job.steps, run.rows), strict=True)]
     specs, places = trainer.model_specs, job.mesh and places_of(trainer.model_specs, job.mesh)
     dtype = jnp.dtype("bfloat16" if run.lora_base == "int8" else run.lora_base)
     frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), abstract(specs))
@@ -153,7 +159,8 @@ def _tell(job: Job, trainer: Trainer, console: Console) -> None:
         dtype=run.dtype,
         remat=run.remat,
         sources=job.data.report(),
-        epochs=list(zip((s.path for s in run.data.sources), job.data.epochs(job.steps, run.rows), strict=True)),
+        ranks=data.ranks if isinstance(data, Loaded) else 1,
+        epochs=epochs,
     )
 
 
@@ -166,30 +173,30 @@ def _tell_what_is_left_out(job: Job, console: Console) -> None:
 
 
 def _train(
-    job: Job, trainer: Trainer, state: State, done: int, frozen, saved: Checkpoints, recorder, stop: Preemption, group
+    job: Job, trainer: Trainer, feed: Feed, state: State, done: int, frozen, saved: Checkpoints, recorder, stop, group
 ):
     """Steps until the end or a request to stop; returns the state and the number of steps done, which is saved."""
     run = job.run
-    batches = job.data.batches(run.rows, start=done, host=trainer.place.host)
     health = None
 
     def score() -> None:
         recorder.flush()
         group.at(f"evaluation after step {done}")
         with recorder.goodput("evaluation"):
-            recorder.evaluation(done, evaluate(job, trainer, state, frozen))
+            recorder.evaluation(done, feed.evaluate(state, frozen))
 
     if job.held_out and run.evaluation.first and not done:
         score()
     while done < job.steps:
         group.at(f"data of step {done + 1}")
         with recorder.goodput("data", behind=recorder.newest):
-            batch = next(batches)
+            batch, placed, told = feed.next(done, state, frozen)
         group.at(f"step {done + 1}")
         with recorder.goodput("step"):
-            state, metrics = trainer.step(state, trainer.place(batch), frozen)
+            state, metrics = trainer.step(state, placed, frozen)
         done += 1
-        recorder.step(done, metrics, batch)
+        ratios = metrics["ratios"] | {name: (value, 1.0) for name, value in told.items()}
+        recorder.step(done, metrics | {"ratios": ratios}, batch)
         # Of the step before: its values are there already, and looking at them makes nobody wait.
         _check(run, health, done - 1, saved, recorder)
         health = metrics["skipped_in_a_row"]
@@ -200,7 +207,7 @@ def _train(
             _check(run, health, done, saved, recorder)
             group.at(f"saving step {done}")
             with recorder.goodput("save"):
-                saved.save(done, state, {"recorder": recorder.state()})
+                saved.save(done, state, {"recorder": recorder.state(), "feed": feed.kept(done)})
         if leave:  # who asks to stop does not wait for more than the save
             break
         if not last and saved.export_due(done):
@@ -226,59 +233,6 @@ def _check(run: Run, in_a_row: jax.Array | None, step: int, saved: Checkpoints, 
             + (f"The checkpoint of step {kept[-1]} is intact" if kept else "No checkpoint was written")
             + "; lower optim.lr, look at the data of these steps, or raise guard.patience"
         )
-
-
-def evaluate(job: Job, trainer: Trainer, state: State, frozen: Tree | None) -> dict[str, dict[str, float]]:
-    """Means of each held-out source: "loss", and the other ratios that the objective gives.
-
-    A micro-batch at a time: what training has memory for.
-    """
-    scores = {}
-    rows, most = job.run.rows // job.run.accumulate, job.run.evaluation.batches * job.run.accumulate
-    for name, data in job.held_out.items():
-        sums = None
-        for i, batch in enumerate(data.once(rows, host=trainer.place.host)):
-            if i == most:
-                break
-            more = trainer.score(state, trainer.place(batch), frozen)
-            sums = more if sums is None else jax.tree.map(jnp.add, sums, more)
-        if sums is not None:
-            ratios = {"loss": sums.loss, **sums.metrics}
-            scores[name] = {key: float(ratio.mean()) for key, ratio in ratios.items()}
-    return scores
-
-
-def _weights(job: Job, trainer: Trainer):
-    """(function that makes the first state, frozen weights or None)."""
-    run = job.run
-    if job.source is None:
-        return trainer.init, None
-    dtype = "float32" if run.lora is None else "bfloat16" if run.lora_base == "int8" else run.lora_base
-    load = partial(checkpoint.load_params, job.source, job.config, dtype=dtype, mesh=job.mesh)
-    if run.lora is None:
-        return lambda: trainer.init(load()), None
-    adapters = _adapters(job)
-    frozen = load()
-    if run.lora_base == "int8":
-        # The layers' matrices, as in QLoRA: embedding and head stay, they are what the loss goes through.
-        frozen["stacks"] = linear.quantize(frozen["stacks"], trainer.model_specs["stacks"])
-    return lambda: trainer.init(adapters()), frozen
-
-
-def _adapters(job: Job) -> Callable[[], Tree]:
-    """The function that gives the adapters to train: new ones, or those of the folder the run starts from."""
-    run = job.run
-    assert run.lora is not None
-    assert run.start is not None
-    if run.start.adapter is None:
-        make = jax.jit(partial(lora.init, job.config, run.lora))
-        return lambda: make(jax.random.key(run.seed))
-    settings, adapters = peft.load_peft(run.start.adapter, job.config, mesh=job.mesh)
-    # A folder may name its modules in full or in part: what they mean is compared.
-    meant = [dataclasses.replace(s, targets=lora.all_modules(job.config, s)) for s in (settings, run.lora)]
-    if meant[0] != meant[1]:
-        raise UserError(f"start.adapter {run.start.adapter} is of {settings}, and the run asks for {run.lora}")
-    return lambda: adapters
 
 
 def results(run: Run, folder: Path) -> list[Path]:

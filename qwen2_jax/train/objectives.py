@@ -5,7 +5,7 @@ A row holds sequences, kept apart by their segments. A group of sequences (a pai
 and the segment of a sequence is its group's number in the row times K plus its rank, 0 for the best.
 """
 
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,8 @@ class NextToken:
         return batch.weights_BT.sum()
 
     def sums(self, model: Qwen2, hidden_BTD: jax.Array, batch: Batch, counts: jax.Array) -> Sums:
-        sums = cross_entropy(hidden_BTD, model.head_weight(), batch.targets_BT, batch.weights_BT, z_loss=self.z_loss)
+        head_VD = cast(jax.Array, model.head_weight())  # words and their head are neither adapted nor int8 in training
+        sums = cross_entropy(hidden_BTD, head_VD, batch.targets_BT, batch.weights_BT, z_loss=self.z_loss)
         loss = Ratio(sums.nll, sums.weight)
         return Sums(sums.loss / jnp.maximum(counts, 1e-9), loss, {"accuracy": Ratio(sums.correct, sums.weight)})
 

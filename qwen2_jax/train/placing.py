@@ -59,6 +59,13 @@ class Placing:
             lambda x: jax.make_array_from_callback(shape, place, lambda index: shard(np.asarray(x), index)), batch
         )
 
+    def back(self, x_BT: jax.Array) -> np.ndarray:
+        """Values of a batch that this has placed, [B, T], on the host and in the order of the tokens. One process."""
+        found_BT = np.asarray(x_BT)
+        if self._token_parts == 1:
+            return found_BT
+        return found_BT[:, np.argsort(balanced(found_BT.shape[1], self._token_parts))]
+
 
 def balanced(length: int, parts: int) -> np.ndarray:
     """The order of a row's tokens, int [length], in which `parts` equal parts have equal work under a causal mask.

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Literal
 
 from qwen2_jax import check
-from qwen2_jax.data.spec import PromptData
+from qwen2_jax.data.spec import Data, PromptData
 from qwen2_jax.errors import UserError
 from qwen2_jax.rewards import Reward as RewardFunction
-from qwen2_jax.train.config import Data, Optim, Run
+from qwen2_jax.train.config import Optim, Run
 from qwen2_jax.train.policy import Policy
 from qwen2_jax.train.preference import Preference
 
@@ -82,6 +82,21 @@ class Sampling:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RewardModel:
+    """A reward model that judges sampled answers."""
+
+    checkpoint: str  # name, Hub id or folder: what a run of Reward made, or a Qwen2 reward model from the Hub
+    weight: float = 1.0  # of its score in the sum with the reward functions
+    # Below a verifier's verdict instead of beside it: sigmoid(score / 2) + (functions' sum - 1), as in Qwen2-Math. The
+    # functions then give 1 for a right answer and 0 for a wrong one.
+    shaped: bool = False
+    dtype: str = "bfloat16"
+
+    def __post_init__(self):
+        check.number(self, "reward_model", ("weight",), float)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Online(Run):
     """What stages that sample their own answers have in common. Use OnlineDpo or Grpo.
 
@@ -90,7 +105,8 @@ class Online(Run):
     """
 
     data: PromptData
-    rewards: tuple[RewardFunction, ...]
+    rewards: tuple[RewardFunction, ...] = ()
+    reward_model: RewardModel | None = None
     prompts: int  # of an episode
     sampling: Sampling = Sampling()
     updates: int = 1  # steps that an episode's prompts are divided among
@@ -107,8 +123,12 @@ class Online(Run):
         check.number(self, "config", ("prompts", "updates", "iterations"), int, 1)
         check.number(self, "config", ("bound",), float, 0.0, none=True)
         object.__setattr__(self, "rewards", tuple(self.rewards))
-        if not self.rewards:
-            raise UserError("rewards is empty; give at least one reward function, as (Reward(...),): mind the comma")
+        if not self.rewards and self.reward_model is None:
+            raise UserError(
+                "nothing rewards the answers: give rewards=(Reward(function=...),), mind the comma, or reward_model"
+            )
+        if self.reward_model is not None and self.reward_model.shaped and not self.rewards:
+            raise UserError("reward_model.shaped orders answers below a verdict: give rewards that judge them")
         if self.prompts % self.updates:
             raise UserError(f"prompts={self.prompts} cannot be divided among updates={self.updates} equal steps")
         if not self.length:
@@ -123,7 +143,7 @@ class Online(Run):
         if self.length < self.answers_per_group * self.longest:
             raise UserError(
                 f"length={self.length} has no room for {self.answers_per_group} x (data.max_tokens + "
-                f"sampling.max_new_tokens) = {self.answers_per_group * self.longest} tokens: raise length, or lower those"
+                f"sampling.max_new_tokens) = {self.answers_per_group * self.longest} tokens: raise it, or lower those"
             )
 
     @property

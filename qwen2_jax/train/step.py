@@ -149,7 +149,7 @@ class Trainer:
     def _outs(self):
         return None if self.mesh is None else (self.shardings, NamedSharding(self.mesh, PartitionSpec()))
 
-    def _compute(self, params: Tree, frozen: Tree | None) -> Tree:
+    def compute(self, params: Tree, frozen: Tree | None) -> Tree:
         """The weights that activations meet: a copy in the run's dtype, routers excepted."""
         dtype = jnp.dtype(self.run.dtype)
         cast = lambda spec, p: p if is_router(spec) else p.astype(dtype)  # noqa: E731
@@ -181,7 +181,7 @@ class Trainer:
         tokens = (batch.segments_BT >= 0).sum().astype(jnp.float32)
 
         def objective(weights, part: Batch):
-            weights = self._compute(weights, frozen) if frozen is not None else weights
+            weights = self.compute(weights, frozen) if frozen is not None else weights
             sums, router = self._sums(weights, part, counts)
             value = sums.objective
             if router is not None:
@@ -193,7 +193,7 @@ class Trainer:
 
         # The gradient is taken with respect to the low-precision copy and added up in float32: no float32 gradient of
         # all weights exists per micro-batch besides the sum.
-        weights = params if frozen is not None else self._compute(params, None)
+        weights = params if frozen is not None else self.compute(params, None)
         gradient = jax.grad(objective, has_aux=True)
         to32 = lambda grads: jax.tree.map(lambda g: g.astype(jnp.float32), grads)  # noqa: E731
         if self.run.accumulate == 1:
@@ -254,11 +254,11 @@ class Trainer:
     def _score(self, state: State, batch: Batch, frozen: Tree | None = None) -> Sums:
         """Sums over a held-out batch."""
         params = state.params if state.ema is None else state.ema
-        return self._sums(self._compute(params, frozen), batch, self.objective.counts(batch))[0]
+        return self._sums(self.compute(params, frozen), batch, self.objective.counts(batch))[0]
 
     def _policy(self, state: State, frozen: Tree | None = None) -> Tree:
         """The model's weights as a step meets them: the copy in the run's dtype, adapters attached."""
-        return self._compute(state.params, frozen)
+        return self.compute(state.params, frozen)
 
     def _logprobs(self, weights: Tree, batch: Batch) -> jax.Array:
         """log p of each target, float32 [B, T], with weights as `policy` gives them; 0 where nothing is a target."""

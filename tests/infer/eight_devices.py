@@ -2,6 +2,7 @@
 """What test_mesh.py runs in processes of their own, on eight devices.
 
 `eight_devices.py compare MODEL AXES`: a model on a mesh answers as on one device.
+`eight_devices.py rollouts MODEL AXES`: its rollouts, with weights in the trainer's places, are those of one device.
 `eight_devices.py collectives MODEL AXES`: its compiled programs move activations between devices, and nothing else.
 """
 
@@ -16,6 +17,7 @@ from qwen2_jax.config import DualChunk, ModelConfig
 from qwen2_jax.infer import ahead
 from qwen2_jax.infer.buckets import Buckets
 from qwen2_jax.infer.generate import Generator, Request
+from qwen2_jax.infer.rollouts import Rollouts
 from qwen2_jax.infer.settings import Settings
 from qwen2_jax.plan import hlo
 from qwen2_jax.plan.infer import Job, make_generator
@@ -42,6 +44,7 @@ DCA = DualChunk(chunk_size=24, local_size=4, original_max_position_embeddings=0)
 MODELS = {  # with the long_context that they are loaded with
     "dense": (ModelConfig(**DENSE), "auto"),
     "moe": (ModelConfig(**DENSE | SPARSE), "auto"),
+    "one key head": (ModelConfig(**DENSE | {"num_key_value_heads": 1}), "off"),
     "dca": (ModelConfig(**DENSE, dual_chunk_attention_config=DCA), "dca"),
     "sliding": (ModelConfig(**DENSE, use_sliding_window=True, sliding_window=7, max_window_layers=1), "auto"),
 }
@@ -82,6 +85,41 @@ def _answers(name, rows, mesh):
     return tokens, np.concatenate(logprobs), np.concatenate(scores), logits
 
 
+def rollouts(name: str, axes: dict[str, int]) -> None:
+    """Tokens and log-probabilities, of more prompts than rows; the second call compiles nothing."""
+    alone, together = (_rollouts(name, mesh) for mesh in (None, sharding.make_mesh(**axes)))
+    for a, b in zip(alone, together, strict=True):
+        assert a.tokens.tolist() == b.tokens.tolist()
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
+
+
+def _rollouts(name, mesh):
+    config, mode = MODELS[name]
+    params = random_params(config)
+    if mesh is not None:
+        place = lambda x, spec: jax.device_put(x, sharding.sharding(spec.axes, spec.shape, mesh))
+        params = jax.tree.map(place, params, model.declare(config)[1])
+    made = Rollouts.of(config, rows=8, length=128, dtype="float32", mesh=mesh, long_context=mode)
+    generator = made.generator
+    assert mesh is None or not generator.places.cache(generator.config, 8, 128).is_fully_replicated
+    requests = [
+        Request(tuple(range(100, 100 + length)), Settings(max_new_tokens=3 * new, temperature=0.9, seed=new))
+        for new, length in enumerate(LENGTHS * 3, start=1)
+    ]
+    completions, stats = made(params, requests)
+    assert (len({tuple(c.tokens) for c in completions}), stats.refills) == (12, 4)
+    again, _ = made(params, requests)
+    assert [c.tokens.tolist() for c in again] == [c.tokens.tolist() for c in completions]
+    assert generator.for_cache(8, 128).decode._cache_size() == made._admit._cache_size() == 1
+    if mesh is not None:  # one row is exchanged to admit a prompt, not the antechamber
+        cache, small = (ahead._cache(generator, rows, 128) for rows in (8, made.ahead))
+        at = ahead._shape(generator, (), jnp.int32)
+        found = hlo.collectives(made._admit.lower(cache, small, at, at).compile().as_text(), 8)
+        row = generator.config.num_hidden_layers * 2 * 128 * generator.config.head_dim * 4  # each device has one head
+        assert sum(c.bytes for c in found) == row
+    return completions
+
+
 def collectives(name: str, axes: dict[str, int]) -> None:
     """No message is larger than the activations of all tokens, three rotated queries together; no table, no cache."""
     config, mode = MODELS[name]
@@ -107,6 +145,6 @@ def collectives(name: str, axes: dict[str, int]) -> None:
 
 if __name__ == "__main__":
     what, name, axes = sys.argv[1:]
-    {"compare": compare, "collectives": collectives}[what](
+    {"compare": compare, "rollouts": rollouts, "collectives": collectives}[what](
         name, {axis: int(size) for axis, size in (part.split("=") for part in axes.split(","))}
     )

@@ -133,6 +133,17 @@ def test_a_row_is_drawn_alike_in_any_company(logits):
         np.testing.assert_allclose(logprob[0], log_p[alone[0]], atol=1e-5)  # raw: padding and filters are not in it
 
 
+def test_tempered_logprobs_are_of_the_divided_logits(logits):
+    """The tokens stay as they are; a greedy row's log-probability is the model's own. No penalty: no ids seen."""
+    rows = [Settings(temperature=0.0), Settings(temperature=0.5, seed=1), Settings(temperature=2.0, top_k=20)]
+    logits_BV, count_B = np.stack([logits] * 3), jnp.zeros(3, jnp.int32)
+    plain, _ = draw(logits_BV, np.zeros((3, V), bool), count_B, arrays(rows))
+    tokens, logprobs = draw(logits_BV, None, count_B, sampling.Sampling.stacked(rows, tempered=True))
+    assert tokens.tolist() == plain.tolist()
+    for token, logprob, divisor in zip(tokens, logprobs, (1.0, 0.5, 2.0), strict=True):
+        np.testing.assert_allclose(logprob, np.log(softmax(logits.astype(np.float64) / divisor))[token], rtol=1e-5)
+
+
 def test_greedy_takes_the_penalised_best_and_never_padding(logits):
     best, second = np.argsort(logits[:REAL])[[-1, -2]]
     seen_BV = np.zeros((2, V), bool)

@@ -12,7 +12,8 @@ import pytest
 from rich.console import Console
 
 from qwen2_jax import PRESETS, checkpoint, flops, model
-from qwen2_jax.data.packing import pack_row, stack
+from qwen2_jax.data import plan
+from qwen2_jax.data.packing import pack_groups, pack_row, stack
 from qwen2_jax.tokenizer import Tokenizer
 from qwen2_jax.train import dry_run
 from tiny import CONFIGS
@@ -52,6 +53,24 @@ def test_the_mask_is_seen_without_colours(tokenizer):
     assert f"--- document 0: {len(first) - 1} tokens, {sum(first.is_target)} targets ---\n<|im_start|>user" in text
     assert "--- document 1: " in text
     assert "tokens of padding ---" in text
+
+
+def test_a_groups_sequences_are_shown_apart(tokenizer):
+    pairs = [[chat(tokenizer, question, answer) for answer in ("Hello", "Go")] for question in ("Hi?", "Hey?")]
+    groups = [
+        plan.Document(
+            np.concatenate([d.tokens for d in pair]),
+            np.concatenate([d.is_target for d in pair]),
+            np.concatenate([np.arange(len(d.tokens)) == 0 for d in pair]),
+        )
+        for pair in pairs
+    ]
+    text = dry_run.first_row(stack([pack_groups(groups, 160, 2, pad=0)]), tokenizer, marks=dry_run.MARKS, ranks=2).plain
+    chosen, begin = pairs[1][0], "---\n<|im_start|>"
+    assert f"--- group 1, chosen: {len(chosen.tokens)} tokens, {sum(chosen.is_target)} targets {begin}" in text
+    names = [line.split(":")[0] for line in text.splitlines() if line.startswith("--- group")]
+    assert names == [f"--- group {i}, {name}" for i in range(2) for name in ("chosen", "rejected")]
+    assert text.count(">>Hello<|im_end|><<\n") == text.count(">>Go<|im_end|><<\n") == 2
 
 
 def test_the_mask_is_seen_in_colour(tokenizer):

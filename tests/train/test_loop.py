@@ -90,7 +90,7 @@ def compile_once():
     make = functools.cache(lambda run, config, steps: Trainer(run, config, steps))
     Trainer = loop.Trainer
 
-    def shared(run, config, steps, *, mesh=None):
+    def shared(run, config, steps, *, mesh=None, objective=None):
         plain = {"out": Path("x"), "checkpoints": Checkpointing(), "evaluation": Evaluation(), "log": Logging()}
         same = dataclasses.replace(run, **plain, guard=Guard(spike=run.guard.spike), resume=True, tokenizer="x")
         return make(same, config, steps)

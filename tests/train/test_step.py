@@ -108,7 +108,7 @@ def test_remat_changes_no_number(remat):
 def test_weights_stay_float32_under_bfloat16_compute():
     """bfloat16 rounds what passes through it, not what is stored; the router is not rounded."""
     trainer = trainer_of("moe", dtype="bfloat16")
-    copy = trainer._compute(random_params(CONFIGS["moe"]), None)
+    copy = trainer.compute(random_params(CONFIGS["moe"]), None)
     dtypes = {step.group(spec): leaf.dtype for spec, leaf in flat(trainer.model_specs, copy)}
     assert {str(d) for name, d in dtypes.items() if name != "router"} == {"bfloat16"}
     state, metrics = trainer.step(trainer.init(random_params(CONFIGS["moe"])), trainer.place(random_batch()))

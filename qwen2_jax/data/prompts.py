@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompts to be answered, with whatever their records hold for judging the answers.
+
+    {"prompt": "What is 2 + 3?", "answer": "5"}                         a text is one message of the user
+    {"prompt": [{"role": "user", "content": "..."}], "level": 3}        or a list of messages, as verl has it
+    {"messages": [{"role": "user", ...}, {"role": "assistant", ...}]}   the answer at the end is no part of the prompt
+
+Every other field is a column: a reward function gets it by its name. An answer at the end of a conversation becomes the
+column `answer`, and verl's reward_model.ground_truth the column `ground_truth`.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qwen2_jax import check
+from qwen2_jax.data import formats
+from qwen2_jax.data.files import library
+from qwen2_jax.data.records import open_records
+from qwen2_jax.data.spec import PromptData
+from qwen2_jax.errors import UserError
+from qwen2_jax.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """messages: up to the user's last turn. ids: of the chat template's text, with the beginning of an answer."""
+
+    messages: list[dict[str, Any]]
+    ids: list[int]
+    columns: dict[str, Any]
+
+
+class Prompts:
+    """The prompts of a run. `batch` n is a function of (data, seed, n): a run may go on anywhere."""
+
+    def __init__(self, data: PromptData, tokenizer: Tokenizer, *, seed: int, cache: Path):
+        """Reads and tokenises everything. Raises UserError with file and line for a record that has no prompt."""
+        self.data = data
+        self._prompts: list[Prompt] = []
+        self._report: list[dict[str, Any]] = []
+        for path in data.sources:
+            records = open_records(path, cache)
+            read = [_read(records[i], records.where(i), tokenizer) for i in range(len(records))]
+            short = [prompt for prompt in read if len(prompt.ids) <= data.max_tokens]
+            self._prompts += short
+            self._report.append({"source": path, "records": len(read), "dropped": len(read) - len(short)})
+        if not self._prompts:
+            raise UserError(
+                f"all prompts of {', '.join(data.sources)} have more than max_tokens={data.max_tokens} tokens; raise it"
+            )
+        spread = int(np.random.SeedSequence(seed).generate_state(1)[0])  # as loader.py: grain takes seed + epoch
+        order = library("grain", "training").MapDataset.range(len(self._prompts))
+        self._order = order.shuffle(seed=spread).repeat()
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    def batch(self, number: int, size: int) -> list[Prompt]:
+        """`size` prompts; one pass over all of them after the other, each in an order of its own."""
+        return [self._prompts[self._order[i]] for i in range(number * size, (number + 1) * size)]
+
+    def first(self, count: int) -> list[Prompt]:
+        """The first so many, in the order of the files."""
+        return self._prompts[:count]
+
+    def report(self) -> list[dict[str, Any]]:
+        """One dict per source: records, and how many were left out because they are too long."""
+        return self._report
+
+    @property
+    def identity(self) -> list[str]:
+        """What must be equal for a run to be continued on the same prompts."""
+        digest = hashlib.sha256()
+        for prompt in self._prompts:
+            digest.update(json.dumps([prompt.ids, prompt.columns], default=str).encode() + b"\n")
+        return [digest.hexdigest()[:32]]
+
+
+def _read(record: Mapping[str, Any], where: str, tokenizer: Tokenizer) -> Prompt:
+    columns = {name: value for name, value in record.items() if name not in ("prompt", "messages")}
+    if record.get("prompt") is not None:
+        prompt = record["prompt"]
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    elif record.get("messages") is not None:
+        messages = record["messages"]
+    else:
+        raise UserError(f"{where} has the fields {', '.join(record)}; a prompt needs the field prompt or messages")
+    chat = formats.read({"messages": messages}, "messages", where)
+    assert isinstance(chat, formats.Chat)
+    messages = chat.messages
+    if messages[-1]["role"] == "assistant":
+        columns.setdefault("answer", messages[-1]["content"])
+        messages = messages[:-1]
+    if not messages or messages[-1]["role"] not in ("user", "tool"):
+        raise UserError(f"{where}: the prompt ends with {_role(messages)}; it must end with what the user said")
+    judge = columns.get("reward_model")
+    if isinstance(judge, Mapping) and "ground_truth" in judge:
+        columns.setdefault("ground_truth", judge["ground_truth"])
+    if taken := {"prompts", "completions", "completion_ids"} & columns.keys():
+        raise UserError(f"{where}: reward functions know {', '.join(sorted(taken))} as something else; rename it")
+    return Prompt(messages, tokenizer.chat_ids(messages), columns)
+
+
+def _role(messages: Sequence[Mapping[str, Any]]) -> str:
+    return f"a message of role {check.short(messages[-1]['role'])}" if messages else "nothing"

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model that a policy is measured against: the weights that the run starts from."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from qwen2_jax import lora
+from qwen2_jax.data.loader import Loaded, progress_bar
+from qwen2_jax.data.packing import empty_row, stack
+from qwen2_jax.data.plan import Rows
+from qwen2_jax.errors import UserError
+from qwen2_jax.params import Tree
+from qwen2_jax.train import start
+from qwen2_jax.train.fingerprint import digest
+from qwen2_jax.train.job import Job
+from qwen2_jax.train.step import Trainer
+
+ABOUT = "about.json"
+
+
+def weights(job: Job, trainer: Trainer, frozen: Tree | None) -> Tree:
+    """The weights that the run starts from, as a step meets them. Below adapters they are not copied."""
+    run = job.run
+    if frozen is None:
+        return jax.jit(lambda params: trainer.compute(params, None))(start.params(job, "float32"))
+    if run.lora is None or run.start is None or run.start.adapter is None:
+        return frozen  # new adapters change nothing before they are trained
+    return lora.attach(frozen, start.adapters(job)(), run.lora)
+
+
+def cached(job: Job, trainer: Trainer, frozen: Tree | None, console: Console) -> Job:
+    """The job with rows that carry reference_BT: computed once for all of them, and kept in the run's folder.
+
+    What is there is used again if it is of the same rows and settings. Raises UserError where several processes train:
+    each has part of the rows only.
+    """
+    if jax.process_count() > 1:
+        raise UserError("reference 'cached' is for one process; give --reference live where several train together")
+    assert isinstance(job.data, Loaded)
+    held_out = {name: data for name, data in job.held_out.items() if isinstance(data, Loaded)}
+    folder, reference = job.run.out / "reference", None
+    settings = {name: getattr(job.run, name) for name in ("length", "dtype", "long_context")}
+    found = {}
+    for name, data in {"": job.data, **held_out}.items():
+        about = {"rows": [len(plan) for plan in data.plans], "tokens": data.identity, **settings}
+        place = folder / (name or "data")
+        if _about(place) != about | {"weights": _about(place).get("weights")}:
+            reference = weights(job, trainer, frozen) if reference is None else reference
+            _write(place, data.plans, trainer, reference, job, console, about | {"weights": digest(reference)})
+        found[name] = data.with_reference([_open(place, i, plan, "r") for i, plan in enumerate(data.plans)])
+    return dataclasses.replace(job, data=found.pop(""), held_out=dict(found))
+
+
+def _write(
+    place: Path, plans: list[Rows], trainer: Trainer, reference: Tree, job: Job, console: Console, about: dict[str, Any]
+) -> None:
+    place.mkdir(parents=True, exist_ok=True)
+    (place / ABOUT).unlink(missing_ok=True)
+    rows = job.run.rows // job.run.accumulate
+    total, done = sum(map(len, plans)), 0
+    with progress_bar("log-probabilities of the reference", console) as progress:
+        for i, plan in enumerate(plans):
+            array = _open(place, i, plan, "w+")
+            for first in range(0, len(plan), rows):
+                here = min(rows, len(plan) - first)
+                batch = stack([plan[first + r] if r < here else empty_row(plan.length, plan.pad) for r in range(rows)])
+                found_BT = trainer.place.back(trainer.logprobs(reference, trainer.place(batch)))
+                array[first : first + here] = found_BT[:here]
+                progress(done := done + here, total)
+            array.flush()
+    work = place / (ABOUT + ".new")
+    work.write_text(json.dumps(about) + "\n", "utf-8")
+    os.replace(work, place / ABOUT)  # says that the arrays are whole
+
+
+def _open(place: Path, i: int, plan: Rows, mode: Any) -> np.memmap:
+    return np.memmap(place / f"{i}.f32", "<f4", mode, shape=(len(plan), plan.length))
+
+
+def _about(place: Path) -> dict[str, Any]:
+    try:
+        return json.loads((place / ABOUT).read_text("utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}

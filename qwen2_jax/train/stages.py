@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What stages differ in: the objective, and where batches come from."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from qwen2_jax.data.loader import Loaded
+from qwen2_jax.data.packing import Batch
+from qwen2_jax.params import Tree
+from qwen2_jax.train import episodes, judges, objectives, reference
+from qwen2_jax.train.config import Run
+from qwen2_jax.train.episodes import Answer
+from qwen2_jax.train.feeds import Corpus, Feed
+from qwen2_jax.train.job import Job
+from qwen2_jax.train.objectives import Objective
+from qwen2_jax.train.online import Sampled
+from qwen2_jax.train.post_training import Dpo, Grpo, Online, OnlineDpo, Reward
+from qwen2_jax.train.step import Trainer
+
+
+def objective(run: Run, *, groups: int = 1, ranks: int = 1) -> Objective:
+    """What the run minimises. groups, ranks: the most groups that a row holds, and sequences that a group has."""
+    if isinstance(run, Reward):
+        return objectives.Ranked(groups, ranks, margin=run.margin, centring=run.centring)
+    if isinstance(run, Dpo):
+        return objectives.Pairs(run.preference, groups)
+    if isinstance(run, OnlineDpo):
+        return objectives.Pairs(run.preference, min(episodes.MOST, run.prompts // run.updates))
+    if isinstance(run, Grpo):
+        answers = run.prompts // run.updates * run.sampling.samples
+        return objectives.Grpo(run.policy, min(episodes.MOST, answers), run.sampling.temperature)
+    return objectives.NextToken(run.z_loss)
+
+
+def objective_of(job: Job) -> Objective:
+    """What the job's run minimises, on its data."""
+    held_out = [data for data in job.held_out.values() if isinstance(data, Loaded)]
+    rows = [data for data in (job.data, *held_out) if isinstance(data, Loaded)]
+    if not isinstance(job.run, Reward | Dpo):
+        return objective(job.run)
+    return objective(job.run, groups=max(data.groups_per_row for data in rows), ranks=max(data.ranks for data in rows))
+
+
+def first_batch(job: Job, trainer: Trainer) -> Batch:
+    """What a dry run shows: the first rows, or where answers are to be sampled the first prompts."""
+    if isinstance(job.data, Loaded):
+        return next(job.data.batches(job.run.rows, host=trainer.place.host))
+    assert isinstance(job.run, Online)
+    nothing = np.full(1, job.tokenizer.fill_id), np.zeros(1, np.float32)
+    asked = [[Answer(prompt.ids, *nothing, counts=False)] for prompt in job.data.batch(0, job.run.prompts)]
+    return episodes.pack(asked, rows=job.run.rows, length=job.run.length, pad=job.tokenizer.fill_id)
+
+
+@contextlib.contextmanager
+def feed(
+    job: Job, trainer: Trainer, done: int, frozen: Tree | None, kept: dict[str, Any], console: Console
+) -> Iterator[Feed]:
+    """Batches for the steps after `done`. kept: what the checkpoint of that step has of the feed."""
+    run = job.run
+    if isinstance(run, Online):
+        needs = run.policy.kl > 0 if isinstance(run, Grpo) else True
+        weights = reference.weights(job, trainer, frozen) if needs else None
+        with contextlib.ExitStack() as stack:
+            score = judges.opened(job, stack, console)
+            yield Sampled(job, trainer, score, console, reference=weights, kept=kept.get("episode"))
+    elif isinstance(run, Dpo) and run.reference == "live":
+        weights = reference.weights(job, trainer, frozen)
+
+        def filled(batch: Batch) -> Batch:
+            return batch._replace(reference_BT=trainer.logprobs(weights, batch))
+
+        yield Corpus(job, trainer, done, filled)
+    elif isinstance(run, Dpo):
+        yield Corpus(reference.cached(job, trainer, frozen, console), trainer, done)
+    else:
+        yield Corpus(job, trainer, done)
