@@ -136,9 +136,9 @@ class LM:
     def score(self, talks: Messages | Sequence[Talk]) -> float | np.ndarray:
         """What a reward model thinks of a conversation, a float, or of each of several, float32 [n]: higher is better.
 
-        talks: messages that end in an assistant's, a list of such, or rows of token ids. Any length, bounded memory. The score is that of the last token,
-        for messages of the text that the chat template writes: in Qwen2's the newline behind <|im_end|>. Scores of
-        answers to one prompt compare; their zero has no meaning.
+        talks: messages that end in an assistant's, a list of such, or rows of token ids. Any length, bounded memory. The
+        score is that of the last token, for messages of the text that the chat template writes: in Qwen2's the newline
+        behind <|im_end|>. Scores of answers to one prompt compare; their zero has no meaning.
         """
         check_head(self.config, scores=True)
         alone = _is_messages(talks)
@@ -264,9 +264,7 @@ class LM:
     def _talk(self, talk: Any) -> list[int]:
         """The token ids of a conversation to score."""
         if isinstance(talk, str | Mapping):
-            raise UserError(
-                f"score needs conversations, each a list of messages or of token ids; given {_short(talk)} as one of them"
-            )
+            raise UserError(f"score needs conversations, each a list of messages or of token ids; given {_short(talk)}")
         if not _is_messages(talk):
             return self._ids(talk)
         if self.tokenizer is None:
