@@ -5,7 +5,6 @@ Read it from the top: RMSNorm, Block (one layer), Stack (equal layers, scanned),
 """
 
 import dataclasses
-import math
 from functools import partial
 
 import jax
@@ -115,13 +114,13 @@ def add_stats(a: RouterStats | None, b: RouterStats | None) -> RouterStats | Non
 class ScoreHead(nnx.Module):
     """A reward model's head, one number per hidden state x: w x, or Qwen's own w relu(W x + b) + c.
 
-    w begins so small that scores are near 0, and the loss of a pair is near ln 2.
+    w begins so small that scores are near 0 at any width, and the loss of a pair is near ln 2.
     """
 
     def __init__(self, config: ModelConfig, declare: Declare):
         D, F, one = ("embed", config.hidden_size), ("mlp", config.hidden_size), ("score", 1)
         self.deep = config.score_head == "two_layers"
-        near_zero = config.initializer_range / math.sqrt(config.hidden_size)
+        near_zero = min(config.initializer_range, 1 / config.hidden_size)
         if self.deep:
             self.up_FD = declare(F, D, hf="score.0.weight")
             self.up_bias_F = declare(F, hf="score.0.bias", init="zeros")

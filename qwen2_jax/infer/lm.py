@@ -136,9 +136,9 @@ class LM:
     def score(self, talks: Messages | Sequence[Talk]) -> float | np.ndarray:
         """What a reward model thinks of a conversation, a float, or of each of several, float32 [n]: higher is better.
 
-        talks: messages that end in an assistant's, a list of such, or rows of token ids. Any length, bounded memory. The
-        score is that of the last token, for messages of the text that the chat template writes: in Qwen2's the newline
-        behind <|im_end|>. Scores of answers to one prompt compare; their zero has no meaning.
+        talks: messages that end in an assistant's, a list of such, or rows of token ids. Any length, bounded memory.
+        The score is that of the last token, for messages of the text that the chat template writes: in Qwen2's the
+        newline behind <|im_end|>. Scores of answers to one prompt compare; their zero has no meaning.
         """
         check_head(self.config, scores=True)
         alone = _is_messages(talks)
