@@ -9,6 +9,7 @@ Every other field is a column: a reward function gets it by its name. An answer 
 column `answer`, and verl's reward_model.ground_truth the column `ground_truth`.
 """
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -54,9 +55,8 @@ class Prompts:
             raise UserError(
                 f"all prompts of {', '.join(data.sources)} have more than max_tokens={data.max_tokens} tokens; raise it"
             )
-        spread = int(np.random.SeedSequence(seed).generate_state(1)[0])  # as loader.py: grain takes seed + epoch
-        order = library("grain", "training").MapDataset.range(len(self._prompts))
-        self._order = order.shuffle(seed=spread).repeat()
+        self._seed = int(np.random.SeedSequence(seed).generate_state(1)[0])  # as loader.py: grain takes seed + epoch
+        self._order = self._ordered(range(len(self._prompts)), shuffled=True)
 
     def __len__(self) -> int:
         return len(self._prompts)
@@ -68,6 +68,16 @@ class Prompts:
     def first(self, count: int) -> list[Prompt]:
         """The first so many, in the order of the files."""
         return self._prompts[:count]
+
+    def subset(self, numbers: Sequence[int], *, as_given: bool) -> "Prompts":
+        """These prompts only, shuffled, or in the order given in every pass."""
+        fewer = copy.copy(self)
+        fewer._order = self._ordered(numbers, shuffled=not as_given)
+        return fewer
+
+    def _ordered(self, numbers: Sequence[int], *, shuffled: bool) -> Any:
+        order = library("grain", "training").MapDataset.source(list(numbers))
+        return (order.shuffle(seed=self._seed) if shuffled else order).repeat()
 
     def report(self) -> list[dict[str, Any]]:
         """One dict per source: records, and how many were left out because they are too long."""

@@ -20,7 +20,7 @@ import tyro
 
 from qwen2_jax import checkpoint
 from qwen2_jax.config import ModelConfig
-from qwen2_jax.errors import UserError
+from qwen2_jax.errors import UserError, run_and_exit
 from qwen2_jax.flops import active_parameters, parameters
 from qwen2_jax.observe.lines import Line, read
 from qwen2_jax.train import curve
@@ -201,8 +201,4 @@ def main(runs: tyro.conf.Positional[Path], out: tyro.conf.Positional[Path]) -> i
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(tyro.cli(main))
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_and_exit(lambda: tyro.cli(main))

@@ -29,6 +29,7 @@ from qwen2_jax.infer.buckets import context_limit
 from qwen2_jax.infer.generate import STEPS, Generator, Orders, Progress, Request, State, reason
 from qwen2_jax.infer.sampling import Sampling
 from qwen2_jax.infer.settings import Settings
+from qwen2_jax.linear import Adapted, Int8
 from qwen2_jax.params import ParamSpec, Tree
 
 # B rows  P rows of the antechamber  K tokens per call
@@ -175,6 +176,13 @@ class Rollouts:
             raise UserError(f"{what} has repetition_penalty={settings.repetition_penalty}; rollouts have none: give 1")
 
     def _placed(self, params: Tree) -> Tree:
+        if any(isinstance(leaf, Adapted | Int8) for leaf in jax.tree.leaves(params, is_leaf=_is_weight)):
+            if self._widening is not None:
+                raise UserError(
+                    "rollouts with adapters or int8 weights need a mesh whose tensor axis divides the heads: lower "
+                    "mesh.tensor"
+                )
+            return params  # as training has laid them out
         params = jax.device_put(params, self._where)  # the same arrays where they are there already
         if self._widening is None or self.generator.places.mesh is None:
             return params
@@ -191,6 +199,10 @@ class Rollouts:
             return jax.lax.dynamic_update_slice_in_dim(to, picked, row, axis=1)
 
         return jax.tree.map(one, cache, antechamber)
+
+
+def _is_weight(leaf) -> bool:
+    return isinstance(leaf, Adapted | Int8)
 
 
 class _Call:

@@ -62,9 +62,9 @@ def plan(checkpoint: str, name: str, job: Job) -> Plan:
     chunk = buckets.cut(context - 1)[0]
     shape = (rows, length, job.long_context)
     prefill = compiled(
-        f"prefill, {rows} x {chunk:,} tokens", lambda: ahead.lower_prefill(generator, chunk, *shape), where
+        f"prefill, {rows} x {chunk:,} tokens", lambda: ahead.lower_prefill(generator, chunk, *shape), mesh
     )
-    decode = compiled(f"decoding step, {rows} rows", lambda: ahead.lower_decode(generator, *shape), where)
+    decode = compiled(f"decoding step, {rows} rows", lambda: ahead.lower_decode(generator, *shape), mesh)
     common: Any = {"rows": rows, "length": context, "slots": length, "params": generator.params}
     parts = (
         _prefill(config, where, mesh, prefill, chunk=chunk, **common),

@@ -9,9 +9,9 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from qwen2_jax.plan import hlo
-from qwen2_jax.plan.machine import Machine
 
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -39,8 +39,8 @@ class Program:
         return sum(self.arguments.values()) + self.padding + self.temporaries + self.code
 
 
-def compiled(name: str, lower: Callable[[], tuple[jax.stages.Lowered, Mapping[str, Any]]], machine: Machine) -> Program:
-    """Lowers and compiles a function for a machine.
+def compiled(name: str, lower: Callable[[], tuple[jax.stages.Lowered, Mapping[str, Any]]], mesh: Mesh) -> Program:
+    """Lowers and compiles a function for the devices of a mesh.
 
     lower: gives what is to be compiled and its arguments by kind, trees of jax.ShapeDtypeStruct with shardings.
     """
@@ -69,7 +69,7 @@ def compiled(name: str, lower: Callable[[], tuple[jax.stages.Lowered, Mapping[st
         max(0, memory.argument_size_in_bytes - sum(given.values())),
         memory.temp_size_in_bytes + max(0, outside),
         memory.generated_code_size_in_bytes,
-        tuple(hlo.collectives(text, machine.devices)),
+        tuple(hlo.collectives(text, [device.id for device in mesh.devices.flat])),
         between - begin,
         took,
     )

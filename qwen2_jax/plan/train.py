@@ -55,7 +55,7 @@ class Job:
         dtypes = Batch(jnp.int32, jnp.int32, jnp.float32, jnp.int32, jnp.int32)
         shape = (self.run.rows, self.run.length)
         place = sharding.sharding(("batch", "length"), shape, self.mesh)
-        return Batch(*(jax.ShapeDtypeStruct(shape, dtype, sharding=place) for dtype in dtypes))
+        return jax.tree.map(lambda dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=place), dtypes)
 
     @property
     def frozen(self) -> Tree | None:
@@ -108,7 +108,7 @@ def compile_step(job: Job) -> Program:
         "batch and counters": (state.step, state.health, batch),
     }
     arguments = {kind: tree for kind, tree in kinds.items() if jax.tree.leaves(tree)}
-    return compiled("training step", lambda: (job.trainer.step.lower(state, batch, frozen), arguments), job.machine)
+    return compiled("training step", lambda: (job.trainer.step.lower(state, batch, frozen), arguments), job.mesh)
 
 
 def describe(job: Job, program: Program) -> Plan:

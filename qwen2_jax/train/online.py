@@ -53,6 +53,8 @@ class Sampled:
         kept: str | None = None,
     ):
         assert isinstance(job.run, Online)
+        assert isinstance(job.data, Prompts)
+        self.prompts = job.data
         self.job, self.run, self.trainer, self.score = job, job.run, trainer, score
         self.console, self.reference = console, reference
         self.bound = self.run.bound or (FLOAT32_BOUND if self.run.dtype == "float32" else None)
@@ -97,15 +99,20 @@ class Sampled:
             scores[name] = {"reward": _mean(rewards.totals), **means, **_lengths(completions)}
         return scores
 
+    def measure(self, weights: Tree, prompts: Sequence[Prompt], number: int) -> np.ndarray:
+        """Rewards [P, G] of answers that train nothing, NaN where there is none. number: of this call, for seeds."""
+        asked = [prompt for prompt in prompts for _ in range(self.run.sampling.samples)]
+        completions, _ = self._answers(weights, asked, episodes.seeds(self.run.seed + 1, number, len(asked)))
+        return _array(self._scored(asked, completions)).reshape(len(prompts), -1)
+
     def _begin(self, episode: int, state: State, frozen: Tree | None) -> dict[str, float]:
         """Samples an episode; returns what to tell of it."""
         run, G = self.run, self.run.sampling.samples
-        assert isinstance(self.job.data, Prompts)
         weights = self.trainer.policy(state, frozen)
-        asked = [prompt for prompt in self.job.data.batch(episode, run.prompts) for _ in range(G)]
+        asked = [prompt for prompt in self.prompts.batch(episode, run.prompts) for _ in range(G)]
         completions, stats = self._answers(weights, asked, episodes.seeds(run.seed, episode, len(asked)))
         rewards = self._scored(asked, completions)
-        rewards_PG = np.array([math.nan if x is None else x for x in rewards.totals]).reshape(-1, G)
+        rewards_PG = _array(rewards).reshape(-1, G)
         answers = [
             Answer(prompt.ids, c.tokens, c.logprobs, truncated=c.finish_reason == "length")
             for prompt, c in zip(asked, completions, strict=True)
@@ -204,6 +211,10 @@ def _spread(rewards_PG: np.ndarray) -> float:
     """Mean over the prompts of the standard deviation of their answers' rewards (divided by n - 1)."""
     known = [row[~np.isnan(row)] for row in rewards_PG]
     return _mean([float(row.std(ddof=1)) for row in known if len(row) > 1])
+
+
+def _array(rewards: Rewards) -> np.ndarray:
+    return np.array([math.nan if x is None else x for x in rewards.totals])
 
 
 def _mean(values: Sequence[float | None]) -> float:

@@ -115,6 +115,10 @@ class Online(Run):
         0  # of a step, at most: 0 makes room for the longest answers; fewer rows are used where answers are short
     )
     length: int = 0  # tokens of a row; 0: what the longest prompt and answer need
+    order: Literal["shuffled", "variance"] = "shuffled"  # variance: prompts first whose rewards vary most (Qwen2.5)
+    # Only prompts with such a mean reward: (0.25, 0.625) are 2 to 5 right answers of 8 (Qwen2-Math). Both this and
+    # order "variance" have every prompt answered before the first step (difficulty.py).
+    keep: tuple[float, float] | None = None
     # Compares sampler and trainer: the largest difference of log-probabilities that is not told as a warning.
     # None: 1e-5 in float32, where the two are the same computation; no bound in bfloat16, which rounds.
     bound: float | None = None
@@ -129,6 +133,9 @@ class Online(Run):
             )
         if self.reward_model is not None and self.reward_model.shaped and not self.rewards:
             raise UserError("reward_model.shaped orders answers below a verdict: give rewards that judge them")
+        check.choice("order", self.order, ("shuffled", "variance"))
+        if self.keep is not None and not self.keep[0] <= self.keep[1]:
+            raise UserError(f"keep={self.keep}: the first is the least mean reward, the second the largest")
         if self.prompts % self.updates:
             raise UserError(f"prompts={self.prompts} cannot be divided among updates={self.updates} equal steps")
         if not self.length:

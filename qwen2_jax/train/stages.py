@@ -3,6 +3,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from rich.console import Console
 from qwen2_jax.data.loader import Loaded
 from qwen2_jax.data.packing import Batch
 from qwen2_jax.params import Tree
-from qwen2_jax.train import episodes, judges, objectives, reference
+from qwen2_jax.train import difficulty, episodes, judges, objectives, reference
 from qwen2_jax.train.config import Run
 from qwen2_jax.train.episodes import Answer
 from qwen2_jax.train.feeds import Corpus, Feed
@@ -66,7 +67,12 @@ def feed(
         weights = reference.weights(job, trainer, frozen) if needs else None
         with contextlib.ExitStack() as stack:
             score = judges.opened(job, stack, console)
-            yield Sampled(job, trainer, score, console, reference=weights, kept=kept.get("episode"))
+            sampled = Sampled(job, trainer, score, console, reference=weights, kept=kept.get("episode"))
+            if run.order == "variance" or run.keep is not None:
+                first = reference.weights(job, trainer, frozen) if weights is None else weights
+                measure = partial(sampled.measure, first)
+                sampled.prompts = difficulty.selected(run, sampled.prompts, measure, run.out / "difficulty.json")
+            yield sampled
     elif isinstance(run, Dpo) and run.reference == "live":
         weights = reference.weights(job, trainer, frozen)
 

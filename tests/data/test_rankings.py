@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 import qwen2_jax.demo
 from qwen2_jax.data import __main__ as command
-from qwen2_jax.data import loader, plan
-from qwen2_jax.data.encode import Encoder
+from qwen2_jax.data import loader, plan, store
+from qwen2_jax.data.encode import Encoded, Encoder
 from qwen2_jax.data.formats import Chat, Ranking, detect, read
+from qwen2_jax.data.records import open_records
 from qwen2_jax.data.spec import Data, Source
 from qwen2_jax.data.store import TokenStore
 from qwen2_jax.errors import UserError
@@ -239,12 +240,12 @@ class Groups(MemoryStore):
 def slow_rows(stores, length, ranks):
     """Each row's five fields as lists, token by token; rows by best fit, looked for among all."""
     groups = []
-    for store in stores:
+    for one in stores:
         at = 0
-        for sequences in store.groups:
+        for sequences in one.groups:
             made = []
             for n in sequences:
-                made.append([(int(store.tokens[i]), bool(store.flags[i])) for i in range(at, at + n)])
+                made.append([(int(one.tokens[i]), bool(one.flags[i])) for i in range(at, at + n)])
                 at += n
             groups.append(made)
     groups = [group for group in groups if sum(map(len, group)) <= length]
@@ -334,12 +335,12 @@ def test_a_store_of_rankings(corpus, capsys):
     """What was encoded comes back; the beginnings are part of the digest; inspect shows sequences apart."""
     tokenizer, folder = Tokenizer.from_folder(DEMO), corpus / "made"
     assert command.main(["tokenize", str(corpus / "ranked.jsonl"), str(folder), "--tokenizer", "demo"]) == 0
-    store, encoder = TokenStore(folder), Encoder(tokenizer)
-    assert store.ranks == store.meta.ranks == 3 and store.meta.format == "ranked" and len(store) == len(RANKED)
+    made, encoder = TokenStore(folder), Encoder(tokenizer)
+    assert made.ranks == made.meta.ranks == 3 and made.meta.format == "ranked" and len(made) == len(RANKED)
     for i, record in enumerate(RANKED):
         want = encoder.encode(read(record, "ranked", WHERE))
-        tokens, is_target = store.document(i)
-        begins = store.begins(int(store.offsets[i]), int(store.offsets[i + 1]))
+        tokens, is_target = made.document(i)
+        begins = made.begins(int(made.offsets[i]), int(made.offsets[i + 1]))
         assert (tokens.tolist(), is_target.tolist(), begins.tolist()) == (want.tokens, want.is_target, want.begins)
     capsys.readouterr()
     assert command.main(["inspect", str(folder), "--tokenizer", "demo"]) == 0
@@ -359,8 +360,22 @@ def test_a_store_of_rankings(corpus, capsys):
     assert "--- chosen: " in out and "--- rejected: " in out
 
 
+def test_beginnings_are_part_of_the_digest(corpus, monkeypatch):
+    """Equal ids and targets, other sequences: other data."""
+    records, encoder = open_records(str(corpus / "pairs.jsonl"), corpus / "cache"), Encoder(Tokenizer.from_folder(DEMO))
+    digests = []
+    for where in (2, 3, 2):
+        begins = [i in (0, where) for i in range(5)]
+        encoded = Encoded([1, 2, 3, 4, 5], [False, True, False, False, True], begins)
+        monkeypatch.setattr(encoder, "encode_batch", lambda documents, one=encoded: [one] * len(documents))
+        made = store.build(records, "preference", encoder, corpus / f"tokens{len(digests)}")
+        assert made.begins(5, 10).tolist() == begins
+        digests.append(made.meta.digest)
+    assert digests[0] == digests[2] != digests[1]
+
+
 def sequences(batch, ranks):
-    """{(row, group): {rank: trained text}} of a batch, and that each sequence begins with the system message."""
+    """{(row, group): {rank: trained text}} of a batch."""
     tokenizer, found = Tokenizer.from_folder(DEMO), {}
     for row, (targets, weights, segments) in enumerate(
         zip(batch.targets_BT, batch.weights_BT, batch.segments_BT, strict=True)
