@@ -134,7 +134,7 @@ def _prefill(
     work = cost.prefill_work(
         config, where.chip, cut, rows=rows, length=length, chunk=chunk, weight_bytes=weights, cache_bytes=cache
     )
-    head = 2 * length * config.vocab_size * config.hidden_size  # forward_flops has all logits, a prefill none
+    head = 2 * length * flops.head_parameters(config)  # forward_flops has all logits, a prefill none
     operations = rows * (flops.forward_flops(config, length) - head)
     traffic = roofline.traffic(program.collectives, where, mesh)
     if not program.known:
