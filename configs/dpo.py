@@ -4,8 +4,8 @@
     python train.py configs/dpo.py --data.sources pairs.jsonl
     python infer.py --ckpt runs/dpo/hf
 
-One JSON object per line: {"prompt": "...", "chosen": "...", "rejected": "..."}; whole conversations, ShareGPT and Alpaca
-rankings are recognised too (docs/training.md). The learning rate is the demo model's: a real model takes
+One JSON object per line: {"prompt": "...", "chosen": "...", "rejected": "..."}; whole conversations, ShareGPT and
+Alpaca rankings are recognised too (docs/training.md). The learning rate is the demo model's: a real model takes
 --optim.lr 5e-7.
 """
 
