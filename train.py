@@ -14,6 +14,8 @@ USAGE = f"""usage: python train.py CONFIG.py [--any.field value]
 
   python train.py configs/finetune.py --data.sources chats.jsonl        # as the file says, on your own chats
   python train.py configs/finetune.py --optim.lr 1e-4 --epochs 5 --out runs/mine
+  python train.py configs/dpo.py --data.sources pairs.jsonl             # from pairs of answers
+  python train.py configs/grpo.py --data.sources prompts.jsonl --rewards rewards.py:mine    # from a reward function
   python train.py configs/finetune.py --dry-run                         # what would be done, and the first batch
   python train.py configs/pretrain_7b.py --plan v5e-64                  # does it fit, and how fast would it be: the
       step is compiled for a machine that is not here, without the data; also v5p-256, 8xh100, 2x8xh200, ...

@@ -25,9 +25,10 @@ def blocks(document: Path, language: str) -> list[str]:
 
 
 def commands(document: Path) -> list[str]:
-    """One entry per command line of the bash blocks; a trailing backslash joins lines."""
-    lines = "".join(blocks(document, "bash")).replace("\\\n", " ").splitlines()
-    return [line for line in lines if line and not line.startswith("#")]
+    """One entry per command line of the bash blocks; a trailing backslash joins lines, and <<'END' those up to END."""
+    text = "".join(blocks(document, "bash")).replace("\\\n", " ")
+    lines = re.findall(r"^.*<<'END'$(?:\n.*)*?\nEND$|^.+$", text, re.MULTILINE)
+    return [line for line in lines if not line.startswith("#")]
 
 
 def installing(command: str) -> bool:

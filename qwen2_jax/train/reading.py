@@ -30,7 +30,8 @@ def load(path: Path, flags: Sequence[str] = ()) -> Recipe:
         values = runpy.run_path(str(path))
     except (SyntaxError, ImportError, NameError, TypeError, AttributeError) as mistake:
         lines = [frame.lineno for frame in traceback.extract_tb(mistake.__traceback__) if frame.filename == str(path)]
-        raise UserError(f"{path}{f' line {lines[-1]}' if lines else ''}: {mistake}") from mistake
+        other = "; the Reward that takes a function is that of qwen2_jax.rewards" * ("Reward.__init__" in str(mistake))
+        raise UserError(f"{path}{f' line {lines[-1]}' if lines else ''}: {mistake}{other}") from mistake
     config = values.get("config")
     if not isinstance(config, Recipe):
         raise UserError(
