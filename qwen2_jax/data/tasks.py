@@ -6,9 +6,9 @@ python -m qwen2_jax.data.tasks runs/speedrun/tasks
 sums.jsonl           {"prompt": "What do 23 and 45 make?", "answer": "68"}
 pairs.jsonl          {"prompt": ..., "chosen": "68", "rejected": "78"}: the right sum and one near it
 ranked.jsonl         {"prompt": ..., "responses": ["68", "69", "88", "38"]}: the right sum, then ever farther from it
-chats.jsonl          {"messages": [...]}: the same questions, answered
-held_out/*.jsonl     the first three kinds, of other numbers: a hash of the two decides where they go, as it did for
-                     the sums that the demo was trained on. No question is there twice.
+prose.jsonl          {"text": ...}: docstrings and language reference, as the demo was pre-trained on
+held_out/*.jsonl     the same kinds, of other numbers and documents: a hash decides where they go, as it did for what the
+                     demo was trained on. No question is there twice.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from qwen2_jax.data import skills
+from qwen2_jax.data import skills, text
 from qwen2_jax.errors import UserError
 
 # The demo adds two numbers nearly without fault in the words of skills.SUM_QUESTIONS, and about every second time here.
@@ -66,23 +66,20 @@ def write(out: Path, size: Size = Size(), *, seed: int = 0) -> None:
         raise UserError(f"{out} exists already; choose a new folder or remove that one first")
     work = out.with_name(out.name + ".unfinished")
     shutil.rmtree(work, ignore_errors=True)
+    documents = text.stdlib_documents()
     for folder, held_out in ((work, False), (work / "held_out", True)):
         rng = np.random.default_rng([seed, held_out])
-        files: dict[str, list[dict[str, object]]] = {"sums": [], "pairs": [], "ranked": []} | (
-            {} if held_out else {"chats": []}
-        )
+        files: dict[str, list[dict[str, object]]] = {"sums": [], "pairs": [], "ranked": []}
+        files["prose"] = [{"text": t} for t, is_prose in text.split(documents, held_out=held_out).values() if is_prose]
         for prompt, total in questions(rng, size.held_out if held_out else size.train, held_out=held_out):
             ranked = responses(rng, total)
             files["sums"].append({"prompt": prompt, "answer": ranked[0]})
             near = ranked[int(rng.integers(1, 3))]
             files["pairs"].append({"prompt": prompt, "chosen": ranked[0], "rejected": near})
             files["ranked"].append({"prompt": prompt, "responses": ranked})
-            if not held_out:
-                talk = ({"role": "user", "content": prompt}, {"role": "assistant", "content": ranked[0]})
-                files["chats"].append({"messages": list(talk)})
         folder.mkdir(parents=True)
         for name, records in files.items():
-            (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records), "utf-8")
+            (folder / f"{name}.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), "utf-8")
     work.rename(out)
 
 

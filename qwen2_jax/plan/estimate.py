@@ -132,6 +132,8 @@ def _bytes(setting: Setting) -> float:
     run, config = setting.run, setting.config
     trained = setting.held(trained=True)
     moments = MOMENTS[run.optim.algorithm] if run.optim.muon is None else 1
+    if run.optim.merging is not None:
+        moments += 2 + (run.optim.merging.every > 1)  # the task vector, what rounding lost, the sum between merges
     total = 4.0 * trained * (1 + moments + (run.ema is not None))
     total += trained * (setting.itemsize if run.accumulate == 1 else 4 + setting.itemsize)
     if run.lora is not None:
