@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Speedrun: DPO, from the bundled demo model, on pairs of the right sum and one near it.
 
-    python -m qwen2_jax.data.tasks runs/speedrun/tasks
-    python train.py configs/speedrun/dpo.py
+python -m qwen2_jax.data.tasks runs/speedrun/tasks
+python train.py configs/speedrun/dpo.py
 """
 
 from pathlib import Path
@@ -22,9 +22,7 @@ config = Dpo(
     dtype="float32",
     remat=None,
     export_dtype="float32",
-    evaluation=Evaluation(
-        sources=(Source(path=f"{DATA}/held_out/pairs.jsonl"),), every=20, first=True, batches=7
-    ),
+    evaluation=Evaluation(sources=(Source(path=f"{DATA}/held_out/pairs.jsonl"),), every=20, first=True, batches=7),
     checkpoints=Checkpointing(every_steps=80),
     log=Logging(every=5),
     out=Path("runs/speedrun/dpo"),

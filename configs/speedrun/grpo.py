@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Speedrun: GRPO, from the bundled demo model. It adds in words that it was never asked in, and is told what is right.
 
-    python -m qwen2_jax.data.tasks runs/speedrun/tasks
-    python train.py configs/speedrun/grpo.py
+python -m qwen2_jax.data.tasks runs/speedrun/tasks
+python train.py configs/speedrun/grpo.py
 """
 
 from pathlib import Path

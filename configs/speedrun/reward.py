@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Speedrun: a reward model from the bundled demo model, which learns how near an answer is to the right sum.
 
-    python -m qwen2_jax.data.tasks runs/speedrun/tasks
-    python train.py configs/speedrun/reward.py
+python -m qwen2_jax.data.tasks runs/speedrun/tasks
+python train.py configs/speedrun/reward.py
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ config = Reward(
     start=Start(checkpoint="demo"),
     data=Data(sources=(Source(path=f"{DATA}/ranked.jsonl"),), packing="best_fit"),
     rows=16,
-    length=140,  # four answers
+    length=160,  # four answers
     steps=200,
     optim=Optim(lr=1e-3, schedule="linear", warmup=10, final=0.1, decay=0.0, b2=0.99),
     dtype="float32",

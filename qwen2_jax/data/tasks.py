@@ -79,7 +79,9 @@ def write(out: Path, size: Size = Size(), *, seed: int = 0) -> None:
             files["ranked"].append({"prompt": prompt, "responses": ranked})
         folder.mkdir(parents=True)
         for name, records in files.items():
-            (folder / f"{name}.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), "utf-8")
+            (folder / f"{name}.jsonl").write_text(
+                "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), "utf-8"
+            )
     work.rename(out)
 
 
