@@ -31,6 +31,7 @@ class Stage:
     flags: tuple[str, ...] = ()
     data: str = "data"  # "tasks" for those after fine-tuning, which are asked data/tasks.py's questions afterwards
     words: bool = True  # the result writes text, and does not score it
+    start: str = "demo"  # what a stage after fine-tuning is compared with
 
     def command(self, more: list[str]) -> list[str]:
         return [sys.executable, str(HERE.parents[1] / "train.py"), str(HERE / self.config), *self.flags, *more]
@@ -61,7 +62,7 @@ STAGES = (
     # What learning to add costs in the text of pre-training, and whether online merging makes it less.
     Stage("prose", "prose.py", data="tasks"),
     *(
-        Stage(name, f"tax_{method}.py", seed_flags(name, seed), "tasks")
+        Stage(name, f"tax_{method}.py", seed_flags(name, seed), "tasks", start=f"{RUNS}/prose/hf")
         for method in ("adamw", "ondare")
         for seed, name in enumerate(named(f"tax_{method}"))
     ),
@@ -82,7 +83,7 @@ def commands(stages: list[Stage], more: list[str]) -> list[tuple[Path, list[str]
             asked = [*module, "qwen2_jax.eval.skills", "--ckpt", str(folder / "hf"), "--length", "1024"]
             todo.append((folder / "skills.jsonl", asked, True))
         elif stage.words:
-            todo.append((folder / "tax.jsonl", [*module, "qwen2_jax.eval.tax", "demo", str(folder / "hf")], True))
+            todo.append((folder / "tax.jsonl", [*module, "qwen2_jax.eval.tax", stage.start, str(folder / "hf")], True))
     return todo
 
 

@@ -7,8 +7,8 @@ sums.jsonl           {"prompt": "What do 23 and 45 make?", "answer": "68"}
 pairs.jsonl          {"prompt": ..., "chosen": "68", "rejected": "78"}: the right sum and one near it
 ranked.jsonl         {"prompt": ..., "responses": ["68", "69", "88", "38"]}: the right sum, then ever farther from it
 prose.jsonl          {"text": ...}: docstrings and language reference, as the demo was pre-trained on
-held_out/*.jsonl     the same kinds, of other numbers and documents: a hash decides where they go, as it did for what the
-                     demo was trained on. No question is there twice.
+held_out/*.jsonl     the same kinds, of other numbers and documents: a hash decides where they go, as it did for what
+                     the demo was trained on. No question is there twice.
 """
 
 import dataclasses

@@ -15,6 +15,7 @@ import tyro
 from qwen2_jax.data import tasks, text
 from qwen2_jax.errors import UserError
 from qwen2_jax.infer.lm import LM, load
+from qwen2_jax.tokenizer import IM_END
 
 
 def measure(lm: LM, *, sums: int = 200, texts: int = 32, length: int = 256) -> dict[str, float]:
@@ -41,7 +42,7 @@ def measure(lm: LM, *, sums: int = 200, texts: int = 32, length: int = 256) -> d
 def _probable(lm: LM, asked: list[list[int]], answers: list[str]) -> np.ndarray:
     """log p of each answer with its end, [n]."""
     assert lm.tokenizer is not None
-    ends = [lm.tokenizer.encode(answer) + [lm.tokenizer.token_id("<|im_end|>")] for answer in answers]
+    ends = [[*lm.tokenizer.encode(answer), *lm.tokenizer.encode(IM_END)] for answer in answers]
     found = lm.logprobs([[*ids, *end] for ids, end in zip(asked, ends, strict=True)])
     return np.array([float(np.sum(x[-len(end) :])) for x, end in zip(found, ends, strict=True)])
 
