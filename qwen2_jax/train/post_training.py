@@ -41,6 +41,8 @@ class Reward(Run):
         check.choice("head", self.head, ("two_layers", "linear"))
         check.number(self, "config", ("margin", "centring"), float, 0.0)
         _starts_from_a_checkpoint(self, "a reward model")
+        if self.lora is not None:
+            raise UserError("adapters belong to layers, and a reward model's head is new: train it without lora")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

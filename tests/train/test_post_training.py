@@ -356,6 +356,11 @@ def test_settings_that_contradict_each_other(base, tmp_path, changes, message):
         grpo(base, tmp_path, **changes)
 
 
+def test_a_reward_model_takes_no_adapters(base, tmp_path):
+    with pytest.raises(UserError, match="train it without lora"):
+        Reward(**shared(base, tmp_path, data=data_of(base, "ranked"), rows=2, lora=Lora(rank=2), lora_base="float32"))
+
+
 def test_a_model_of_words_is_no_judge(base, tmp_path):
     with pytest.raises(UserError, match="is a model of words"):
         run(grpo(base, tmp_path, rewards=(), reward_model=RewardModel(checkpoint=str(base / "hf"), dtype="float32")))
