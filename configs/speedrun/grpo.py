@@ -20,7 +20,7 @@ config = Grpo(
     rewards=(Reward(function="number"),),
     prompts=32,
     sampling=Sampling(samples=8, max_new_tokens=5, temperature=1.2, rows=256),
-    rows=54,
+    rows=64,
     length=170,  # five answers
     steps=100,
     optim=Optim(lr=2e-4, schedule="linear", warmup=5, final=0.1, decay=0.0, b2=0.99),
