@@ -95,7 +95,7 @@ def test_optimizer_and_mesh_values_are_checked():
     ("text", "message"),
     [
         ("config = 3", "defines no run"),
-        ("config = (", "x.py line 2: .*was never closed"),
+        ("config = (", "x.py: .*was never closed"),
         ("from qwen2_jax.train import Sfd", "x.py line 1: cannot import name 'Sfd'"),
         ("from qwen2_jax.train import Optim\nOptim(lr=1, shedule='wsd')", "x.py line 2: .*'shedule'"),
     ],
