@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains the upcycled 57B-A14B on, at 4,096 tokens, on 128 chips of a TPU v5p.
+"""Trains the upcycled 57B-A14B on, at 4,096 tokens, on a TPU v5p-256 (128 chips).
 
     python train.py configs/moe_57b_a14b.py --data.sources gs-mount/corpus/
 
-As compiled, --plan v5p-256: 24.8 GiB per device, 9.55 to 12.4 s a step (docs/scaling.md: other meshes are slower).
-The report continues with 4.5 T tokens (arXiv:2407.10671, sec. 3.1): about a million of these steps. The optimizer's
-numbers are stand-ins (see pretrain_0p5b.py). Not run at this size by us.
+--plan v5p-256: 24.7 GiB per device, 9.55 to 12.4 s a step, MFU 49% to 63% (docs/scaling.md: other meshes are slower).
+--plan v5p-128: 49.0 GiB per device, 19.1 to 23.7 s a step, MFU 51% to 63%.
+--plan 8x8xh100 --mesh.expert 8 --accumulate 8: 24.9 GiB per device, 11.0 to 19.7 s a step, MFU 28% to 51%.
+
+4,194,304 tokens a step; the report continues with 4.5 T tokens (arXiv:2407.10671, sec. 3.1): about a million of these
+steps. The optimizer's numbers are stand-ins (see pretrain_0p5b.py). Not run at this size by us.
 """
 
 from pathlib import Path
