@@ -11,7 +11,6 @@ the undisturbed run's loss to the last bit, and the result its weights. FOLDER/k
 code 0: all of that held.
 """
 
-import argparse
 import os
 import random
 import shlex
@@ -110,36 +109,18 @@ def said_who(text: str, victim: int) -> bool:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="a new folder for the runs and the log")
-    parser.add_argument("--kills", type=int, default=10)
-    parser.add_argument("--command", default=f"{shlex.quote(sys.executable)} train.py configs/speedrun/kill.py")
+    parser = kill_test.arguments_of(__doc__, kills=10)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--host-timeout", type=int, default=10, help="of the command")
     parser.add_argument("--bound", type=float, default=60, help="seconds within which the others must have ended")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
     options = parser.parse_args(arguments)
-    if options.work.exists():
-        parser.error(f"{options.work} exists; give a new folder")
     work = options.work.resolve()
-    work.mkdir(parents=True)
-
-    def say(text: str) -> None:
-        print(text, flush=True)
-        with (work / "kill_host.log").open("a", encoding="utf-8") as log:
-            log.write(text + "\n")
-
+    say = kill_test.new_log(work, "kill_host.log")
     command, rng = shlex.split(options.command), random.Random(options.seed)
-    how = {"processes": options.processes, "timeout": options.host_timeout, "bound": options.bound}
-    calm, began = Trainees(command, work / "whole", **how), time.monotonic()
-    calm.start()
-    calm.wait_until(lambda: calm.stepping([]), "its first step")
-    starting = time.monotonic() - began
-    calm.wait()
-    stepping = time.monotonic() - began - starting
-    whole = calm.lines()
     say(f"command: {options.command}, {options.processes} processes")
-    say(f"undisturbed: {len(whole)} steps, {starting:.1f} s to the first line and {stepping:.1f} s after it")
+    how = {"processes": options.processes, "timeout": options.host_timeout, "bound": options.bound}
+    calm = Trainees(command, work / "whole", **how)
+    whole, starting, stepping = kill_test.undisturbed(calm, say)
 
     trainee, before = Trainees(command, work / "killed", **how), kill_test.Start("", False, [], 0, False)
     survived = 0

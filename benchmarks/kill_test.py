@@ -170,35 +170,53 @@ def too_easy(kills: int, halves: int) -> str:
     )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments_of(description: str | None, kills: int) -> argparse.ArgumentParser:
+    """The arguments of a test by killing. kills: how many where none are given."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="a new folder for the runs and the log")
-    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--kills", type=int, default=kills)
     parser.add_argument("--command", default=f"{shlex.quote(sys.executable)} train.py configs/speedrun/kill.py")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    options = parser.parse_args(arguments)
-    if options.work.exists():
-        parser.error(f"{options.work} exists; give a new folder")
-    work = options.work.resolve()
+    return parser
+
+
+def new_log(work: Path, name: str) -> Callable[[str], None]:
+    """Makes the folder `work`. What prints a line and adds it to the file of this name there."""
+    if work.exists():
+        sys.exit(f"{work} exists; give a new folder")
     work.mkdir(parents=True)
 
     def say(text: str) -> None:
         print(text, flush=True)
-        with (work / "kill_test.log").open("a", encoding="utf-8") as log:
+        with (work / name).open("a", encoding="utf-8") as log:
             log.write(text + "\n")
 
-    command, rng = shlex.split(options.command), random.Random(options.seed)
-    calm, began = Trainee(command, work / "whole"), time.monotonic()
+    return say
+
+
+def undisturbed(calm: Trainee, say: Callable[[str], None]) -> tuple[list[dict], float, float]:
+    """Runs the command to its end: its lines, seconds to the first of them, and seconds after it."""
+    began = time.monotonic()
     calm.start()
     calm.wait_until(lambda: calm.stepping([]), "its first step")
     starting = time.monotonic() - began
     calm.wait()
     stepping = time.monotonic() - began - starting
     whole = calm.lines()
-    say(f"command: {options.command}")
     say(f"undisturbed: {len(whole)} steps, {starting:.1f} s to the first line and {stepping:.1f} s after it")
     if not whole or batch(whole[0]) is None or [line["step"] for line in whole] != list(range(1, len(whole) + 1)):
         sys.exit(f"{calm.folder / 'metrics.jsonl'} must have one line per step, with its loss and batch")
+    return whole, starting, stepping
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = arguments_of(__doc__, kills=20).parse_args(arguments)
+    work = options.work.resolve()
+    say = new_log(work, "kill_test.log")
+    command, rng = shlex.split(options.command), random.Random(options.seed)
+    say(f"command: {options.command}")
+    calm = Trainee(command, work / "whole")
+    whole, starting, stepping = undisturbed(calm, say)
 
     kills = survived = runs = halves = 0
     lost: list[str] = []

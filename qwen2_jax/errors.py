@@ -1,6 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one exception that command lines turn into a single line on stderr and exit code 2."""
 
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
 
 class UserError(ValueError):
     """Something the user gave cannot be used: the message says what was given, what is allowed and what to do."""
+
+
+def run_and_exit(main: Callable[[], int]) -> NoReturn:
+    """Ends the program with main's exit code; what its user can mend is one line on stderr, and exit code 2."""
+    try:
+        sys.exit(main())
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -56,7 +56,12 @@ def matrix_parameters(config: ModelConfig) -> int:
     L, D = config.num_hidden_layers, config.hidden_size
     outside = embedding_parameters(config) + D + sum(_score_head(config))
     layers = active_parameters(config) - outside - L * (2 * D + _biases(config))
-    return layers + (_score_head(config)[0] if config.scores else config.vocab_size * D)
+    return layers + head_parameters(config)
+
+
+def head_parameters(config: ModelConfig) -> int:
+    """Those of `matrix_parameters` that stand on top: the word head, tied or not, or a reward model's."""
+    return _score_head(config)[0] if config.scores else config.vocab_size * config.hidden_size
 
 
 def expert_parameters(config: ModelConfig) -> int:

@@ -5,6 +5,7 @@ Read it from the top: RMSNorm, Block (one layer), Stack (equal layers, scanned),
 """
 
 import dataclasses
+import math
 from functools import partial
 
 import jax
@@ -112,18 +113,22 @@ def add_stats(a: RouterStats | None, b: RouterStats | None) -> RouterStats | Non
 
 
 class ScoreHead(nnx.Module):
-    """A reward model's head, one number per hidden state x: w x, or Qwen's own w relu(W x + b) + c."""
+    """A reward model's head, one number per hidden state x: w x, or Qwen's own w relu(W x + b) + c.
+
+    w begins so small that scores spread by about 0.2 at most, whatever the width: the loss of a pair begins at ln 2.
+    """
 
     def __init__(self, config: ModelConfig, declare: Declare):
         D, F, one = ("embed", config.hidden_size), ("mlp", config.hidden_size), ("score", 1)
         self.deep = config.score_head == "two_layers"
+        small = min(config.initializer_range, 0.2 / math.sqrt(config.hidden_size))
         if self.deep:
             self.up_FD = declare(F, D, hf="score.0.weight")
             self.up_bias_F = declare(F, hf="score.0.bias", init="zeros")
-            self.down_1F = declare(one, F, hf="score.2.weight")
+            self.down_1F = declare(one, F, hf="score.2.weight", std=small)
             self.down_bias_1 = declare(one, hf="score.2.bias", init="zeros")
         else:
-            self.weight_1D = declare(one, D, hf="score.weight")
+            self.weight_1D = declare(one, D, hf="score.weight", std=small)
 
     def __call__(self, hidden: jax.Array) -> jax.Array:
         """float32 [...] of hidden states [..., D]."""

@@ -51,15 +51,21 @@ class Declare:
         self.key, self.dtype, self.std, self.layers = key, dtype, std, layers
 
     def __call__(
-        self, *dims: tuple[str, int], hf: str, hf_shape: tuple[int, ...] = (), init: str = "normal"
+        self,
+        *dims: tuple[str, int],
+        hf: str,
+        hf_shape: tuple[int, ...] = (),
+        init: str = "normal",
+        std: float | None = None,
     ) -> nnx.Param:
-        """dims: (logical name, size) per dimension. init: "normal" (with the config's std), "ones" or "zeros"."""
+        """dims: (logical name, size) per dimension. init: "normal", "ones" or "zeros". std: default the config's."""
+        std = self.std if std is None else std
         axes, shape = zip(*dims, strict=True)
         key = jax.random.fold_in(self.key, zlib.crc32(hf.encode()))
 
         def value(layer):
             if init == "normal":
-                draw = jax.random.normal(jax.random.fold_in(key, layer), shape, jnp.float32) * self.std
+                draw = jax.random.normal(jax.random.fold_in(key, layer), shape, jnp.float32) * std
                 return draw.astype(self.dtype)
             return jnp.full(shape, {"ones": 1, "zeros": 0}[init], self.dtype)
 

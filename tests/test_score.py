@@ -182,12 +182,23 @@ def test_a_chat_model_becomes_a_reward_model(name, head, unroll):
     assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (params["score_head"], other["score_head"]))))  # noqa: B905
 
 
-def test_new_weights_have_the_configs_spread():
+def test_a_head_begins_with_scores_near_zero():
     config = dataclasses.replace(CONFIGS["dense"], hidden_size=384, initializer_range=0.03)
     words = {"final_norm_D": jnp.ones(384)}
     head = score.from_words(words, config, "two_layers")[0]["score_head"]
     np.testing.assert_allclose(np.std(head["up_FD"]), 0.03, rtol=0.02)
-    np.testing.assert_allclose(np.std(head["down_1F"]), 0.03, rtol=0.15)
+    np.testing.assert_allclose(np.std(head["down_1F"]), 0.2 / 384**0.5, rtol=0.15)
+    hidden = np.random.default_rng(0).normal(size=(200, 384))
+    for kind in HEADS:
+        head = score.from_words(words, config, kind)[0]["score_head"]
+        assert by_hand(head, hidden).std() < 0.22
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_the_beginning_inside_jit_is_the_same(head):
+    words = random_params(CONFIGS["untied"])
+    begin = lambda words: score.from_words(words, CONFIGS["untied"], head, seed=3)[0]
+    jax.tree.map(np.testing.assert_array_equal, jax.jit(begin)(words), begin(words))
 
 
 def test_a_reward_model_is_none_of_words():

@@ -3,9 +3,10 @@
 
     python configs/speedrun/run.py
 
-On two CPU cores and without a network it takes about 80 minutes; docs/speedrun/report.md has each stage's. What is
-done already is not done again: after an interruption the same command goes on. `--only pretrain` does one stage,
-`--dry-run` prints the commands. Further words go to every training: `--steps 20` for a rehearsal, whose folder is to
+On two CPU cores and without a network it takes about two hours; docs/speedrun/report.md has each stage's minutes. What
+is done already is not done again: after an interruption the same command goes on. `--only pretrain` does one stage,
+`--dry-run` prints the commands. The stages of post-training start from the bundled demo model and need none of the
+others: `--only grpo`. Further words go to every training: `--steps 20` for a rehearsal, whose folder is to
 be removed before the real run.
 """
 
@@ -18,6 +19,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 RUNS = Path("runs/speedrun")
+SEEDS = 3  # of the stages whose effect is measured more than once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,9 +29,21 @@ class Stage:
     name: str  # of its run folder
     config: str
     flags: tuple[str, ...] = ()
+    data: str = "data"  # "tasks" for those after fine-tuning, which are asked data/tasks.py's questions afterwards
+    words: bool = True  # the result writes text, and does not score it
+    start: str = "demo"  # what a stage after fine-tuning is compared with
 
     def command(self, more: list[str]) -> list[str]:
         return [sys.executable, str(HERE.parents[1] / "train.py"), str(HERE / self.config), *self.flags, *more]
+
+
+def named(stage: str) -> list[str]:
+    """Its run folders, one for each seed."""
+    return [stage, *(f"{stage}_seed{seed}" for seed in range(1, SEEDS))]
+
+
+def seed_flags(name: str, seed: int) -> tuple[str, ...]:
+    return ("--seed", str(seed), "--out", f"{RUNS}/{name}") if seed else ()
 
 
 STAGES = (
@@ -41,18 +55,35 @@ STAGES = (
     Stage("dense", "moe.py", ("--start.checkpoint", f"{RUNS}/long_context/hf", "--out", f"{RUNS}/dense")),
     Stage("sft", "sft.py"),
     Stage("sft_dense", "sft.py", ("--start.checkpoint", f"{RUNS}/dense/hf", "--out", f"{RUNS}/sft_dense")),
+    Stage("reward", "reward.py", data="tasks", words=False),
+    Stage("dpo", "dpo.py", data="tasks"),
+    Stage("online_dpo", "online_dpo.py", data="tasks"),
+    *(Stage(name, "grpo.py", seed_flags(name, seed), "tasks") for seed, name in enumerate(named("grpo"))),
+    # What learning to add costs in the text of pre-training, and whether online merging makes it less.
+    Stage("prose", "prose.py", data="tasks"),
+    *(
+        Stage(name, f"tax_{method}.py", seed_flags(name, seed), "tasks", start=f"{RUNS}/prose/hf")
+        for method in ("adamw", "ondare")
+        for seed, name in enumerate(named(f"tax_{method}"))
+    ),
 )
 
 
 def commands(stages: list[Stage], more: list[str]) -> list[tuple[Path, list[str], bool]]:
     """(what it makes, the command, whether the file is the command's standard output), in order."""
     module = [sys.executable, "-m"]
-    todo = [(RUNS / "data", [*module, "qwen2_jax.data.speedrun", str(RUNS / "data")], False)]
+    makers = {"data": "qwen2_jax.data.speedrun", "tasks": "qwen2_jax.data.tasks"}
+    todo = []
+    for data in dict.fromkeys(stage.data for stage in stages):
+        todo.append((RUNS / data, [*module, makers[data], str(RUNS / data)], False))
     for stage in stages:
         folder = RUNS / stage.name
         todo.append((folder / "hf", stage.command([] if stage.name == "upcycle" else more), False))
-        asked = [*module, "qwen2_jax.eval.skills", "--ckpt", str(folder / "hf"), "--length", "1024"]
-        todo.append((folder / "skills.jsonl", asked, True))
+        if stage.data == "data":
+            asked = [*module, "qwen2_jax.eval.skills", "--ckpt", str(folder / "hf"), "--length", "1024"]
+            todo.append((folder / "skills.jsonl", asked, True))
+        elif stage.words:
+            todo.append((folder / "tax.jsonl", [*module, "qwen2_jax.eval.tax", stage.start, str(folder / "hf")], True))
     return todo
 
 

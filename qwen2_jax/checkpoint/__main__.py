@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""python -m qwen2_jax.checkpoint convert|verify|inspect: change a checkpoint's format, check it, look into it."""
+"""python -m qwen2_jax.checkpoint convert|merge|verify|inspect: change, combine, check and look into checkpoints."""
 
 import argparse
 import collections
@@ -11,6 +11,7 @@ import warnings
 import jax
 
 from qwen2_jax.checkpoint.console import progress_bar, readable_bytes
+from qwen2_jax.checkpoint.merge import KEEP, METHODS, Merge, merge
 from qwen2_jax.config import DTYPES
 from qwen2_jax.errors import UserError
 from qwen2_jax.sharding import RULES
@@ -24,6 +25,7 @@ examples:
   python -m qwen2_jax.checkpoint convert ./qwen2-7b-orbax ./qwen2-7b-hf --to hf      # the very same files again
   python -m qwen2_jax.checkpoint convert demo ./demo-float32 --to hf --dtype float32
   python -m qwen2_jax.checkpoint convert qwen2-72b --to orbax --plan 16 --mesh fsdp=16,tensor=4
+  python -m qwen2_jax.checkpoint merge ./base ./maths ./code --out ./both --method ties --keep 0.2
   python -m qwen2_jax.checkpoint verify ./qwen2-7b-hf
 
 exit codes: 0 done, 1 verify found damage, 2 the command cannot be carried out."""
@@ -33,11 +35,11 @@ def parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     top = argparse.ArgumentParser(
         prog="python -m qwen2_jax.checkpoint",
-        description="Convert, verify and inspect Qwen2 checkpoints, one array in memory at a time.",
+        description="Convert, merge, verify and inspect Qwen2 checkpoints, one array in memory at a time.",
         epilog=EPILOG,
         formatter_class=raw,
     )
-    commands = top.add_subparsers(dest="command", required=True, metavar="convert|verify|inspect")
+    commands = top.add_subparsers(dest="command", required=True, metavar="convert|merge|verify|inspect")
 
     convert = commands.add_parser(
         "convert", help="copy a checkpoint into another format", epilog=EPILOG, formatter_class=raw
@@ -62,6 +64,33 @@ def parser() -> argparse.ArgumentParser:
     )
     convert.add_argument("--json", action="store_true", help="with --plan: one line of JSON, bytes of each host")
 
+    combine = commands.add_parser(
+        "merge", help="combine checkpoints that were trained from one base", epilog=EPILOG, formatter_class=raw,
+        description="OUT = BASE + scale * the merged differences MODEL - BASE. Tokenizer and other files are BASE's.",
+    )  # fmt: skip
+    combine.add_argument("base", help="checkpoint that all models were trained from; these are Hugging Face folders")
+    combine.add_argument("models", nargs="+", metavar="model", help="checkpoint of the same architecture")
+    combine.add_argument(
+        "--out", required=True, help="folder to write; it must not exist, and appears only when complete"
+    )
+    combine.add_argument(
+        "--method", choices=METHODS, default="linear", help="linear: weighted sum of the differences; ties: their "
+        "largest entries, signs elected, mean of those that agree; dare: random entries, scaled up, then either; "
+        "default: %(default)s",
+    )  # fmt: skip
+    combine.add_argument(
+        "--weights", type=float, nargs="+", metavar="W", help="one for each model; default: equal ones that add to 1"
+    )
+    combine.add_argument(
+        "--keep",
+        type=float,
+        metavar="P",
+        help=f"share of each tensor's entries that ties and dare keep; default: {KEEP}",
+    )
+    combine.add_argument("--scale", type=float, default=1.0, help="of the merged difference; default: %(default)s")
+    combine.add_argument("--seed", type=int, default=0, help="of dare's random entries; default: %(default)s")
+    combine.add_argument("--dtype", choices=DTYPES, help="of the result; default: each tensor as in BASE")
+
     verify = commands.add_parser(
         "verify", help="compare a checkpoint with its manifest", epilog=EPILOG, formatter_class=raw
     )
@@ -80,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.filterwarnings("default", category=UserWarning, module="qwen2_jax")
             warnings.showwarning = lambda message, *rest, **more: print(f"warning: {message}", file=sys.stderr)
-            return {"convert": _convert, "verify": _verify, "inspect": _inspect}[args.command](args)
+            return {"convert": _convert, "merge": _merge, "verify": _verify, "inspect": _inspect}[args.command](args)
     except (UserError, OSError) as why:
         print(f"error: {' '.join(str(why).split())}", file=sys.stderr)
         return 2
@@ -140,6 +169,15 @@ def _mesh(text: str) -> dict[str, int]:
     if unknown := [axis for axis in sizes if axis not in known]:
         raise UserError(f"--mesh has the axis {unknown[0]!r}; choose from {', '.join(sorted(known))}")
     return sizes
+
+
+def _merge(args: argparse.Namespace) -> int:
+    weights = None if args.weights is None else tuple(args.weights)
+    how = Merge(method=args.method, weights=weights, keep=args.keep, scale=args.scale, seed=args.seed)
+    with progress_bar("merging") as progress:
+        merge(args.base, args.models, args.out, how, dtype=args.dtype, progress=progress)
+    print(f"wrote {args.out} (hf); `verify {args.out}` checks it")
+    return 0
 
 
 def _verify(args: argparse.Namespace) -> int:

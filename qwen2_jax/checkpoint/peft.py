@@ -18,10 +18,10 @@ from qwen2_jax import lora as low_rank
 from qwen2_jax.check import short
 from qwen2_jax.checkpoint import fill, names
 from qwen2_jax.checkpoint.hf import HfFolder, Layout
-from qwen2_jax.checkpoint.hosts import shared_folder
 from qwen2_jax.checkpoint.names import Slot
 from qwen2_jax.checkpoint.places import NotFound, Source
 from qwen2_jax.checkpoint.problems import Problems
+from qwen2_jax.checkpoint.processes import shared_folder
 from qwen2_jax.checkpoint.tensorfile import CheckpointError, TensorInfo, header_text
 from qwen2_jax.checkpoint.tree import TreeTensors
 from qwen2_jax.checkpoint.workspace import write_file

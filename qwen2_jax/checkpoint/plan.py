@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh
 
-from qwen2_jax.checkpoint import hosts, names
+from qwen2_jax.checkpoint import names, processes
 from qwen2_jax.checkpoint.fill import STAGE_BYTES
 from qwen2_jax.checkpoint.names import Leaf, Slot
 from qwen2_jax.checkpoint.rows import axes_of
@@ -79,7 +79,7 @@ def convert_step(source: Declared, to: str, count: int, *, dtype: str | None = N
         raise CheckpointError(f"dtype is {dtype!r}; choose from {', '.join(DTYPES)}")
     old = source.infos
     new = old if dtype is None else {n: TensorInfo(np.dtype(jnp.dtype(dtype)), i.shape) for n, i in old.items()}
-    dealt = hosts.shares(source.table, new, count)
+    dealt = processes.shares(source.table, new, count)
     mine = [[name for unit in units for name in unit] for units in dealt]
     whole = [sum(old[name].nbytes for name in own) for own in mine]
     # A tensor of a safetensors file is looked at where it is mapped, and copied only to be cast.
@@ -150,7 +150,7 @@ def _nbytes(leaf: Leaf, infos: Mapping[str, TensorInfo]) -> int:
 
 def _rows(leaf: Leaf, count: int) -> int:
     """Into how many parts hosts cut an array."""
-    return count if "host" in hosts.cut_by_hosts(leaf.shape, count) else 1
+    return count if "host" in processes.cut_by_hosts(leaf.shape, count) else 1
 
 
 def _largest_group(arrays: list[Leaf], infos: Mapping[str, TensorInfo], parts: Mapping[Leaf, int] | None = None) -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from qwen2_jax.checkpoint import fill, hf, hosts, names
+from qwen2_jax.checkpoint import fill, hf, names, processes
 from qwen2_jax.checkpoint.hf import SHARD_BYTES, HfFolder, Layout, Progress, Tensors
 from qwen2_jax.checkpoint.manifest import Manifest, Report, compare
 from qwen2_jax.checkpoint.names import Tree
@@ -118,7 +118,7 @@ def save_hf(
     """
     tree = TreeTensors(config, params)
     tensors = tree if dtype is None else recast(tree, dtype)
-    with hosts.together(f"reading {tokenizer_files_from}"):
+    with processes.together(f"reading {tokenizer_files_from}"):
         files = small_files(config, tensors.infos, tokenizer_files_from)
     layout = hf.new_layout(tensors.infos, max_shard_bytes)
     return write_hf(path, Writing(tensors, tree.table, progress), layout, files, replace=replace)
@@ -137,7 +137,7 @@ def save_orbax(
     Where several processes run, all of them call this with one path on a shared disk; each writes its devices' parts.
     """
     tensors = TreeTensors(config, params)
-    with hosts.together(f"reading {tokenizer_files_from}"):
+    with processes.together(f"reading {tokenizer_files_from}"):
         files = small_files(config, tensors.infos, tokenizer_files_from)
     return write_orbax(path, Writing(tensors, tensors.table, progress), tensors.specs, None, files)
 
@@ -162,7 +162,7 @@ def convert(
         raise CheckpointError(f"to is {to!r}; choose from {', '.join(FORMATS)}")
     if dtype is not None and dtype not in DTYPES:
         raise CheckpointError(f"dtype is {dtype!r}; choose from {', '.join(DTYPES)}")
-    with hosts.together(f"opening {src}"):
+    with processes.together(f"opening {src}"):
         source = locate(src)
         if isinstance(source.path, Path) and Path(dst).expanduser().resolve() == source.path.resolve():
             raise CheckpointError(f"{dst} is the source itself; choose a new folder")

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwen2_jax.checkpoint import fill, hosts, names
+from qwen2_jax.checkpoint import fill, names, processes
 from qwen2_jax.checkpoint.casting import cast_into
 from qwen2_jax.checkpoint.hf import INDEX, HfFolder, Layout, Progress, Tensors, as_dtype
 from qwen2_jax.checkpoint.manifest import Hasher, Manifest
@@ -62,9 +62,9 @@ class Writing:
     """
 
     def __init__(self, tensors: Tensors, table: Mapping[str, Slot], progress: Progress | None):
-        dealt = hosts.shares(table, tensors.infos, jax.process_count())
+        dealt = processes.shares(table, tensors.infos, jax.process_count())
         self.tensors, self.progress = tensors, progress
-        self.order = hosts.in_turns(dealt)
+        self.order = processes.in_turns(dealt)
         self.mine = frozenset(name for unit in dealt[jax.process_index()] for name in unit)
         self.total = sum(tensors.infos[name].nbytes for name in self.mine)
         self.done = 0
@@ -85,7 +85,7 @@ class Writing:
     def manifest(self, files: Mapping[str, bytes], layout: Layout | None) -> Manifest:
         """Of all processes' tensors, of what the Hugging Face form has beside them, and of the small files."""
         infos = self.tensors.infos
-        digests = hosts.exchanged(list(infos), {name: digest for name, (_, digest) in self.hasher.tensors.items()})
+        digests = processes.exchanged(list(infos), {name: digest for name, (_, digest) in self.hasher.tensors.items()})
         tensors = {name: (TensorInfo(info.dtype, info.shape), digests[name]) for name, info in infos.items()}
         if layout is not None:
             for alias, target in layout.aliases.items():
@@ -106,8 +106,8 @@ def write_hf(
 ) -> Path:
     """A Hugging Face folder with the weight files of `layout`, the small files and a manifest."""
     total = sum(info.nbytes for info in writing.tensors.infos.values())
-    with hosts.shared_folder(path, total + sum(map(len, files.values())) + MARGIN_BYTES, replace=replace) as folder:
-        with hosts.together(f"writing the weights of {path}"):  # before the hashes are exchanged
+    with processes.shared_folder(path, total + sum(map(len, files.values())) + MARGIN_BYTES, replace=replace) as folder:
+        with processes.together(f"writing the weights of {path}"):  # before the hashes are exchanged
             write_weights(folder, writing.tensors, layout, writing.on_tensor, order=writing.order, mine=writing.mine)
         _write_files(folder, files, writing.manifest(files, layout))
     return Path(path)
@@ -148,14 +148,14 @@ def write_orbax(
         return jax.device_put(buffer, orbax.host())
 
     total = sum(sizes.values())
-    with hosts.shared_folder(path, total + sum(map(len, files.values())) + MARGIN_BYTES) as folder:
-        with hosts.together(f"clearing {folder}"):
+    with processes.shared_folder(path, total + sum(map(len, files.values())) + MARGIN_BYTES) as folder:
+        with processes.together(f"clearing {folder}"):
             if jax.process_index() == 0:
                 folder.rmdir()  # Orbax makes it itself, when all arrays are there
-        with hosts.together(f"writing the arrays of {path}"):
+        with processes.together(f"writing the arrays of {path}"):
             orbax.write(folder, sizes, make, about={"written_by": "qwen2_jax", "tree": "unrolled"})
         if not alone:  # each array was written in parts; the hash of a tensor needs all of it in one place
-            with hosts.together(f"hashing what was written to {path}"):
+            with processes.together(f"hashing what was written to {path}"):
                 for name, array in tensors.stream(writing.order, writing.mine):
                     writing.on_tensor(name, as_dtype(array, tensors.infos[name].dtype))()
         if layout is not None:
@@ -168,7 +168,7 @@ def _spread(tensors: Tensors, leaf: Leaf, spec: ParamSpec) -> jax.Array:
     """An array of an Orbax folder whose parts are on all hosts: where the parameter is, or read by each host anew."""
     if isinstance(tensors, Recast):
         tensors = tensors.tensors
-    where = hosts.by_hosts(leaf.shape)
+    where = processes.by_hosts(leaf.shape)
     if isinstance(tensors, TreeTensors):
         slot = tensors.table[leaf.names[0]]
         array = layer(names.get(tensors.params, slot.path), slot.repeat, keepdims=True)
@@ -201,7 +201,7 @@ def write_weights(
     files = {}
     problem = None
     try:
-        with hosts.together(f"laying out {folder}"):
+        with processes.together(f"laying out {folder}"):
             if jax.process_index() == 0:
                 _lay_out(folder, layout, places)
         for name in layout.headers:

@@ -27,7 +27,7 @@ import numpy as np
 import tyro
 
 from qwen2_jax.data import bpe, skills, text
-from qwen2_jax.errors import UserError
+from qwen2_jax.errors import UserError, run_and_exit
 
 SENTENCE = re.compile(r"[A-Z][a-z]+(?: [a-z,'-]+){4,18}\.")
 WORD = re.compile(r"\b[a-z]{3,9}\b")
@@ -181,8 +181,4 @@ def main(out: tyro.conf.Positional[Path], *, seed: int = 0, size: Size = Size())
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(tyro.cli(main))
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_and_exit(lambda: tyro.cli(main))

@@ -4,7 +4,7 @@
 python -m qwen2_jax.eval.report runs/speedrun docs/speedrun
 
 Writes report.md and its pictures into the second folder, from what the stages left in the first: hf/, metrics.jsonl and
-skills.jsonl of each. Stages that are not there are left out.
+skills.jsonl of each. Stages that are not there are left out. Those after fine-tuning get post-training.md (aligned.py).
 """
 
 import dataclasses
@@ -20,7 +20,8 @@ import tyro
 
 from qwen2_jax import checkpoint
 from qwen2_jax.config import ModelConfig
-from qwen2_jax.errors import UserError
+from qwen2_jax.errors import UserError, run_and_exit
+from qwen2_jax.eval import aligned
 from qwen2_jax.flops import active_parameters, parameters
 from qwen2_jax.observe.lines import Line, read
 from qwen2_jax.train import curve
@@ -157,10 +158,16 @@ def machine() -> str:
 
 
 def write(runs: Path, out: Path) -> Path:
-    """Writes the report of the stages found in `runs` into the folder `out`; returns report.md."""
+    """Writes the reports of the stages found in `runs` into the folder `out`: report.md, and post-training.md for those
+    after fine-tuning. Returns the first that there is."""
+    written = f"Written by `python -m qwen2_jax.eval.report` from the runs themselves. {machine()}."
     stages = {name: Stage.of(runs / name) for name in STAGES if (runs / name / "hf").is_dir()}
+    later = aligned.write(runs, out, written)
     if not stages:
-        raise UserError(f"{runs} has none of the stages {', '.join(STAGES)}; run configs/speedrun/run.py first")
+        if later is None:
+            every = ", ".join((*STAGES, *aligned.MEASURED))
+            raise UserError(f"{runs} has none of the stages {every}; run configs/speedrun/run.py first")
+        return later
     out.mkdir(parents=True, exist_ok=True)
     pictures = []
     if "pretrain" in stages:
@@ -174,7 +181,8 @@ def write(runs: Path, out: Path) -> Path:
     found = list(stages.values())
     parts = [
         "# The speedrun, measured",
-        f"Written by `python -m qwen2_jax.eval.report` from the runs themselves. {machine()}.",
+        written,
+        *([] if later is None else [f"Stages after fine-tuning: [{later.name}]({later.name})."]),
         "## Stages",
         costs(found),
         "Minutes are those of the training processes, with compiling, evaluating and saving, without imports.",
@@ -201,8 +209,4 @@ def main(runs: tyro.conf.Positional[Path], out: tyro.conf.Positional[Path]) -> i
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(tyro.cli(main))
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_and_exit(lambda: tyro.cli(main))

@@ -13,7 +13,7 @@ import numpy as np
 import tyro
 
 from qwen2_jax.data import skills, speedrun, text
-from qwen2_jax.errors import UserError
+from qwen2_jax.errors import UserError, run_and_exit
 from qwen2_jax.infer.lm import LM, load
 from qwen2_jax.tokenizer import Tokenizer
 
@@ -110,8 +110,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(tyro.cli(main))
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_and_exit(lambda: tyro.cli(main))

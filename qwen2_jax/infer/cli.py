@@ -270,8 +270,16 @@ def _load(args: argparse.Namespace, group: hosts.Group | None = None) -> "LM":
     import jax
 
     _compilation_cache(jax)
-    from qwen2_jax import flops, sharding
+    from qwen2_jax import checkpoint, flops, sharding
     from qwen2_jax.infer import lm
+
+    source = checkpoint.locate(args.ckpt)
+    if checkpoint.read_config(source).scores:  # before its weights are read
+        raise UserError(
+            f"{args.ckpt} is a reward model, which scores answers and writes none; in Python: "
+            f"qwen2_jax.load({args.ckpt!r}).score([{{'role': 'user', 'content': ...}}, {{'role': 'assistant', "
+            "'content': ...}])"
+        )
 
     mesh = None
     if args.mesh is not None:
@@ -280,18 +288,12 @@ def _load(args: argparse.Namespace, group: hosts.Group | None = None) -> "LM":
     begin = time.perf_counter()
     with _bar(f"loading {args.ckpt}", unit="bytes") as progress:
         loaded = lm.load(
-            args.ckpt,
+            source,
             dtype=args.dtype,
             mesh=mesh,
             long_context=args.long_context,
             implementation=args.implementation,
             progress=progress,
-        )
-    if loaded.config.scores:
-        raise UserError(
-            f"{args.ckpt} is a reward model, which scores answers and writes none; in Python: "
-            f"qwen2_jax.load({args.ckpt!r}).score([[{{'role': 'user', 'content': ...}}, {{'role': 'assistant', "
-            "'content': ...}]])"
         )
     count = flops.parameters(loaded.config) / 1e6
     if group is None or group.first:

@@ -8,7 +8,7 @@ import dataclasses
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +29,9 @@ from qwen2_jax.params import Tree
 from qwen2_jax.rope import MODES, LongContext
 from qwen2_jax.tokenizer import IM_END, Tokenizer
 
-Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]  # text, token ids, or chat messages
-Talk = Sequence[int] | Sequence[Mapping[str, str]]  # what a reward model scores
+Messages = Sequence[Mapping[str, str]]
+Prompt = str | Sequence[int] | Messages
+Talk = Sequence[int] | Messages  # what a reward model scores
 INT8 = "int8"  # besides the dtypes of arrays
 
 
@@ -126,17 +127,28 @@ class LM:
             found += self.generator.logprobs(rows[start : start + self.max_rows], self.long_context)
         return np.stack(found) if len({len(row) for row in rows}) == 1 else found
 
-    def score(self, talks: Sequence[Talk]) -> np.ndarray:
-        """What a reward model thinks of each conversation, float32 [n]: higher is better. Any length, bounded memory.
+    @overload
+    def score(self, talks: Messages) -> float: ...
 
-        talks: lists of messages that end in an assistant's, or rows of token ids. The score is that of the last token,
-        for messages of the text that the chat template writes: in Qwen2's the newline behind <|im_end|>. Scores of
-        answers to one prompt compare; their zero has no meaning.
+    @overload
+    def score(self, talks: Sequence[Talk]) -> np.ndarray: ...
+
+    def score(self, talks: Messages | Sequence[Talk]) -> float | np.ndarray:
+        """What a reward model thinks of a conversation, a float, or of each of several, float32 [n]: higher is better.
+
+        talks: messages that end in an assistant's, a list of such, or rows of token ids. Any length, bounded memory.
+        The score is that of the last token, for messages of the text that the chat template writes: in Qwen2's the
+        newline behind <|im_end|>. Scores of answers to one prompt compare; their zero has no meaning.
         """
         check_head(self.config, scores=True)
-        rows = [self._talk(talk) for talk in _listed(talks, "score")]
-        parts = [rows[start : start + self.max_rows] for start in range(0, len(rows), self.max_rows)]
-        return np.concatenate([self.generator.scores(part, self.long_context) for part in parts])
+        alone = _is_messages(talks)
+        rows = [self._talk(talk) for talk in ([talks] if alone else _listed(talks, "score"))]
+        order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))  # a batch takes as long as its longest row
+        scores = np.zeros(len(rows), np.float32)
+        for start in range(0, len(order), self.max_rows):
+            batch = order[start : start + self.max_rows]
+            scores[batch] = self.generator.scores([rows[i] for i in batch], self.long_context)
+        return float(scores[0]) if alone else scores
 
     def generate(
         self,
@@ -221,7 +233,7 @@ class LM:
         settings = Settings.resolve(given, self.generation_config, self.config.eos_ids)
         if settings.stop and self.tokenizer is None:
             raise UserError("stop texts need a tokenizer, and this checkpoint has none")
-        if isinstance(prompt, Sequence) and len(prompt) and isinstance(prompt[0], Mapping):
+        if _is_messages(prompt):
             if self.tokenizer is None:
                 raise UserError("this checkpoint has no tokenizer; give token ids instead of messages")
             ids = self.tokenizer.chat_ids(prompt)  # type: ignore[arg-type]  # a Mapping first means all are
@@ -252,11 +264,8 @@ class LM:
     def _talk(self, talk: Any) -> list[int]:
         """The token ids of a conversation to score."""
         if isinstance(talk, str | Mapping):
-            raise UserError(
-                f"score needs a list of conversations, each a list of messages or of token ids; given {_short(talk)} "
-                "as one of them: put a single conversation into a list"
-            )
-        if not (isinstance(talk, Sequence) and len(talk) and isinstance(talk[0], Mapping)):
+            raise UserError(f"score needs conversations, each a list of messages or of token ids; given {_short(talk)}")
+        if not _is_messages(talk):
             return self._ids(talk)
         if self.tokenizer is None:
             raise UserError("this checkpoint has no tokenizer; give token ids instead of messages")
@@ -279,7 +288,7 @@ class LM:
 
 
 def load(
-    name: str | Path,
+    name: str | Path | checkpoint.Source,
     dtype: str = "bfloat16",
     mesh: jax.sharding.Mesh | None = None,
     long_context: LongContext = "auto",
@@ -351,6 +360,10 @@ def _given(max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty,
         "stop": stop,
         "ignore_eos": ignore_eos,
     }
+
+
+def _is_messages(given: Any) -> bool:
+    return isinstance(given, Sequence) and len(given) > 0 and isinstance(given[0], Mapping)
 
 
 def _listed(rows: Any, what: str) -> list:

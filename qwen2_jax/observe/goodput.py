@@ -10,8 +10,10 @@ import jax
 
 from qwen2_jax import check
 
-# Waiting for data, training, saving, scoring, compiling, repeating what a crash lost, and whatever nobody named.
-PHASES = ("data", "step", "save", "evaluation", "compile", "lost", "other")
+# Waiting for data, sampling answers, training, saving, scoring, compiling, repeating what a crash lost, and whatever
+# nobody named.
+PHASES = ("data", "rollout", "step", "save", "evaluation", "compile", "lost", "other")
+USEFUL = ("rollout", "step")
 
 _compiled = 0
 
@@ -67,9 +69,9 @@ class Goodput:
         self._charge(self._phase)
         return sum(self.seconds.values())
 
-    def share(self, phase: str = "step") -> float:
-        """Share of the time spent in a phase; that of "step" is the goodput."""
-        return self.seconds[phase] / max(self.total(), 1e-9)
+    def share(self) -> float:
+        """The goodput: share of the time that went into training, or into sampling what is trained on."""
+        return sum(self.seconds[phase] for phase in USEFUL) / max(self.total(), 1e-9)
 
     def lose(self, seconds: float) -> None:
         """Adds time of an earlier process whose work was not saved."""

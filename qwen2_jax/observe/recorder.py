@@ -21,7 +21,7 @@ from qwen2_jax.observe.lines import Line, Lines
 from qwen2_jax.observe.memory import memory
 from qwen2_jax.observe.sinks import Sink, TensorBoard, WeightsAndBiases, check_installed
 
-TRAINING = ("data", "step", "other")  # phases that speed and utilisation are measured over
+TRAINING = ("data", "rollout", "step", "other")  # phases that speed and utilisation are measured over
 SUMMED = ("targets", "tokens")  # over the steps of a line
 
 

@@ -66,7 +66,8 @@ def _search(run: "Run", machine: str, path: Path, as_json: bool) -> int:
         print(json.dumps([{"flags": candidate.flags, **plan.as_json()} for candidate, plan in plans]))
     else:
         for candidate, plan in plans:
-            console.rule(candidate.flags, align="left")
+            console.rule()
+            console.print(f"[bold]{candidate.flags}[/bold]", highlight=False, soft_wrap=True)
             report.show(plan, console)
         console.rule("estimated, not compiled", align="left")
         for candidate in candidates[search.COMPILED : search.COMPILED + 10]:

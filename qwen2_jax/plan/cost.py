@@ -75,7 +75,7 @@ def train_work(
     """
     tokens = sum(lengths)
     matrices, expert = flops.matrix_parameters(config), flops.expert_parameters(config)
-    head = config.vocab_size * config.hidden_size
+    head = flops.head_parameters(config)
     passes = 4 if frozen else 6
     again = 2 if remat == "full" else 0
     dense = tokens * (passes * (matrices - expert) + again * (matrices - expert - head))
@@ -105,7 +105,7 @@ def prefill_work(
     A chunk reads the weights, and the cache up to where it stands.
     """
     matrices, expert = flops.matrix_parameters(config), flops.expert_parameters(config)
-    head = config.vocab_size * config.hidden_size  # a prefill computes no logits
+    head = flops.head_parameters(config)  # a prefill computes no logits
     tokens = rows * length
     compute = 2 * tokens * ((matrices - expert - head) / cut.dense + expert / cut.experts) / matmul_rate(chip)
     attention = flops.attention_flops(config, [length] * rows) / cut.attention

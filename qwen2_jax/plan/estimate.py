@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from qwen2_jax import lora, ops, sharding
+from qwen2_jax import flops, lora, ops, sharding
 from qwen2_jax.chips import Chip
 from qwen2_jax.config import ModelConfig
 from qwen2_jax.exchange import SLACK
@@ -125,13 +125,16 @@ def activation_bytes(setting: Setting) -> float:
     rows = k * (setting.places * (3 * D + 4 * F) - 4 * F) if config.num_experts else 0.0
     kept = setting.tokens * (kept_per_token(config, setting.run.remat) + rows) * setting.itemsize
     tile = min(CHUNK, setting.tokens)
-    return kept + 2 * tile * config.vocab_size * 4 / setting.parts("vocab")
+    words = 0 if config.scores else config.vocab_size
+    return kept + 2 * tile * words * 4 / setting.parts("vocab")
 
 
 def _bytes(setting: Setting) -> float:
     run, config = setting.run, setting.config
     trained = setting.held(trained=True)
     moments = MOMENTS[run.optim.algorithm] if run.optim.muon is None else 1
+    if run.optim.merging is not None:
+        moments += 2 + (run.optim.merging.every > 1)  # the task vector, what rounding lost, the sum between merges
     total = 4.0 * trained * (1 + moments + (run.ema is not None))
     total += trained * (setting.itemsize if run.accumulate == 1 else 4 + setting.itemsize)
     if run.lora is not None:
@@ -141,7 +144,7 @@ def _bytes(setting: Setting) -> float:
     if setting.parts("embed") > 1:  # two layers' weights gathered, this one's and the next one's; the head and its sum
         layer = setting.met() / config.num_hidden_layers
         total += 2 * layer * setting.itemsize
-        total += config.vocab_size * config.hidden_size / setting.parts("vocab") * (4 + setting.itemsize)
+        total += flops.head_parameters(config) / setting.parts("vocab") * (4 + setting.itemsize)
     return total + activation_bytes(setting)
 
 
@@ -185,7 +188,7 @@ def _messages(setting: Setting) -> float:
     if run.lora is None:
         copies = tuple(axis for axis in sharding.axes_of("batch", mesh) if axis not in stored)
         spend("all-reduce", copies, setting.held() * width, A)
-    head = config.vocab_size * config.hidden_size / setting.parts("vocab")
+    head = flops.head_parameters(config) / setting.parts("vocab")
     spend("all-gather", stored, head * width, A)  # once for all chunks of the loss
     spend("all-reduce", sharding.axes_of("batch", mesh), head * 4, A)
     activations = setting.tokens * config.hidden_size

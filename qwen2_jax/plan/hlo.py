@@ -4,6 +4,10 @@
 A collective inside a loop counts as often as the loop runs. The compilers hide collectives in several ways that all
 count here once: asynchronous pairs (all-gather-start, all-gather-done), XLA:TPU's fusions that carry one collective
 through a chain of steps, its all-reduce that keeps one part (a reduce-scatter), and computations called by others.
+
+A program for several TPU slices is the program of one of them: its collectives name the partitions of a slice, counted
+from 0, and what goes between slices is handed to the host (libtpu's "megascale" runtime) by a send and a recv, which
+name the devices of all slices by their ids. There a sum over both is one inside every slice and one between slices.
 """
 
 import dataclasses
@@ -26,6 +30,8 @@ _ARRAY = re.compile(r"\b(pred|bf16|[a-z]\d+[a-z0-9]*)\[([\d,<=]*)\]")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|called_computations)=\{?%?([\w.\-]+)")
 _BRANCHES = re.compile(r"(?:branch_computations=\{([^}]*)\}|(?:true|false)_computation=%?([\w.\-]+))")
 _CALLERS = ("while(", "fusion(", "call(", "conditional(", "async-start(", "custom-call(")
+_BETWEEN = "xla_megascale_runtime"  # who takes what is sent to other slices
+_SLICE = 100_000  # device ids of a slice begin at a multiple of it, where there are several
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,12 +90,13 @@ class _Computation:
     calls: list[_Call]
 
 
-def collectives(text: str, devices: int) -> list[Collective]:
-    """All collectives of a compiled module's text (`compiled.as_text()`) for so many devices, `times` filled in.
+def collectives(text: str, ids: Sequence[int]) -> list[Collective]:
+    """All collectives of a compiled module's text (`compiled.as_text()`), `times` filled in.
 
-    A loop whose number of turns is not known before it runs counts as one turn: of a decoding loop, one token.
+    ids: of the mesh's devices, in its order. A loop whose number of turns is not known before it runs counts as one
+    turn: of a decoding loop, one token.
     """
-    computations, entry = _parse(text, devices)
+    computations, entry = _parse(text, ids)
     return [found for found, _ in _walk(computations, entry, frozenset())]
 
 
@@ -119,7 +126,9 @@ def _walk(computations: Mapping[str, _Computation], name: str, inside: frozenset
     return once
 
 
-def _parse(text: str, devices: int) -> tuple[dict[str, _Computation], str]:
+def _parse(text: str, ids: Sequence[int]) -> tuple[dict[str, _Computation], str]:
+    slices = _by_slice(ids)
+    in_slice = len(next(iter(slices.values())))
     lines = text.splitlines()
     computations: dict[str, _Computation] = {}
     conditions: dict[str, list[str]] = {}
@@ -137,7 +146,7 @@ def _parse(text: str, devices: int) -> tuple[dict[str, _Computation], str]:
         if (header := _COMPUTATION.match(line)) is not None:
             name = header["name"]
             continue
-        if not name or not any(word in line for word in (*KINDS, *_CALLERS)):
+        if not name or not any(word in line for word in (*KINDS, *_CALLERS, _BETWEEN)):
             continue
         instruction = _INSTRUCTION.match(line)
         if instruction is None:
@@ -148,7 +157,9 @@ def _parse(text: str, devices: int) -> tuple[dict[str, _Computation], str]:
             if kind == "ragged-all-to-all":
                 result = _result(shape, kind) if opcode.endswith("-start") else shape
                 shape, opcode = min(_operand(text, attributes) or result, result, key=_size), kind
-            computations[name].collectives.append(_collective(kind, opcode, shape, attributes, name, devices))
+            computations[name].collectives.append(_collective(kind, opcode, shape, attributes, name, in_slice))
+        elif _BETWEEN in attributes and (found := _between_slices(opcode, shape, attributes, ids, slices)) is not None:
+            computations[name].collectives.append((found, None))
         elif opcode in {caller.removesuffix("(") for caller in _CALLERS}:
             computations[name].calls += _calls(opcode, attributes, conditions)
     return computations, entry
@@ -192,6 +203,39 @@ def _collective(kind: str, opcode: str, shape: str, attributes: str, inside: str
     channel = re.search(r"channel_id=(\d+)", attributes)
     collective = Collective(kind, size, 1, groups, pairs, name[1] if name else "")
     return collective, f"{chain[1]}/{channel[1] if channel else ''}/{kind}" if chain else None
+
+
+def _by_slice(ids: Sequence[int]) -> dict[int, list[int]]:
+    """Positions in the mesh of every slice's devices, in the mesh's order."""
+    slices: dict[int, list[int]] = {}
+    for position, device in enumerate(ids):
+        slices.setdefault(device // _SLICE, []).append(position)
+    return slices
+
+
+def _between_slices(
+    opcode: str, shape: str, attributes: str, ids: Sequence[int], slices: Mapping[int, list[int]]
+) -> Collective | None:
+    """The collective that a send to other slices, or a recv from them, is a half of; None for the other half.
+
+    What is gathered has its full size where it is received; all else has it where it is sent.
+    """
+    match = re.search(r'_xla_megascale_transfer_type="(\w+)"', attributes)
+    if match is None or opcode != ("recv" if match[1] == "ALL_GATHER" else "send"):
+        return None
+    kind = "collective-permute" if match[1] == "ONE_TO_ONE" else match[1].lower().replace("_", "-")
+    if product := re.search(r'_xla_megascale_target="\{([\d,]+)\}x\{(\d+):(\d+)\}"', attributes):
+        places = range(int(product[2]), int(product[3]) + 1)  # from slices x partitions of each, the last one included
+        groups = [tuple(slices[number][place] for number in _numbers(product[1])) for place in places]
+    else:
+        listed = re.search(r"_xla_megascale_target=\{(\{.*?\})\}", attributes)
+        position = {device: i for i, device in enumerate(ids)}
+        members = re.findall(r"\{([^}]+)\}", listed[1] if listed else "")
+        groups = [tuple(position[int(device)] for device in re.findall(r"\d+", group)) for group in members]
+    size = _size(next(_elements(shape[1:-1])))
+    if kind == "collective-permute":
+        return Collective(kind, size, 1, (), tuple((start, end) for start, end in groups))
+    return Collective(kind, size, 1, tuple(groups))
 
 
 def _operand(text: str, operands: str) -> str:

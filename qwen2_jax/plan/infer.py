@@ -62,13 +62,13 @@ def plan(checkpoint: str, name: str, job: Job) -> Plan:
     chunk = buckets.cut(context - 1)[0]
     shape = (rows, length, job.long_context)
     prefill = compiled(
-        f"prefill, {rows} x {chunk:,} tokens", lambda: ahead.lower_prefill(generator, chunk, *shape), where
+        f"prefill, {rows} x {chunk:,} tokens", lambda: ahead.lower_prefill(generator, chunk, *shape), mesh
     )
-    decode = compiled(f"decoding step, {rows} rows", lambda: ahead.lower_decode(generator, *shape), where)
+    decode = compiled(f"decoding step, {rows} rows", lambda: ahead.lower_decode(generator, *shape), mesh)
     common: Any = {"rows": rows, "length": context, "slots": length, "params": generator.params}
     parts = (
         _prefill(config, where, mesh, prefill, chunk=chunk, **common),
-        _decode(config, where, mesh, decode, **common),
+        decode_part(config, where, mesh, decode, **common),
     )
     settings = {
         "context": context,
@@ -134,7 +134,7 @@ def _prefill(
     work = cost.prefill_work(
         config, where.chip, cut, rows=rows, length=length, chunk=chunk, weight_bytes=weights, cache_bytes=cache
     )
-    head = 2 * length * config.vocab_size * config.hidden_size  # forward_flops has all logits, a prefill none
+    head = 2 * length * flops.head_parameters(config)  # forward_flops has all logits, a prefill none
     operations = rows * (flops.forward_flops(config, length) - head)
     traffic = roofline.traffic(program.collectives, where, mesh)
     if not program.known:
@@ -147,24 +147,27 @@ def _prefill(
     return Part(program, {}, operations, seconds, traffic, rates, chunks)
 
 
-def _decode(config, where, mesh, program: Program, *, rows: int, length: int, slots: int, params: Tree) -> Part:
-    """One token for every row, with full caches."""
+def decode_part(
+    config, where, mesh, program: Program, *, rows: int, length: int, slots: int, params: Tree, steps: int = 1
+) -> Part:
+    """`steps` tokens for every row, with full caches."""
     experts = device_bytes(_experts(params))
     work = cost.decode_work(
         config, where.chip, cost.cached(cost.parts(config, mesh, rows), mesh, slots=slots), rows=rows, length=length,
         weight_bytes=device_bytes(params) - experts, expert_bytes=experts, cache_bytes=program.arguments["cache"],
     )  # fmt: skip
-    operations = rows * (flops.forward_flops(config, length) - flops.forward_flops(config, length - 1))
+    operations = steps * rows * (flops.forward_flops(config, length) - flops.forward_flops(config, length - 1))
     traffic = roofline.traffic(program.collectives, where, mesh)
     if not program.known:
-        return Part(program, {}, operations, None, traffic, {})
-    seconds = roofline.Seconds(work.compute, work.memory, sum(row.seconds for row in traffic))
+        return Part(program, {}, operations, None, traffic, {}, steps)
+    messages = steps * sum(row.seconds for row in traffic)
+    seconds = roofline.Seconds(steps * work.compute, steps * work.memory, messages)
     # The next token waits for the last one's messages: nothing hides them.
     rates = {
-        "tokens/s of a row": (1 / seconds.exposed, 1 / seconds.hidden),
-        "tokens/s of all": (rows / seconds.exposed, rows / seconds.hidden),
+        "tokens/s of a row": (steps / seconds.exposed, steps / seconds.hidden),
+        "tokens/s of all": (steps * rows / seconds.exposed, steps * rows / seconds.hidden),
     }
-    return Part(program, {}, operations, seconds, traffic, rates)
+    return Part(program, {}, operations, seconds, traffic, rates, steps)
 
 
 def _experts(params: Tree) -> list[Any]:

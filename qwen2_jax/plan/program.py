@@ -2,6 +2,7 @@
 """One compiled function: its bytes on a device, its collectives, how long the compiler took; or why it was refused."""
 
 import dataclasses
+import os
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -9,9 +10,9 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from qwen2_jax.plan import hlo
-from qwen2_jax.plan.machine import Machine
 
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -31,6 +32,7 @@ class Program:
     collectives: tuple[hlo.Collective, ...]
     lower_seconds: float
     compile_seconds: float
+    compile_cpu_seconds: float  # of all cores together
     known: bool = True
 
     @property
@@ -39,14 +41,14 @@ class Program:
         return sum(self.arguments.values()) + self.padding + self.temporaries + self.code
 
 
-def compiled(name: str, lower: Callable[[], tuple[jax.stages.Lowered, Mapping[str, Any]]], machine: Machine) -> Program:
-    """Lowers and compiles a function for a machine.
+def compiled(name: str, lower: Callable[[], tuple[jax.stages.Lowered, Mapping[str, Any]]], mesh: Mesh) -> Program:
+    """Lowers and compiles a function for the devices of a mesh.
 
     lower: gives what is to be compiled and its arguments by kind, trees of jax.ShapeDtypeStruct with shardings.
     """
     begin = time.perf_counter()
     lowered, arguments = lower()
-    between = time.perf_counter()
+    between, cpu = time.perf_counter(), _cpu_seconds()
     given = {kind: device_bytes(tree) for kind, tree in arguments.items()}
     try:
         executable = lowered.compile()
@@ -54,11 +56,11 @@ def compiled(name: str, lower: Callable[[], tuple[jax.stages.Lowered, Mapping[st
         needed = refused(str(error))
         if needed is None:
             raise
-        took = time.perf_counter() - between
+        took = time.perf_counter() - between, _cpu_seconds() - cpu
         # The compiler counts the temporaries alone, or everything: whichever it was, no less than that is needed.
         temporaries = max(needed - sum(given.values()), 0)
-        return Program(name, given, 0, temporaries, 0, (), between - begin, took, known=False)
-    took = time.perf_counter() - between
+        return Program(name, given, 0, temporaries, 0, (), between - begin, *took, known=False)
+    took = time.perf_counter() - between, _cpu_seconds() - cpu
     memory, text = executable.memory_analysis(), executable.as_text()
     assert memory is not None
     assert text is not None
@@ -69,10 +71,15 @@ def compiled(name: str, lower: Callable[[], tuple[jax.stages.Lowered, Mapping[st
         max(0, memory.argument_size_in_bytes - sum(given.values())),
         memory.temp_size_in_bytes + max(0, outside),
         memory.generated_code_size_in_bytes,
-        tuple(hlo.collectives(text, machine.devices)),
+        tuple(hlo.collectives(text, [device.id for device in mesh.devices.flat])),
         between - begin,
-        took,
+        *took,
     )
+
+
+def _cpu_seconds() -> float:
+    """Of this process, and of those that it has started and that have ended: XLA:GPU's assembler is one."""
+    return sum(os.times()[:4])
 
 
 def refused(message: str) -> int | None:

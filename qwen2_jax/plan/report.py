@@ -112,6 +112,7 @@ def _part_as_json(part: Part) -> dict[str, Any]:
         "collectives": [dataclasses.asdict(row) for row in part.traffic],
         "lower_seconds": program.lower_seconds,
         "compile_seconds": program.compile_seconds,
+        "compile_cpu_seconds": program.compile_cpu_seconds,
     }  # fmt: skip
 
 

@@ -101,7 +101,8 @@ class Network:
         links, longest, wraps, hops = self._links(tuple(members))
         across = len({self.at[m][0] for m in members})
         rate = links * self.chip.link_gb_s * 1e9
-        if collective.kind in ("all-to-all", "ragged-all-to-all") and self.chip.is_tpu:
+        exchange = collective.kind in ("all-to-all", "ragged-all-to-all")
+        if exchange and self.chip.is_tpu:
             # Everything crosses the middle of the longest side: n/4 hops on average along a ring, n/3 on a line.
             inside = collective.bytes * longest / ((8 if wraps else 4) * self.chip.link_gb_s * 1e9)
         else:
@@ -109,7 +110,7 @@ class Network:
         passes = 2 if collective.kind == "all-reduce" else 1
         between = 0.0
         if across > 1:
-            here = len(members) / across
+            here = 1 if exchange else len(members) / across  # what is exchanged, each device takes in for itself
             share = collective.bytes * (across - 1) / across
             between = passes * share / (here * self.chip.network_gb_s * 1e9)
         return collective.times * (max(inside, between) + passes * hops * self.chip.hop_us * 1e-6)

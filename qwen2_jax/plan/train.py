@@ -14,11 +14,13 @@ from qwen2_jax.config import ModelConfig
 from qwen2_jax.data.packing import Batch
 from qwen2_jax.errors import UserError
 from qwen2_jax.params import Tree, count
-from qwen2_jax.plan import architecture, cost, estimate, machine, roofline
+from qwen2_jax.plan import architecture, cost, estimate, machine, online, roofline
 from qwen2_jax.plan.program import Program, compiled, device_bytes
 from qwen2_jax.plan.report import GIB, Part, Plan
 from qwen2_jax.plan.shapes import int8_shapes, shapes
+from qwen2_jax.train import stages
 from qwen2_jax.train.config import Run
+from qwen2_jax.train.post_training import Online
 from qwen2_jax.train.step import Trainer
 
 STATE = ("parameters", "optimizer", "average of the weights")  # what a step reads and writes once
@@ -53,9 +55,13 @@ class Job:
     def batch(self) -> Batch:
         """Shapes of a batch, in their places."""
         dtypes = Batch(jnp.int32, jnp.int32, jnp.float32, jnp.int32, jnp.int32)
+        if online.has_reference(self.run):
+            dtypes = dtypes._replace(reference_BT=jnp.float32)
+        if isinstance(self.run, Online):
+            dtypes = dtypes._replace(old_BT=jnp.float32, sampled_BT=jnp.float32, advantages_BT=jnp.float32)
         shape = (self.run.rows, self.run.length)
         place = sharding.sharding(("batch", "length"), shape, self.mesh)
-        return Batch(*(jax.ShapeDtypeStruct(shape, dtype, sharding=place) for dtype in dtypes))
+        return jax.tree.map(lambda dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=place), dtypes)
 
     @property
     def frozen(self) -> Tree | None:
@@ -86,7 +92,8 @@ def prepare(run: Run, name: str, path: Path | None = None) -> Job:
     where = machine.parse(name)
     config = architecture.of_run(run, path)
     mesh = machine.mesh_of(where, run.mesh.sizes(where.devices))
-    trainer = Trainer(run, config, run.steps or STEPS, mesh=mesh)
+    objective = stages.objective(run, groups=online.GROUPS, ranks=online.RESPONSES)
+    trainer = Trainer(run, config, run.steps or STEPS, mesh=mesh, objective=objective)
     job = Job(run, config, where, mesh, trainer)
     if run.rows % (pieces := run.accumulate * job.row_parts):
         raise UserError(
@@ -108,7 +115,9 @@ def compile_step(job: Job) -> Program:
         "batch and counters": (state.step, state.health, batch),
     }
     arguments = {kind: tree for kind, tree in kinds.items() if jax.tree.leaves(tree)}
-    return compiled("training step", lambda: (job.trainer.step.lower(state, batch, frozen), arguments), job.machine)
+    step = compiled("training step", lambda: (job.trainer.step.lower(state, batch, frozen), arguments), job.mesh)
+    there = online.beside(job.run, job.trainer.model_specs, job.mesh)
+    return dataclasses.replace(step, arguments={**step.arguments, **there})
 
 
 def describe(job: Job, program: Program) -> Plan:
@@ -150,7 +159,12 @@ def describe(job: Job, program: Program) -> Plan:
     title = (
         f"{count(job.trainer.model_specs) / 1e9:.2f} B parameters, training step of {run.rows * run.length:,} tokens"
     )
-    made = Plan(title, job.machine, dict(mesh.shape), settings, (part,))
+    parts = [part]
+    if isinstance(run, Online):
+        held = online.beside(run, job.trainer.model_specs, mesh)
+        held["training's state"] = device_bytes(job.trainer.abstract) + device_bytes(job.frozen)
+        parts.append(online.sampling(run, config, job.machine, mesh, held))
+    made = Plan(title, job.machine, dict(mesh.shape), settings, parts)
     return made if made.fits else dataclasses.replace(made, advice=tuple(advice(job, made)))
 
 

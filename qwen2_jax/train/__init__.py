@@ -5,6 +5,7 @@ from qwen2_jax.lora import Lora
 from qwen2_jax.observe import Logging
 from qwen2_jax.train.checkpoints import Checkpointing
 from qwen2_jax.train.config import Evaluation, Guard, Mesh, Moe, Muon, Optim, Pretrain, Sft, Start, Upcycle
+from qwen2_jax.train.merging import OnlineMerging
 from qwen2_jax.train.policy import Policy
 from qwen2_jax.train.post_training import Dpo, Grpo, OnlineDpo, Reward, RewardModel, Sampling
 from qwen2_jax.train.preference import Preference
@@ -22,6 +23,7 @@ __all__ = [
     "Moe",
     "Muon",
     "OnlineDpo",
+    "OnlineMerging",
     "Optim",
     "Policy",
     "Preference",

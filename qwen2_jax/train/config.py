@@ -17,6 +17,7 @@ from qwen2_jax.lora import Lora
 from qwen2_jax.model import REMAT_POLICIES
 from qwen2_jax.observe import Logging
 from qwen2_jax.train.checkpoints import Checkpointing
+from qwen2_jax.train.merging import OnlineMerging
 from qwen2_jax.train.upcycle import Upcycling
 
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
@@ -73,6 +74,7 @@ class Optim:
     decay: float = 0.1
     clip: float = 1.0  # global gradient norm
     muon: Muon | None = None
+    merging: OnlineMerging | None = None  # merges each update with what an earlier stage had learned
 
     def __post_init__(self):
         check.number(self, "optim", ("lr", "fall", "final", "b1", "b2", "eps", "decay", "clip"), float, 0.0)
@@ -82,6 +84,8 @@ class Optim:
         check.choice("optim.schedule", self.schedule, SCHEDULES)
         if self.muon is not None and self.algorithm != "adamw":
             raise UserError("optim.muon goes together with algorithm 'adamw' only, which serves what Muon does not")
+        if self.merging is not None and (self.algorithm != "adamw" or self.muon is not None):
+            raise UserError("optim.merging merges Adam's updates: it goes with algorithm 'adamw' and without muon")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -216,6 +220,10 @@ class Run:
             raise UserError(f"rows={self.rows} cannot be cut into accumulate={self.accumulate} equal micro-batches")
         if self.ema is not None:
             _is_decay("ema", self.ema)
+        if self.optim.merging is not None and (self.start is None or self.lora is not None):
+            raise UserError(
+                "optim.merging pulls all weights of a checkpoint towards it: give start instead of model, and no lora"
+            )
         if self.lora is not None and self.start is None:
             raise UserError("lora trains adapters of a checkpoint: give start instead of model")
         if self.lora is not None and self.dtype != (base := {"int8": "bfloat16"}.get(self.lora_base, self.lora_base)):

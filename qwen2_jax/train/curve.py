@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import tyro
 
-from qwen2_jax.errors import UserError
+from qwen2_jax.errors import UserError, run_and_exit
 from qwen2_jax.observe.lines import Line, read
 
 __all__ = ["draw", "overlay", "read"]
@@ -259,8 +259,4 @@ def main(runs: tyro.conf.Positional[tuple[Path, ...]], *, out: Path | None = Non
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(tyro.cli(main))
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_and_exit(lambda: tyro.cli(main))

@@ -124,8 +124,9 @@ def memory_by_kind(
         kinds[f"weights, {dtype}"] = Bytes(master.total * half, master.device * half)
     kept = tokens * kept_per_token(config, remat) * jnp.dtype(dtype).itemsize
     kinds["activations, about"] = Bytes(kept, kept / row_parts)
-    tile = 2 * CHUNK * config.vocab_size * 4  # logits of a chunk and their gradient
-    kinds["logits, about"] = Bytes(tile * row_parts, tile)
+    if not config.scores:
+        tile = 2 * CHUNK * config.vocab_size * 4  # logits of a chunk and their gradient
+        kinds["logits, about"] = Bytes(tile * row_parts, tile)
     return kinds
 
 

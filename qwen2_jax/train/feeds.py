@@ -27,7 +27,12 @@ class Next(NamedTuple):
 
 
 class Feed(Protocol):
-    """Batches for the steps after `done`, one after the other; state and frozen are the run's at that step."""
+    """Batches for the steps after `done`, one after the other; state and frozen are the run's at that step.
+
+    phase: what the time that `next` takes counts as (observe/goodput.py).
+    """
+
+    phase: str
 
     def next(self, done: int, state: State, frozen: Tree | None) -> Next: ...
 
@@ -42,6 +47,8 @@ class Feed(Protocol):
 
 class Corpus:
     """Rows of data that is there before the run: batch s is a function of (data, seed, s)."""
+
+    phase = "data"
 
     def __init__(self, job: Job, trainer: Trainer, done: int, reference: Callable[[Batch], Batch] | None = None):
         """reference: fills in reference_BT of a batch on the devices, where the objective needs it."""

@@ -44,7 +44,9 @@ class Job:
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree on to be continued by this run, as JSON."""
         run = {name: getattr(self.run, name) for name in FIXED}
-        optim = {"algorithm": self.run.optim.algorithm, "muon": self.run.optim.muon is not None}
+        optim: dict[str, Any] = {"algorithm": self.run.optim.algorithm, "muon": self.run.optim.muon is not None}
+        if (merging := self.run.optim.merging) is not None:  # what its task vector was made for lies in the state
+            optim["merging"] = {n: getattr(merging, n) for n in ("method", "variant", "keep", "every", "rescale")}
         run["ema"] = self.run.ema is not None
         data: dict[str, Any] = {"tokens": self.data.identity}
         if isinstance(self.run.data, Data):

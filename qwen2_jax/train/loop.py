@@ -189,7 +189,7 @@ def _train(
         score()
     while done < job.steps:
         group.at(f"data of step {done + 1}")
-        with recorder.goodput("data", behind=recorder.newest):
+        with recorder.goodput(feed.phase, behind=recorder.newest):
             batch, placed, told = feed.next(done, state, frozen)
         group.at(f"step {done + 1}")
         with recorder.goodput("step"):

@@ -42,6 +42,8 @@ class Sampled:
     run goes on from has of its episode.
     """
 
+    phase = "rollout"
+
     def __init__(
         self,
         job: Job,

@@ -8,6 +8,7 @@ import jax
 import optax
 
 from qwen2_jax.params import ParamSpec, Tree
+from qwen2_jax.train.merging import online_merging, scale_by_early_epsilon
 
 if TYPE_CHECKING:
     from qwen2_jax.train.config import Optim
@@ -40,12 +41,22 @@ def schedule(peak: float, optim: "Optim", steps: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), body], [warmup])
 
 
-def make(optim: "Optim", specs: Tree, steps: int) -> optax.GradientTransformation:
+def make(optim: "Optim", specs: Tree, steps: int, seed: int = 0) -> optax.GradientTransformation:
     """Clipping, then AdamW or Adafactor; with optim.muon, Muon for the matrices inside layers.
 
     Weight decay is decoupled (Loshchilov & Hutter 2019), multiplied by the learning rate, and touches matrices only.
+    optim.merging stands last, and decays itself. seed: of its masks.
     """
     rate = schedule(optim.lr, optim, steps)
+    clip = optax.clip_by_global_norm(optim.clip) if optim.clip else optax.identity()
+    if optim.merging is not None:
+        adam = scale_by_early_epsilon if optim.merging.variant == "code" else optax.scale_by_adam
+        return optax.chain(
+            clip,
+            adam(b1=optim.b1, b2=optim.b2, eps=optim.eps),
+            optax.scale_by_learning_rate(rate),
+            online_merging(optim.merging, specs, rate, decay=optim.decay, eps=optim.eps, seed=seed),
+        )
     decay = jax.tree.map(lambda s: s.decay, specs, is_leaf=_is_spec)
     if optim.algorithm == "adafactor":
         scale = optax.scale_by_factored_rms(decay_rate=0.8, epsilon=1e-30)
@@ -53,7 +64,6 @@ def make(optim: "Optim", specs: Tree, steps: int) -> optax.GradientTransformatio
     else:
         scale = optax.scale_by_adam(b1=optim.b1, b2=optim.b2, eps=optim.eps)
     base = optax.chain(scale, optax.add_decayed_weights(optim.decay, mask=decay), optax.scale_by_learning_rate(rate))
-    clip = optax.clip_by_global_norm(optim.clip) if optim.clip else optax.identity()
     if optim.muon is None:
         return optax.chain(clip, base)
     muon = optax.chain(

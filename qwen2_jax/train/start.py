@@ -11,6 +11,7 @@ from qwen2_jax import checkpoint, linear, lora, score
 from qwen2_jax.checkpoint import peft
 from qwen2_jax.errors import UserError
 from qwen2_jax.params import Tree
+from qwen2_jax.train import merging
 from qwen2_jax.train.job import Job
 from qwen2_jax.train.post_training import Reward
 from qwen2_jax.train.step import State, Trainer
@@ -23,6 +24,8 @@ def weights(job: Job, trainer: Trainer) -> tuple[Callable[[], State], Tree | Non
         return trainer.init, None
     dtype = "float32" if run.lora is None else "bfloat16" if run.lora_base == "int8" else run.lora_base
     load = partial(params, job, dtype)
+    if run.optim.merging is not None:
+        return lambda: merging_from(job, trainer, load()), None
     if run.lora is None:
         return lambda: trainer.init(load()), None
     made = adapters(job)
@@ -31,6 +34,13 @@ def weights(job: Job, trainer: Trainer) -> tuple[Callable[[], State], Tree | Non
         # The layers' matrices, as in QLoRA: embedding and head stay, they are what the loss goes through.
         frozen["stacks"] = linear.quantize(frozen["stacks"], trainer.model_specs["stacks"])
     return lambda: trainer.init(made()), frozen
+
+
+def merging_from(job: Job, trainer: Trainer, first: Tree) -> State:
+    """The first state of a run with online merging: these weights, given away, and the task vector."""
+    assert job.run.optim.merging is not None
+    tau = merging.load_tau(job.run.optim.merging, trainer.specs, job.config, first, job.mesh, seed=job.run.seed)
+    return merging.with_tau(trainer.init(first), tau)
 
 
 def adapters(job: Job) -> Callable[[], Tree]:

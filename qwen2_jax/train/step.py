@@ -81,7 +81,7 @@ class Trainer:
         self.heads = heads.spread(config, mesh)
         self.graphdef = model.declare(config if self.heads is None else self.heads.config)[0]
         self.specs = self.model_specs if run.lora is None else lora.declare(config, run.lora)
-        self.tx = optimizer.make(run.optim, self.specs, steps)
+        self.tx = optimizer.make(run.optim, self.specs, steps, run.seed)
         self.rate = optimizer.schedule(run.optim.lr, run.optim, steps)
         self.rope = rope.plain(config)
         if run.long_context != "off":

@@ -198,10 +198,10 @@ def test_what_two_processes_write_is_what_one_writes(root):
 FAIL = """
 import errno
 from qwen2_jax import checkpoint
-from qwen2_jax.checkpoint import hosts, writing
+from qwen2_jax.checkpoint import processes, writing
 from qwen2_jax.sharding import make_mesh
 
-hosts.APPEARS_SECONDS = 0.5
+processes.APPEARS_SECONDS = 0.5
 params = checkpoint.load_params(root / "hf", mesh=make_mesh(fsdp=2, tensor=2))
 config = checkpoint.read_config(checkpoint.locate(root / "hf"))
 said = []

@@ -114,7 +114,7 @@ def _rollouts(name, mesh):
     if mesh is not None:  # one row is exchanged to admit a prompt, not the antechamber
         cache, small = (ahead._cache(generator, rows, 128) for rows in (8, made.ahead))
         at = ahead._shape(generator, (), jnp.int32)
-        found = hlo.collectives(made._admit.lower(cache, small, at, at).compile().as_text(), 8)
+        found = hlo.collectives(made._admit.lower(cache, small, at, at).compile().as_text(), range(8))
         row = generator.config.num_hidden_layers * 2 * 128 * generator.config.head_dim * 4  # each device has one head
         assert sum(c.bytes for c in found) == row
     return completions
@@ -133,7 +133,7 @@ def collectives(name: str, axes: dict[str, int]) -> None:
         (rows * chunk, ahead.lower_prefill(generator, chunk, rows, slots, mode)[0]),
         (rows, ahead.lower_decode(generator, rows, slots, mode)[0]),
     ):
-        found = hlo.collectives(lowered.compile().as_text(), 8)
+        found = hlo.collectives(lowered.compile().as_text(), range(8))
         assert found, "on a mesh something has to move"
         if "fsdp" in axes:  # each device has the logits of some columns of the head: they are added up
             logits = rows * config.vocab_size // axes.get("tensor", 1) * 4

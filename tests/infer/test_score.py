@@ -9,7 +9,8 @@ import pytest
 from flax import nnx
 
 import qwen2_jax
-from qwen2_jax import model
+from qwen2_jax import model, rope
+from qwen2_jax.config import DualChunk
 from qwen2_jax.errors import UserError
 from qwen2_jax.infer import cli
 from qwen2_jax.infer.lm import LM
@@ -58,13 +59,16 @@ def test_a_conversation_ends_behind_its_last_turn(reward):
     scores = reward.score([TALK, other, TALK])
     np.testing.assert_allclose(scores[[0, 2]], reward.score([ids]).repeat(2), rtol=0, atol=1e-4)
     assert abs(scores[0] - scores[1]) > 1e-3
+    alone = reward.score(TALK)
+    assert type(alone) is float
+    assert alone == pytest.approx(scores[0], abs=1e-4)
 
 
 @pytest.mark.parametrize(
     ("talks", "words"),
     [
-        (TALK, "put a single conversation into a list"),
-        (["Is this good?"], "put a single conversation into a list"),
+        (["Is this good?"], "score needs conversations, each a list of messages or of token ids; given 'Is this"),
+        (TALK[:1], "ends in an answer; the last role is 'user'"),
         ([TALK[:1]], "ends in an answer; the last role is 'user'"),
         ([[{"role": "assistant"}]], "content"),
         ([], "score needs a list, not empty"),
@@ -104,6 +108,18 @@ def test_a_model_of_words_scores_nothing(lm):
         lm.score([TALK])
 
 
+def test_long_conversations_are_read_with_dual_chunk_attention(lm):
+    chunks = DualChunk(chunk_size=24, local_size=4, original_max_position_embeddings=16)
+    config = dataclasses.replace(lm.config, score_head="two_layers", dual_chunk_attention_config=chunks)
+    reading = LM(config, random_params(config, unroll=True), dtype="float32", unroll=True, long_context="dca")
+    rows = [np.random.default_rng(n).integers(0, 256, n).tolist() for n in (90, 7)]
+    graphdef = model.declare(config, unroll=True)[0]
+    for row, value in zip(rows, reading.score(rows), strict=True):
+        merged = nnx.merge(graphdef, reading.params)
+        hidden_BTD = merged(jnp.asarray([row]), rope=rope.choose(config, len(row), "dca")).hidden_BTD
+        np.testing.assert_allclose(value, merged.score(hidden_BTD[0, -1]), rtol=0, atol=1e-4)
+
+
 def test_saved_and_loaded(reward, tmp_path):
     reward.save(tmp_path / "hf")
     again = qwen2_jax.load(tmp_path / "hf", dtype="float32")
@@ -113,11 +129,13 @@ def test_saved_and_loaded(reward, tmp_path):
 
 
 def test_the_command_line_says_what_to_do(reward, tmp_path, capsys):
+    """Before it reads the weights, which here cannot be read."""
     reward.save(tmp_path / "hf")
+    (tmp_path / "hf" / "model.safetensors").write_bytes(b"nothing")
     assert cli.main(["--ckpt", str(tmp_path / "hf"), "Hello"]) == 2
     said = capsys.readouterr().err
     assert "is a reward model" in said
-    assert f"qwen2_jax.load('{tmp_path / 'hf'}').score([[" in said
+    assert f"qwen2_jax.load('{tmp_path / 'hf'}').score([" in said
 
 
 def test_a_scanned_mixture_of_experts_with_a_linear_head():

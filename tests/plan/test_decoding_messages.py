@@ -41,5 +41,5 @@ def test_only_activations_move(name, rows, axes):
         (rows, ahead.lower_decode(generator, rows, SLOTS, "dca")),
     ):
         text = lowered.compile().as_text()
-        largest = max(hlo.collectives(text, where.devices), key=lambda c: c.bytes)
+        largest = max(hlo.collectives(text, range(where.devices)), key=lambda c: c.bytes)
         assert largest.bytes <= tokens * token < 2 * CONFIG.vocab_size * CONFIG.hidden_size / 8

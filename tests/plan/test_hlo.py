@@ -1,13 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Collectives read from XLA's text: from small hand-written modules, and from a program compiled for 8 devices."""
+"""Collectives read from XLA's text: from small hand-written modules, and from programs compiled for 8 devices."""
 
 import json
 import os
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from ahead_of_time import TPU_COMPILER
+from qwen2_jax.plan import machine
 from qwen2_jax.plan.hlo import collectives
 
 LOOPS = """
@@ -67,7 +73,7 @@ MESH = {"fsdp": 2, "tensor": 4}
 
 def by_kind(text, devices=8):
     found = {}
-    for collective in collectives(text, devices):
+    for collective in collectives(text, range(devices)):
         found.setdefault(collective.kind, []).append(collective)
     return found
 
@@ -143,6 +149,50 @@ def test_a_ragged_exchange_counts_the_smaller_of_its_arrays():
     assert there.received == 3 / 4 * there.bytes
 
 
+SLICES = """
+HloModule two_slices, num_partitions=2
+
+ENTRY %main (a: bf16[4,8]) -> bf16[4,8] {
+  %a = bf16[4,8]{1,0} parameter(0)
+  %here = bf16[4,8] all-reduce(%a), channel_id=1, replica_groups={}, use_global_device_ids=true, to_apply=%add
+  %send = (bf16[4,8]{1,0}, u32[], token[]) send(%here, %t), channel_id=3, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_host_transfer_rendezvous="all-reduce_0",_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{1,2}x{0:1}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv = (bf16[4,8]{1,0}, u32[], token[]) recv(%t), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_host_transfer_rendezvous="all-reduce_0",_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{1,2}x{0:1}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %send-done = token[] send-done(%send), channel_id=3, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"}
+  %send.1 = (f32[3]{0}, u32[], token[]) send(%b, %t), channel_id=5, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_target={{100000,200001},{100001,200000}},_xla_megascale_transfer_type="ALL_GATHER"}
+  %recv.1 = (f32[6]{0}, u32[], token[]) recv(%t), channel_id=4, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_target={{100000,200001},{100001,200000}},_xla_megascale_transfer_type="ALL_GATHER"}
+  %send.2 = (f32[3]{0}, u32[], token[]) send(%b, %t), channel_id=7, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_target={{100001->200001},{200001->100001}},_xla_megascale_transfer_type="ONE_TO_ONE"}
+  ROOT %all = bf16[4,8] add(%a, %a)
+}
+"""  # noqa: E501
+
+
+def test_messages_between_slices_are_what_is_handed_to_the_host():
+    """Slices of two chips, whose ids are not in the mesh's order in the second."""
+    mesh = {"replica": 2, "fsdp": 2}
+    inside, between, gather, permute = collectives(SLICES, (100000, 100001, 200001, 200000))
+    assert (inside.kind, inside.groups, inside.axes(mesh)) == ("all-reduce", ((0, 1),), ("fsdp",))
+    assert (between.kind, between.bytes, between.groups) == ("all-reduce", 64, ((0, 2), (1, 3)))
+    assert between.axes(mesh) == ("replica",)
+    assert (gather.kind, gather.bytes, gather.received) == ("all-gather", 24, 12)
+    assert gather.groups == ((0, 2), (1, 3))
+    assert (permute.kind, permute.pairs) == ("collective-permute", ((1, 2), (2, 1)))
+    assert permute.bytes == permute.received == 12
+
+
+@pytest.mark.parametrize("_", [pytest.param(0, marks=TPU_COMPILER)])
+def test_a_compiled_program_of_two_slices(_):
+    """A sum over all chips of two slices of four: in the slice, then each chip's quarter between the slices."""
+    where = machine.parse("2xv5p-8")
+    mesh = machine.mesh_of(where, {"replica": 2, "fsdp": 4})
+    whole = jax.shard_map(lambda x: jax.lax.psum(x, ("replica", "fsdp")), mesh=mesh, in_specs=P(), out_specs=P())
+    given = jax.ShapeDtypeStruct((256, 1024), jnp.float32, sharding=NamedSharding(mesh, P()))
+    text = jax.jit(whole).lower(given).compile().as_text()
+    found = collectives(text, [device.id for device in mesh.devices.flat])
+    (between,) = (c for c in found if c.axes(mesh.shape) == ("replica",))
+    assert (between.kind, between.bytes, between.group_size) == ("all-reduce", 256 * 1024 * 4 // 4, 2)
+    assert {c.axes(mesh.shape) for c in found if c is not between} == {("fsdp",)}
+
+
 @pytest.mark.parametrize(
     ("written", "groups"),
     [
@@ -159,7 +209,7 @@ def test_a_ragged_exchange_counts_the_smaller_of_its_arrays():
 )
 def test_all_ways_of_writing_groups(written, groups):
     line = f"  %g = f32[4] all-reduce(%a), channel_id=1, replica_groups={written}, use_global_device_ids=true"
-    (found,) = collectives("ENTRY %main (a: f32[4]) -> f32[4] {\n" + line + "\n}\n", 4)
+    (found,) = collectives("ENTRY %main (a: f32[4]) -> f32[4] {\n" + line + "\n}\n", range(4))
     assert {tuple(sorted(group)) for group in found.groups} == set(groups)
 
 
@@ -181,7 +231,7 @@ def body(w, x):
 specs = {"in_specs": (P(None, "fsdp", None), P()), "out_specs": P(("fsdp", "tensor"))}
 run = jax.shard_map(body, mesh=mesh, check_vma=False, **specs)
 compiled = jax.jit(run).lower(jnp.zeros((6, 16, 16), jnp.float32), jnp.zeros((8, 16), jnp.float32)).compile()
-found = [[c.kind, c.bytes, c.times, c.axes(dict(mesh.shape))] for c in collectives(compiled.as_text(), 8)]
+found = [[c.kind, c.bytes, c.times, c.axes(dict(mesh.shape))] for c in collectives(compiled.as_text(), range(8))]
 print(json.dumps(sorted(found)))
 """
 

@@ -2,6 +2,7 @@
 """Plans of small models on real topologies, what they say, and what the command lines do with them."""
 
 import dataclasses
+import functools
 import io
 import json
 import sys
@@ -147,7 +148,7 @@ def test_words_of_the_compiler():
 
 
 def plan_of(needed_gib, machine="8xh100", known=True):
-    program = Program("step", {"parameters": 2**30}, 0, int((needed_gib - 1) * 2**30), 0, (), 0.1, 1.0, known)
+    program = Program("step", {"parameters": 2**30}, 0, int((needed_gib - 1) * 2**30), 0, (), 0.1, 1.0, 1.0, known)
     part = report.Part(program, {"gradients": 2**30}, 1e15, Seconds(1, 0, 0) if known else None, (), {})
     return report.Plan("a job", parse(machine), {"fsdp": 8}, {}, (part,))
 
@@ -168,7 +169,7 @@ def test_advice_names_the_cheap_changes(_):
     asked = train.prepare(run, "8xh100")
     needed = 95 * 2**30
     program = Program(
-        "training step", {"parameters": 4 * 2**30, "optimizer": 8 * 2**30}, 0, needed - 12 * 2**30, 0, (), 0, 0
+        "training step", {"parameters": 4 * 2**30, "optimizer": 8 * 2**30}, 0, needed - 12 * 2**30, 0, (), 0, 0, 0
     )
     made = train.describe(asked, program)
     assert not made.fits
@@ -180,7 +181,7 @@ def test_advice_names_the_cheap_changes(_):
 
 def test_a_cache_that_heads_cannot_cut_further_is_cut_by_slots():
     gib = 2**30
-    program = Program("decoding step, 1 rows", {"parameters": 2 * gib, "cache": 300 * gib}, 0, 0, 0, (), 0, 0)
+    program = Program("decoding step, 1 rows", {"parameters": 2 * gib, "cache": 300 * gib}, 0, 0, 0, (), 0, 0, 0)
     mesh = dict.fromkeys(sharding.AXES, 1) | {"fsdp": 2, "tensor": 4}
     part = report.Part(program, {}, 0, None, (), {})
     made = report.Plan("qwen2-7b, inference", parse("8xh100"), mesh, {}, (part,))
@@ -235,6 +236,26 @@ def test_a_search_prefers_what_fits(_):
     assert "--mesh.fsdp" in found[0].flags and "--accumulate" in found[0].flags
     with pytest.raises(UserError, match="the smallest needs about"):
         search.search(dataclasses.replace(run, model=PRESETS["qwen2-72b"]), "h100")
+
+
+@pytest.mark.parametrize("_", [pytest.param(0, marks=GPU_COMPILER)])
+def test_the_command_compiles_the_best_and_lists_the_rest(_, monkeypatch, capsys):
+    monkeypatch.setattr(search, "COMPILED", 2)
+    monkeypatch.setattr(train, "plan", functools.cache(train.plan))  # twice the same
+    run, path = small(), Path("configs/small.py")
+    candidates = search.search(run, "2xh100")
+    assert command.train(run, "2xh100", path, search=True) == 0
+    shown = capsys.readouterr().out
+    compiled, _, estimated = shown.partition("estimated, not compiled")
+    assert compiled.count("fits: ") == 2
+    assert all(candidate.flags in compiled for candidate in candidates[:2])
+    assert [line for line in estimated.splitlines() if "--mesh" in line] == [str(c) for c in candidates[2:12]]
+
+    assert command.train(run, "2xh100", path, search=True, as_json=True) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert {plan["flags"] for plan in told} == {candidate.flags for candidate in candidates[:2]}
+    middle = [sum(plan["programs"][0]["seconds"][k] for k in ("overlapped", "not_overlapped")) for plan in told]
+    assert middle == sorted(middle)
 
 
 @pytest.mark.parametrize(

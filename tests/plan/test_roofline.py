@@ -65,6 +65,8 @@ def test_nodes_and_slices_have_a_slower_network_between_them():
     assert seconds("2x8xh100", everything, fsdp=16) == pytest.approx(15 / 16 / 450, rel=0.02)
     across = collective("all-reduce", (0, 8))  # one card each
     assert seconds("2x8xh100", across, data=2, fsdp=8) == pytest.approx(2 * 0.5 / 50, rel=0.02)
+    exchange = collective("all-to-all", range(16))  # half of what each device puts in leaves the node, by its own card
+    assert seconds("2x8xh100", exchange, fsdp=16) == pytest.approx(0.5 / 50, rel=0.02)
     slices = collective("all-reduce", (0, 4))
     assert seconds("2xv5p-8", slices, data=2, fsdp=4) == pytest.approx(2 * 0.5 / 6.25, rel=0.02)
 

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Speedrun: GRPO, from the bundled demo model. It adds in words that it was never asked in, and is told what is right.
+
+python -m qwen2_jax.data.tasks runs/speedrun/tasks
+python train.py configs/speedrun/grpo.py
+"""
+
+from pathlib import Path
+
+from qwen2_jax.data.spec import PromptData, Source
+from qwen2_jax.rewards import Reward
+from qwen2_jax.train import Checkpointing, Evaluation, Logging, Optim, Start
+from qwen2_jax.train.post_training import Grpo, Sampling
+
+DATA = "runs/speedrun/tasks"
+
+config = Grpo(
+    start=Start(checkpoint="demo"),
+    data=PromptData(sources=(f"{DATA}/sums.jsonl",), max_tokens=32),
+    rewards=(Reward(function="number"),),
+    prompts=32,
+    sampling=Sampling(samples=8, max_new_tokens=5, temperature=1.2, rows=256),
+    rows=54,
+    length=170,  # five answers
+    steps=100,
+    optim=Optim(lr=2e-4, schedule="linear", warmup=5, final=0.1, decay=0.0, b2=0.99),
+    dtype="float32",
+    remat=None,
+    export_dtype="float32",
+    evaluation=Evaluation(sources=(Source(path=f"{DATA}/held_out/sums.jsonl"),), every=20, first=True, batches=7),
+    checkpoints=Checkpointing(every_steps=100),
+    log=Logging(every=5),
+    out=Path("runs/speedrun/grpo"),
+)

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What post-training stages hold and compute beside a training step: a reference, and the sampling of answers."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from qwen2_jax import heads, model, sharding
+from qwen2_jax.config import ModelConfig
+from qwen2_jax.infer import ahead
+from qwen2_jax.infer.generate import Generator
+from qwen2_jax.params import Tree
+from qwen2_jax.plan.infer import decode_part
+from qwen2_jax.plan.machine import Machine
+from qwen2_jax.plan.program import compiled, device_bytes
+from qwen2_jax.plan.report import Part
+from qwen2_jax.plan.shapes import shapes
+from qwen2_jax.train.config import Run
+from qwen2_jax.train.post_training import Dpo, Grpo, Online
+
+# A plan has no data: so many groups are taken to lie in a row, each of so many responses. Only sums over a row's groups
+# depend on it, a small part of a step.
+GROUPS, RESPONSES = 16, 6
+
+
+def has_reference(run: Run) -> bool:
+    """Whether a step compares with the log-probabilities of a reference."""
+    if isinstance(run, Grpo):
+        return run.policy.kl > 0
+    return isinstance(run, Dpo | Online)
+
+
+def beside(run: Run, specs: Tree, mesh: Mesh) -> dict[str, int]:
+    """Bytes on a device, by name, that are there during a step without being its arguments.
+
+    The reference's weights, unless they are those below adapters, or its log-probabilities were computed ahead. A
+    judging reward model is left out: it is another checkpoint, of any size.
+    """
+    if not has_reference(run) or run.lora is not None or (isinstance(run, Dpo) and run.reference == "cached"):
+        return {}
+    return {"reference": device_bytes(shapes(specs, mesh, jnp.dtype(run.dtype)))}
+
+
+def sampling(run: Online, config: ModelConfig, where: Machine, mesh: Mesh, held: dict[str, int]) -> Part:
+    """An episode's answers, all as long as they may be: the decoding program, compiled, times the tokens.
+
+    Prefills are left out. held: bytes that stay on a device meanwhile, by name: the training's state, the reference.
+    """
+    rows = min(run.sampling.rows, run.prompts * run.sampling.samples)
+    wider = heads.spread(config, mesh)
+    served = config if wider is None else wider.config
+    graphdef, specs = model.declare(served)
+    params = shapes(specs, mesh, jnp.dtype(run.dtype), sharding.SERVING)
+    generator = Generator(
+        graphdef, params, served, dtype=jnp.dtype(run.dtype), mesh=mesh, implementation=run.implementation
+    )
+    turns = -(-run.prompts * run.sampling.samples // rows)
+    lower: Any = lambda: ahead.lower_decode(generator, rows, run.longest, run.long_context)  # noqa: E731
+    program = compiled(f"sampling, {rows} answers at a time", lower, mesh)
+    part = decode_part(
+        served, where, mesh, program, rows=rows, length=run.longest, slots=run.longest, params=params,
+        steps=turns * run.sampling.max_new_tokens,
+    )  # fmt: skip
+    arguments = {**program.arguments, **held}
+    return dataclasses.replace(part, program=dataclasses.replace(program, arguments=arguments))
