@@ -177,6 +177,11 @@ def _architecture(run: Run, source: checkpoint.Source | None, tokenizer: Tokeniz
         config = checkpoint.read_config(source)
         changes = {n: getattr(run.start, n) for n in ("rope_theta", "max_position_embeddings")}
         config = dataclasses.replace(config, **{n: v for n, v in changes.items() if v is not None})
+    if config.scores and not isinstance(run, Reward):
+        raise UserError(
+            f"{source.path if source else 'model'} is a reward model, which writes no answers; start from the chat "
+            "model that it was made from, and give it as reward_model where it is to judge"
+        )
     if isinstance(run, Reward) and config.score_head is None:
         config = dataclasses.replace(config, score_head=run.head)
     if run.long_context == "yarn":  # what the weights get used to belongs to the result

@@ -115,9 +115,8 @@ class Online(Run):
     sampling: Sampling = Sampling()
     updates: int = 1  # steps that an episode's prompts are divided among
     iterations: int = 1  # times that they are gone through
-    rows: int = (
-        0  # of a step, at most: 0 makes room for the longest answers; fewer rows are used where answers are short
-    )
+    # Of a step, at most; 0 makes room for the longest answers. Fewer rows are used where answers are short.
+    rows: int = 0
     length: int = 0  # tokens of a row; 0: what the longest prompt and answer need
     order: Literal["shuffled", "variance"] = "shuffled"  # variance: prompts first whose rewards vary most (Qwen2.5)
     # Only prompts with such a mean reward: (0.25, 0.625) are 2 to 5 right answers of 8 (Qwen2-Math). Both this and
