@@ -24,6 +24,7 @@ config = Grpo(
     length=170,  # five answers
     steps=100,
     optim=Optim(lr=2e-4, schedule="linear", warmup=5, final=0.1, decay=0.0, b2=0.99),
+    bound=1e-4,
     dtype="float32",
     remat=None,
     export_dtype="float32",

@@ -25,6 +25,7 @@ config = OnlineDpo(
     length=148,  # two pairs
     steps=80,
     optim=Optim(lr=1e-4, schedule="linear", warmup=5, final=0.1, decay=0.0, b2=0.99),
+    bound=1e-4,
     dtype="float32",
     remat=None,
     export_dtype="float32",
