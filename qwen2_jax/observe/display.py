@@ -21,6 +21,7 @@ SHOWN: tuple[tuple[str, Callable[[Any], str]], ...] = (
     ("tokens_per_second", lambda x: f"{x:,.0f} tokens/s"),
     ("mfu", lambda x: f"MFU {x:.1%}"),
     ("data_share", lambda x: f"data wait {x:.1%}"),
+    ("rollout_share", lambda x: f"sampling {x:.0%} of the time"),
     ("moe/load_max", lambda x: f"load max {x:.2f}"),
     ("skipped", lambda x: f"skipped {x}" if x else ""),
 )

@@ -202,6 +202,8 @@ class Recorder:
             if self._peak is not None and "flops" in line:
                 line["mfu"] = line["flops"] / seconds / self._peak
             line |= {"data_share": times["data"] / seconds, "goodput": self.goodput.share()}
+            if times["rollout"]:
+                line["rollout_share"] = times["rollout"] / seconds
             line["time"] = {phase: round(spent, 4) for phase, spent in times.items() if spent}
             line |= memory() | {"programs": programs_compiled()}
             self._write(line)
