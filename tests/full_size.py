@@ -51,6 +51,9 @@ JOBS = (
     Job("pretrain_72b", "v5p-256"),
     Job("pretrain_72b", "8x8xh100"),
     Job("sft_72b", "v5p-512"),
+    Job("dpo_7b", "8xh100", quick=True),
+    Job("dpo_72b", "v5p-256"),
+    Job("grpo_7b", "8xh100"),
     Job("moe_57b_a14b", "v5p-256"),
     Job("moe_57b_a14b", "v5p-128"),
     Job("moe_57b_a14b", "8x8xh100", ("--mesh.expert", "8", "--accumulate", "8")),
@@ -150,7 +153,7 @@ def tables() -> str:
         programs = one["programs"]
         took = " + ".join(f"{program['compiled_in']}" for program in programs) + " s"
         if job.trains:
-            (step,) = programs
+            step = programs[0]
             low, high = step["rates"]["MFU"]
             training.append(
                 f"| {job.what} | {job.machine} | {mesh} | {memory} | {step['flops']:.2e} | {_moved(step)} | "
