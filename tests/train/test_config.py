@@ -96,8 +96,8 @@ def test_optimizer_and_mesh_values_are_checked():
     [
         ("config = 3", "defines no run"),
         ("config = (", "x.py: .*was never closed"),
-        ("from qwen2_jax.train import Sfd", "x.py: cannot import name 'Sfd'"),
-        ("from qwen2_jax.train import Optim\nOptim(lr=1, shedule='wsd')", "x.py: .*'shedule'"),
+        ("from qwen2_jax.train import Sfd", "x.py line 1: cannot import name 'Sfd'"),
+        ("from qwen2_jax.train import Optim\nOptim(lr=1, shedule='wsd')", "x.py line 2: .*'shedule'"),
     ],
 )
 def test_a_file_without_a_run_is_refused(tmp_path, text, message):
