@@ -52,8 +52,8 @@ def pack(groups: Sequence[Group], *, rows: int, length: int, pad: int, piece: in
     needed = len(edges) - 1
     if needed > rows:
         raise UserError(
-            f"the answers of a step need {needed} rows of {length} tokens, and rows={rows}: give more, or 0, which has room "
-            "for the longest answers; accumulate saves memory"
+            f"the answers of a step need {needed} rows of {length} tokens, and rows={rows}: give more, or 0, which has "
+            "room for the longest answers; accumulate saves memory"
         )
     while rows % 2 == 0 and rows // 2 >= needed and rows // 2 % piece == 0:
         rows //= 2
