@@ -14,6 +14,7 @@ import numpy as np
 
 from qwen2_jax.data.packing import Batch, empty_row, stack
 from qwen2_jax.data.plan import best_fit
+from qwen2_jax.errors import UserError
 
 # B rows  T tokens of a row
 
@@ -43,11 +44,17 @@ def pack(groups: Sequence[Group], *, rows: int, length: int, pad: int, piece: in
     """Rows [B, length] that hold all groups, with advantages_BT and sampled_BT; each group whole in one row.
 
     rows: the most that are needed, one per group. B is the smallest of rows, rows / 2, rows / 4 ... that has room and
-    that `piece` divides: few programs are compiled, and short answers cost less than long ones.
+    that `piece` divides: few programs are compiled, and short answers cost less than long ones. Raises UserError where
+    rows are too few.
     """
     sizes = np.array([max(sum(map(len, group)), -(-length // MOST)) for group in groups], np.int64)
     order, edges = best_fit(sizes, length)
     needed = len(edges) - 1
+    if needed > rows:
+        raise UserError(
+            f"the answers of a step need {needed} rows of {length} tokens, and rows={rows}: give more, or 0, which has "
+            "room for the longest answers; accumulate saves memory"
+        )
     while rows % 2 == 0 and rows // 2 >= needed and rows // 2 % piece == 0:
         rows //= 2
     zeros = np.zeros((rows, length), np.float32)

@@ -164,11 +164,6 @@ class Online(Run):
                 f"length={self.length} has no room for {self.answers_per_group} x (data.max_tokens + "
                 f"sampling.max_new_tokens) = {self.answers_per_group * self.longest} tokens: raise it, or lower those"
             )
-        if self.rows < self.rows_needed:
-            raise UserError(
-                f"rows={self.rows} have no room for the answers of a step if all are as long as can be: give at least "
-                f"{self.rows_needed}, or leave rows out; accumulate is what saves memory"
-            )
 
     @property
     def longest(self) -> int:

@@ -77,7 +77,7 @@ def test_columns_and_options():
     ids = [np.arange(3), np.arange(5)]
     got = scores([reward("echo", options={"scale": 10.0})], "a", "b", answer=np.array([1, 2]), completion_ids=ids)
     assert got.totals == [40.0, 70.0]
-    with pytest.raises(UserError, match="needs ground_truth; it can have prompts, completions, answer"):
+    with pytest.raises(UserError, match="needs ground_truth, .* it can have prompts, completions, answer"):
         scores([reward("needs_more")], "a", answer=["1"])
     with pytest.raises(UserError, match="2 completions; of other length: answer"):
         scores([reward("length")], "a", "b", answer=["1"])

@@ -3,12 +3,13 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from qwen2_jax.data.spec import Data, PromptData, Source
 from qwen2_jax.errors import UserError
 from qwen2_jax.rewards import Reward as RewardFunction
-from qwen2_jax.train import Dpo, Grpo, OnlineDpo, Optim, Sampling, Sft, Start, reading
+from qwen2_jax.train import Dpo, Grpo, OnlineDpo, Optim, Sampling, Sft, Start, episodes, reading
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = PromptData(sources=("prompts.jsonl",), max_tokens=16)
@@ -33,8 +34,10 @@ def test_rows_hold_the_longest_answers():
     assert grpo(accumulate=5).rows == 15
     assert (grpo(OnlineDpo).rows, grpo(OnlineDpo).length) == (4, 48)
     assert grpo(updates=2).rows == 6
-    with pytest.raises(UserError, match="rows=5 have no room .* at least 6"):
-        grpo(length=50, rows=5)
+    answer = episodes.Answer(range(16), np.zeros(9, np.int32), np.zeros(9, np.float32))  # 24 inputs
+    assert len(episodes.pack([[answer]] * 12, rows=6, length=50, pad=0).tokens_BT) == 6
+    with pytest.raises(UserError, match="need 6 rows of 50 tokens, and rows=5"):
+        episodes.pack([[answer]] * 12, rows=5, length=50, pad=0)
 
 
 def test_flags_change_what_rows_and_length_follow_from():
