@@ -83,11 +83,11 @@ def write(runs: Path, out: Path, written: str) -> Path | None:
 
 
 EXPLAINED = (
-    "Each stage starts from the bundled demo model. Sums are asked in words that it never met, with numbers that no stage"
-    "\nwas trained on. A pair is the right sum and one near it; DPO begins with margins of 0, which count as wrong."
+    "Each stage starts from the bundled demo model. Sums are asked in words that it never met, with numbers that no"
+    "\nstage was trained on. A pair is the right sum and one near it; DPO begins with margins of 0: wrong."
 )
 TAXED = (
-    "DPO on the sums, from the demo trained on its prose again; the task vector of OnDARE is what that training changed."
+    "DPO on the sums, from the demo trained on its prose again; OnDARE's task vector is what that training changed."
     "\nPreferred: pairs of which the right sum is more probable. Prose: nats per token of held-out prose."
 )
 
