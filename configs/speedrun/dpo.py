@@ -16,7 +16,7 @@ config = Dpo(
     start=Start(checkpoint="demo"),
     data=Data(sources=(Source(path=f"{DATA}/pairs.jsonl"),), packing="best_fit"),
     rows=16,
-    length=140,  # two pairs
+    length=148,  # two pairs
     steps=80,
     optim=Optim(lr=1e-4, schedule="linear", warmup=5, final=0.1, decay=0.0, b2=0.99),
     dtype="float32",

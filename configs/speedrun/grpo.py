@@ -20,8 +20,8 @@ config = Grpo(
     rewards=(Reward(function="number"),),
     prompts=32,
     sampling=Sampling(samples=8, max_new_tokens=5, temperature=1.2, rows=256),
-    rows=64,
-    length=170,  # five answers
+    rows=52,
+    length=180,  # five answers
     steps=100,
     optim=Optim(lr=2e-4, schedule="linear", warmup=5, final=0.1, decay=0.0, b2=0.99),
     bound=1e-4,

@@ -16,7 +16,7 @@ config = Dpo(
     start=Start(checkpoint="runs/speedrun/prose/hf"),
     data=Data(sources=(Source(path=f"{DATA}/pairs.jsonl"),), packing="best_fit"),
     rows=16,
-    length=140,  # two pairs
+    length=148,  # two pairs
     steps=60,
     optim=Optim(
         lr=1e-4,

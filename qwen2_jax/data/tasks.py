@@ -17,6 +17,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import tyro
@@ -37,14 +38,23 @@ class Size:
     held_out: int = 200
 
 
-def questions(rng: np.random.Generator, count: int, *, held_out: bool) -> Iterator[tuple[str, int]]:
-    """`count` different questions of one split, each with its sum."""
+class Sum(NamedTuple):
+    """A question, responses to it, the best (right) one first, and one of the two that come next."""
+
+    prompt: str
+    ranked: list[str]
+    near: str
+
+
+def sums(rng: np.random.Generator, count: int, *, held_out: bool) -> Iterator[Sum]:
+    """`count` different questions of one split."""
     seen: set[str] = set()
     while len(seen) < count:
         item = skills.draw(rng, _asked, held_out=held_out)
         if item.question not in seen:
             seen.add(item.question)
-            yield item.question, int(item.answer)
+            ranked = responses(rng, int(item.answer))
+            yield Sum(item.question, ranked, ranked[int(rng.integers(1, 3))])
 
 
 def _asked(rng: np.random.Generator) -> skills.Item:
@@ -71,10 +81,8 @@ def write(out: Path, size: Size = Size(), *, seed: int = 0) -> None:
         rng = np.random.default_rng([seed, held_out])
         files: dict[str, list[dict[str, object]]] = {"sums": [], "pairs": [], "ranked": []}
         files["prose"] = [{"text": t} for t, is_prose in text.split(documents, held_out=held_out).values() if is_prose]
-        for prompt, total in questions(rng, size.held_out if held_out else size.train, held_out=held_out):
-            ranked = responses(rng, total)
+        for prompt, ranked, near in sums(rng, size.held_out if held_out else size.train, held_out=held_out):
             files["sums"].append({"prompt": prompt, "answer": ranked[0]})
-            near = ranked[int(rng.integers(1, 3))]
             files["pairs"].append({"prompt": prompt, "chosen": ranked[0], "rejected": near})
             files["ranked"].append({"prompt": prompt, "responses": ranked})
         folder.mkdir(parents=True)

@@ -84,7 +84,7 @@ def write(runs: Path, out: Path, written: str) -> Path | None:
 
 EXPLAINED = (
     "Each stage starts from the bundled demo model. Sums are asked in words that it never met, with numbers that no"
-    "\nstage was trained on. A pair is the right sum and one near it; margins of 0, as DPO begins, count as wrong."
+    "\nstage was trained on. A pair is the right sum and one near it; DPO begins with margins of 0: wrong."
 )
 TAXED = (
     "DPO on the sums, from the demo trained on its prose again; OnDARE's task vector is what that training changed."

@@ -22,13 +22,9 @@ def measure(lm: LM, *, sums: int = 200, texts: int = 32, length: int = 256) -> d
     """{"sums": share of held-out sums answered right, greedy; "preferred": share of those where the right sum is more
     probable than one near it; "prose": nats per token of held-out prose, the first `length` tokens of each text}."""
     assert lm.tokenizer is not None
-    rng = np.random.default_rng([0, True])  # as the data's own held-out files
-    asked, right, near = [], [], []
-    for question, total in tasks.questions(rng, sums, held_out=True):
-        asked.append(lm.tokenizer.chat_ids([{"role": "user", "content": question}]))
-        ranked = tasks.responses(rng, total)
-        right.append(ranked[0])
-        near.append(ranked[int(rng.integers(1, 3))])
+    held_out = list(tasks.sums(np.random.default_rng([0, True]), sums, held_out=True))  # as in the data's own files
+    asked = [lm.tokenizer.chat_ids([{"role": "user", "content": item.prompt}]) for item in held_out]
+    right, near = [item.ranked[0] for item in held_out], [item.near for item in held_out]
     answers = lm.generate(asked, max_new_tokens=8, temperature=0.0)
     unseen = text.split(text.stdlib_documents(), held_out=True)
     prose = [lm.tokenizer.encode(t)[:length] for t, is_prose in unseen.values() if is_prose][:texts]
