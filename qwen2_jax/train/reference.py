@@ -35,25 +35,30 @@ def weights(job: Job, trainer: Trainer, frozen: Tree | None) -> Tree:
     return lora.attach(frozen, start.adapters(job)(), run.lora)
 
 
-def cached(job: Job, trainer: Trainer, frozen: Tree | None, console: Console) -> Job:
+def cached(job: Job, trainer: Trainer, done: int, frozen: Tree | None, console: Console) -> Job:
     """The job with rows that carry reference_BT: computed once for all of them, and kept in the run's folder.
 
-    What is there is used again if it is of the same rows and settings. Raises UserError where several processes train:
-    each has part of the rows only.
+    What is there is used again if it is of the same rows, weights and settings; a run that goes on (done > 0) takes the
+    weights to be its own, and does not load them again. Raises UserError where several processes train: each has part
+    of the rows only.
     """
     if jax.process_count() > 1:
         raise UserError("reference 'cached' is for one process; give --reference live where several train together")
     assert isinstance(job.data, Loaded)
     held_out = {name: data for name, data in job.held_out.items() if isinstance(data, Loaded)}
-    folder, reference = job.run.out / "reference", None
     settings = {name: getattr(job.run, name) for name in ("length", "dtype", "long_context")}
+    reference = None if done else weights(job, trainer, frozen)
+    known = None if reference is None else digest(reference)
     found = {}
     for name, data in {"": job.data, **held_out}.items():
-        about = {"rows": [len(plan) for plan in data.plans], "tokens": data.identity, **settings}
-        place = folder / (name or "data")
-        if _about(place) != about | {"weights": _about(place).get("weights")}:
+        place = job.run.out / "reference" / (name or "data")
+        there = _about(place)
+        about = {"tokens": data.identity, "rows": [len(plan) for plan in data.plans], **settings}
+        about["weights"] = known or there.get("weights")
+        if there != about:
             reference = weights(job, trainer, frozen) if reference is None else reference
-            _write(place, data.plans, trainer, reference, job, console, about | {"weights": digest(reference)})
+            about["weights"] = digest(reference)
+            _write(place, data.plans, trainer, reference, job, console, about)
         found[name] = data.with_reference([_open(place, i, plan, "r") for i, plan in enumerate(data.plans)])
     return dataclasses.replace(job, data=found.pop(""), held_out=dict(found))
 

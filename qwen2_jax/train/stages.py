@@ -84,6 +84,6 @@ def feed(
 
         yield Corpus(job, trainer, done, filled)
     elif isinstance(run, Dpo):
-        yield Corpus(reference.cached(job, trainer, frozen, console), trainer, done)
+        yield Corpus(reference.cached(job, trainer, done, frozen, console), trainer, done)
     else:
         yield Corpus(job, trainer, done)
