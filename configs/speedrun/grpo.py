@@ -22,14 +22,14 @@ config = Grpo(
     sampling=Sampling(samples=8, max_new_tokens=5, temperature=1.2, rows=256),
     rows=52,
     length=180,  # five answers
-    steps=100,
+    steps=160,
     optim=Optim(lr=2e-4, schedule="linear", warmup=5, final=0.1, decay=0.0, b2=0.99),
     bound=1e-4,
     dtype="float32",
     remat=None,
     export_dtype="float32",
     evaluation=Evaluation(sources=(Source(path=f"{DATA}/held_out/sums.jsonl"),), every=20, first=True, batches=7),
-    checkpoints=Checkpointing(every_steps=100),
+    checkpoints=Checkpointing(every_steps=80),
     log=Logging(every=5),
     out=Path("runs/speedrun/grpo"),
 )

@@ -18,7 +18,7 @@ config = Reward(
     rows=16,
     length=160,  # four answers
     steps=200,
-    optim=Optim(lr=1e-3, schedule="linear", warmup=10, final=0.1, decay=0.0, b2=0.99),
+    optim=Optim(lr=5e-4, schedule="linear", warmup=10, final=0.1, decay=0.0, b2=0.99),
     dtype="float32",
     remat=None,
     export_dtype="float32",
