@@ -1,17 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What test_mesh.py runs in processes of their own, on eight devices.
+"""What test_mesh.py and test_rollouts.py ask of a worker (tests/worker.py) that has eight devices."""
 
-`eight_devices.py compare MODEL AXES`: a model on a mesh answers as on one device.
-`eight_devices.py rollouts MODEL AXES`: its rollouts, with weights in the trainer's places, are those of one device.
-`eight_devices.py collectives MODEL AXES`: its compiled programs move activations between devices, and nothing else.
-"""
-
-import sys
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+import qwen2_jax
 from qwen2_jax import model, sharding
 from qwen2_jax.config import DualChunk, ModelConfig
 from qwen2_jax.infer import ahead
@@ -51,13 +47,29 @@ MODELS = {  # with the long_context that they are loaded with
 LENGTHS = (70, 9, 1, 33)  # of the prompts: one is a token, one is beyond the first share of the slots
 
 
+def recorded(folder: str, axes: dict[str, int]) -> None:
+    """A folder of tests/golden, loaded onto a mesh: logits and greedy tokens are those recorded."""
+    golden = np.load(f"{folder}/golden.npz")
+    lm = qwen2_jax.load(folder, dtype="float32", mesh=sharding.make_mesh(**axes))
+    assert any(not leaf.is_fully_replicated for leaf in jax.tree.leaves(lm.params)), "nothing was split"
+    assert np.abs(lm.logits(golden["tokens"]) - golden["logits"]).max() < 1e-4
+    prompts = [row[:n].tolist() for row, n in zip(golden["prompts"], golden["prompt_lengths"], strict=True)]
+    answers = lm.generate(prompts, max_new_tokens=24, ignore_eos=True)
+    assert [answer.token_ids for answer in answers] == golden["generated"].tolist()
+
+
 def compare(name: str, axes: dict[str, int]) -> None:
     """Tokens, greedy and sampled, their log-probabilities, scores and logits; and a second batch compiles nothing."""
     rows = 8 if axes.get("fsdp") == 8 else 4  # with four of padding, so that rows are divided too
-    alone, together = (_answers(name, rows, mesh) for mesh in (None, sharding.make_mesh(**axes)))
+    alone, together = _alone(name, rows), _answers(name, rows, sharding.make_mesh(**axes))
     assert alone[0] == together[0]
     for a, b in zip(alone[1:], together[1:], strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+@functools.cache
+def _alone(name, rows):
+    return _answers(name, rows, None)
 
 
 def _answers(name, rows, mesh):
@@ -141,10 +153,3 @@ def collectives(name: str, axes: dict[str, int]) -> None:
         largest = max(found, key=lambda c: c.bytes)
         assert 3 * tokens * activations < min(cache, table)
         assert largest.bytes <= tokens * activations, f"{largest} of {tokens} tokens"
-
-
-if __name__ == "__main__":
-    what, name, axes = sys.argv[1:]
-    {"compare": compare, "rollouts": rollouts, "collectives": collectives}[what](
-        name, {axis: int(size) for axis, size in (part.split("=") for part in axes.split(","))}
-    )

@@ -1,46 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights and cache spread over several devices give what one device gives (in processes of their own)."""
+"""Weights and cache spread over eight devices give what one device gives (in a process of its own)."""
 
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-TESTS = Path(__file__).parents[1]
-LOADED = """
-import sys
-import jax, numpy as np
-import qwen2_jax
-from qwen2_jax.sharding import make_mesh
-
-folder, axes = sys.argv[1], dict(part.split("=") for part in sys.argv[2].split(","))
-recorded = np.load(folder + "/golden.npz")
-lm = qwen2_jax.load(folder, dtype="float32", mesh=make_mesh(**{name: int(size) for name, size in axes.items()}))
-assert any(not leaf.is_fully_replicated for leaf in jax.tree.leaves(lm.params)), "nothing was split"
-assert np.abs(lm.logits(recorded["tokens"]) - recorded["logits"]).max() < 1e-4
-prompts = [row[:n].tolist() for row, n in zip(recorded["prompts"], recorded["prompt_lengths"])]
-answers = lm.generate(prompts, max_new_tokens=24, ignore_eos=True)
-assert [answer.token_ids for answer in answers] == recorded["generated"].tolist()
-"""
+from worker import TESTS, Worker
 
 
-def run(devices, *arguments):
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(TESTS)}
-    environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
-    command = [sys.executable, *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+def sizes(axes):
+    return {axis: int(size) for axis, size in (part.split("=") for part in axes.split(","))}
+
+
+@pytest.fixture(scope="module")
+def eight():
+    with Worker(devices=8) as worker:
+        yield worker
 
 
 @pytest.mark.parametrize(
     ("variant", "axes"),
-    [("dense_untied", "fsdp=2,tensor=2"), ("moe", "expert=2,tensor=2"), ("sliding", "context=2,tensor=2")],
+    [
+        ("dense_untied", "data=2,fsdp=2,tensor=2"),
+        ("moe", "data=2,expert=2,tensor=2"),
+        ("sliding", "data=2,context=2,tensor=2"),
+    ],
 )
-def test_sharded_model_answers_as_recorded(variant, axes):
-    run(4, "-c", LOADED, str(TESTS / "golden" / variant), axes)
+def test_sharded_model_answers_as_recorded(variant, axes, eight):
+    eight("eight_devices", "recorded", str(TESTS / "golden" / variant), sizes(axes))
 
 
 MESHES = [
@@ -57,8 +46,8 @@ MESHES = [
 
 
 @pytest.mark.parametrize(("name", "axes"), MESHES)
-def test_a_mesh_answers_as_one_device(name, axes):
-    run(8, str(TESTS / "infer/eight_devices.py"), "compare", name, axes)
+def test_a_mesh_answers_as_one_device(name, axes, eight):
+    eight("eight_devices", "compare", name, sizes(axes))
 
 
 @pytest.mark.parametrize(
@@ -71,12 +60,17 @@ def test_a_mesh_answers_as_one_device(name, axes):
         ("dense", "fsdp=4,tensor=2"),
     ],
 )
-def test_neither_tables_nor_caches_move(name, axes):
+def test_neither_tables_nor_caches_move(name, axes, eight):
     """Nor weights, in decoding with fsdp. tests/plan asks the compilers for TPU and GPU."""
-    run(8, str(TESTS / "infer/eight_devices.py"), "collectives", name, axes)
+    eight("eight_devices", "collectives", name, sizes(axes))
 
 
 def test_the_command_line_takes_a_mesh():
-    command = (str(TESTS.parent / "infer.py"), "--raw", "--dtype", "float32", "--max-new-tokens", "12", "--temperature")
-    alone = run(8, *command, "0", "What is 11 + 22?")
-    assert run(8, *command, "0", "--mesh", "context=-1", "What is 11 + 22?") == alone != ""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    command = [sys.executable, str(TESTS.parent / "infer.py"), "--raw", "--dtype", "float32", "--max-new-tokens", "12"]
+    command += ["--temperature", "0", "What is 11 + 22?"]
+    said = [
+        subprocess.run([*command, *flags], env=environment, capture_output=True, text=True, timeout=300, check=True)
+        for flags in ([], ["--mesh", "context=-1"])
+    ]
+    assert said[0].stdout == said[1].stdout != ""

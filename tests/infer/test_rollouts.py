@@ -14,10 +14,10 @@ from qwen2_jax.infer.generate import Request
 from qwen2_jax.infer.rollouts import Rollouts
 from qwen2_jax.infer.settings import Settings
 from tiny import random_params
+from worker import Worker
 
 from .conftest import TINY
 from .test_generate import SPARSE
-from .test_mesh import TESTS, run
 
 CONFIGS = {"dense": ModelConfig(**TINY), "experts": ModelConfig(**TINY, **SPARSE)}
 
@@ -174,4 +174,5 @@ def test_bad_requests_are_named(dense, params):
 
 def test_a_mesh_gives_what_one_device_gives():
     """Rows and slots are divided, weights come from the trainer's places, and tensor does not divide the key heads."""
-    run(8, str(TESTS / "infer/eight_devices.py"), "rollouts", "one key head", "data=2,fsdp=2,tensor=2")
+    with Worker(devices=8) as eight:
+        eight("eight_devices", "rollouts", "one key head", {"data": 2, "fsdp": 2, "tensor": 2})
