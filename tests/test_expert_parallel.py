@@ -98,7 +98,8 @@ def metrics_of(mesh, how):
     state, seen = trainer.init(tiny.random_params(config)), []
     for seed in range(3):
         state, metrics = trainer.step(state, trainer.place(random_batch(rows=16, seed=seed)))
-        seen.append({name: np.asarray(value) for name, value in metrics.items()})
+        ratios = {f"mean {name}": ratio.mean() for name, ratio in metrics.pop("ratios").items()}
+        seen.append({name: np.asarray(value) for name, value in (metrics | ratios).items()})
     return seen
 
 alone = metrics_of(None, None)

@@ -121,7 +121,8 @@ def perturbed(params, path: tuple, amount: float):
 
 
 def test_every_recording_is_tested():
-    assert sorted(path.parent.name for path in GOLDEN.glob("*/golden.npz")) == sorted(DENSE + SPARSE)
+    words = [path.parent.name for path in GOLDEN.glob("*/golden.npz") if not path.parent.name.startswith("score_")]
+    assert sorted(words) == sorted(DENSE + SPARSE)  # those of scores: test_score.py
 
 
 # The decoder
