@@ -23,7 +23,7 @@ import numpy as np
 import tyro
 
 from qwen2_jax.data import skills, text
-from qwen2_jax.errors import UserError
+from qwen2_jax.errors import UserError, run_and_exit
 
 # The demo adds two numbers nearly without fault in the words of skills.SUM_QUESTIONS, and about every second time here.
 QUESTIONS = ("What do {a} and {b} make?", "Total of {a} and {b}", "{a} and {b} together?")
@@ -101,8 +101,4 @@ def main(out: tyro.conf.Positional[Path], *, seed: int = 0, size: Size = Size())
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(tyro.cli(main))
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_and_exit(lambda: tyro.cli(main))

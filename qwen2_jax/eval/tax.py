@@ -5,7 +5,6 @@ python -m qwen2_jax.eval.tax demo runs/speedrun/grpo/hf
 """
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 import tyro
 
 from qwen2_jax.data import tasks, text
-from qwen2_jax.errors import UserError
+from qwen2_jax.errors import run_and_exit
 from qwen2_jax.infer.lm import LM, load
 from qwen2_jax.tokenizer import IM_END
 
@@ -60,8 +59,4 @@ def main(checkpoints: tyro.conf.Positional[tuple[str, ...]], *, out: Path | None
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(tyro.cli(main))
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_and_exit(lambda: tyro.cli(main))
