@@ -67,10 +67,7 @@ def read(record: Mapping[str, Any], format: str, where: str) -> Document:
     check.choice("format", format, FORMATS)
     if format == "text":
         return Text(messages.text(record, "text", where))
-    if "tools" in record and record["tools"] not in (None, [], "", "[]"):
-        raise UserError(
-            f"{where}: tools are not supported; describe them in the system message and leave the field out"
-        )
+    messages.refuse_tools(record, where)
     if format in rankings.READERS:
         return rankings.READERS[format](record, where)
     chat = {

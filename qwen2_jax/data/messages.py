@@ -43,6 +43,14 @@ def check_conversation(chat: Chat, where: str) -> None:
         raise UserError(f"{where}: the system message is number {systems[0] + 1}; it must be the first")
 
 
+def refuse_tools(record: Mapping[str, Any], where: str) -> None:
+    """Refuses a record whose chat template would have to describe tools."""
+    if record.get("tools") not in (None, [], "", "[]"):
+        raise UserError(
+            f"{where}: tools are not supported; describe them in the system message and leave the field out"
+        )
+
+
 def messages(record: Mapping[str, Any], field: str, where: str) -> Chat:
     """The field's list of messages."""
     chat = Chat([], [])

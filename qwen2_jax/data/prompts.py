@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from qwen2_jax import check
-from qwen2_jax.data import formats
+from qwen2_jax.data import messages
 from qwen2_jax.data.files import library
 from qwen2_jax.data.records import open_records
 from qwen2_jax.data.spec import PromptData
@@ -94,28 +94,27 @@ class Prompts:
 
 def _read(record: Mapping[str, Any], where: str, tokenizer: Tokenizer) -> Prompt:
     columns = {name: value for name, value in record.items() if name not in ("prompt", "messages")}
+    messages.refuse_tools(record, where)
     if record.get("prompt") is not None:
-        prompt = record["prompt"]
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        chat = messages.side(record, "prompt", "user", where)
     elif record.get("messages") is not None:
-        messages = record["messages"]
+        chat = messages.messages(record, "messages", where)
     else:
         raise UserError(f"{where} has the fields {', '.join(record)}; a prompt needs the field prompt or messages")
-    chat = formats.read({"messages": messages}, "messages", where)
-    assert isinstance(chat, formats.Chat)
-    messages = chat.messages
-    if messages[-1]["role"] == "assistant":
-        columns.setdefault("answer", messages[-1]["content"])
-        messages = messages[:-1]
-    if not messages or messages[-1]["role"] not in ("user", "tool"):
-        raise UserError(f"{where}: the prompt ends with {_role(messages)}; it must end with what the user said")
+    messages.check_conversation(chat, where)
+    asked = chat.messages
+    if asked[-1]["role"] == "assistant":
+        columns.setdefault("answer", asked[-1]["content"])
+        asked = asked[:-1]
+    if not asked or asked[-1]["role"] not in ("user", "tool"):
+        raise UserError(f"{where}: the prompt ends with {_role(asked)}; it must end with what the user said")
     judge = columns.get("reward_model")
     if isinstance(judge, Mapping) and "ground_truth" in judge:
         columns.setdefault("ground_truth", judge["ground_truth"])
     if taken := {"prompts", "completions", "completion_ids"} & columns.keys():
         raise UserError(f"{where}: reward functions know {', '.join(sorted(taken))} as something else; rename it")
-    return Prompt(messages, tokenizer.chat_ids(messages), columns)
+    return Prompt(asked, tokenizer.chat_ids(asked), columns)
 
 
-def _role(messages: Sequence[Mapping[str, Any]]) -> str:
-    return f"a message of role {check.short(messages[-1]['role'])}" if messages else "nothing"
+def _role(asked: Sequence[Mapping[str, Any]]) -> str:
+    return f"a message of role {check.short(asked[-1]['role'])}" if asked else "nothing"

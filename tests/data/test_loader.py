@@ -74,9 +74,9 @@ def test_start_is_the_same_as_running_there(weights):
                 np.testing.assert_array_equal(x, y)
     data = loaded(weights=weights)
     take(data, 1, 3)  # imports
-    began = time.perf_counter()
+    began = time.process_time()  # not the clock on the wall: others may be busy on this machine
     take(data, 1, 3, start=10**6)
-    assert time.perf_counter() - began < 0.5  # of walking there it would be minutes
+    assert time.process_time() - began < 0.5  # of walking there it would be minutes
 
 
 def test_every_row_once_per_epoch_each_time_in_another_order():

@@ -60,7 +60,12 @@ def test_records(tmp_path, tokenizer, record, columns):
         ({"prompt": [{"role": "system", "content": "Be brief."}]}, "must end with what the user said"),
         ({"messages": [{"role": "assistant", "content": "5"}]}, "the prompt ends with nothing"),
         ({"prompt": "x", "completions": 1}, "reward functions know completions as something else"),
-        ({"prompt": [{"role": "human", "content": "x"}]}, "role"),
+        ({"prompt": [{"role": "human", "content": "x"}]}, r"line 1: prompt\[0\] role is 'human'"),
+        ({"prompt": 3}, "line 1: prompt is 3; it must be text or a list of messages"),
+        ({"prompt": {"role": "user", "content": "x"}}, "line 1: prompt is {.*; it must be text or a list of messages"),
+        ({"prompt": []}, "line 1: prompt is empty; give at least one message"),
+        ({"messages": "x"}, "line 1: messages is 'x'; it must be a list of messages"),
+        ({"prompt": "x", "tools": [{"name": "f"}]}, "line 1: tools are not supported; describe them in the system"),
     ],
 )
 def test_mistakes_name_their_line(tmp_path, tokenizer, record, message):
