@@ -3,11 +3,11 @@
 
     python configs/speedrun/run.py
 
-On two CPU cores and without a network it takes about two hours; docs/speedrun/report.md has each stage's minutes. What
-is done already is not done again: after an interruption the same command goes on. `--only pretrain` does one stage,
-`--dry-run` prints the commands. The stages of post-training start from the bundled demo model and need none of the
-others: `--only grpo`. Further words go to every training: `--steps 20` for a rehearsal, whose folder is to
-be removed before the real run.
+On two CPU cores and without a network the stages up to fine-tuning take about 80 minutes; docs/speedrun/report.md has
+each one's. What is done already is not done again: after an interruption the same command goes on. `--only pretrain`
+does one stage, `--dry-run` prints the commands. The stages of post-training, which have not been run to their end yet,
+start from the bundled demo model and need none of the others: `--only grpo`. Further words go to every training:
+`--steps 20` for a rehearsal, whose folder is to be removed before the real run.
 """
 
 import argparse
