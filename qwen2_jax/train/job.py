@@ -111,6 +111,11 @@ def prepare(run: Run, console: Console) -> Job:
 
     Raises UserError for what contradicts itself, before anything is computed.
     """
+    if isinstance(run, Online) and jax.process_count() > 1:
+        raise UserError(
+            f"{type(run).__name__} samples its answers in one process, and {jax.process_count()} are here: give "
+            "--processes 1 on a machine that holds the model, or train on rankings with Dpo"
+        )
     source = None if run.start is None else checkpoint.locate(run.start.checkpoint)
     files = _tokenizer_files(run.tokenizer) if source is None or run.tokenizer is not None else source
     tokenizer = Tokenizer.from_folder(files.path)

@@ -31,7 +31,7 @@ from qwen2_jax.train.post_training import Grpo, Online
 from qwen2_jax.train.step import State, Trainer
 
 # P prompts  G answers to a prompt  B rows  T tokens of a row
-FLOAT32_BOUND = 1e-5  # nats: of the sampler against the trainer, where both compute the same
+FLOAT32_BOUND = 1e-5  # nats: of the sampler against the trainer, where only the order of sums differs
 
 
 class Sampled:
@@ -91,11 +91,11 @@ class Sampled:
 
     def evaluate(self, state: State, frozen: Tree | None) -> Scores:
         """Greedy answers to held-out prompts: the mean of each reward, and the mean length."""
-        scores = {}
+        scores, weights = {}, self.trainer.policy(state, frozen)
         for name, prompts in self.job.held_out.items():
             assert isinstance(prompts, Prompts)
             asked = prompts.first(self.run.evaluation.batches * self.run.prompts)
-            completions, _ = self._answers(self.trainer.policy(state, frozen), asked, None)
+            completions, _ = self._answers(weights, asked, None)
             rewards = self._scored(asked, completions)
             means = {key: value for key, value in rewards.metrics.items() if key.endswith("/mean")}
             scores[name] = {"reward": _mean(rewards.totals), **means, **_lengths(completions)}

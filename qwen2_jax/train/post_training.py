@@ -123,7 +123,7 @@ class Online(Run):
     # order "variance" have every prompt answered before the first step (difficulty.py).
     keep: tuple[float, float] | None = None
     # Compares sampler and trainer: the largest difference of log-probabilities that is not told as a warning.
-    # None: 1e-5 in float32, where the two are the same computation; no bound in bfloat16, which rounds.
+    # None: 1e-5 in float32, where only the order of sums differs; no bound in bfloat16, which rounds.
     bound: float | None = None
 
     filled_in: ClassVar[tuple[str, ...]] = ()  # fields that were 0

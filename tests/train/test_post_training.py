@@ -38,6 +38,7 @@ from qwen2_jax.train import (
     Sampling,
     Start,
     difficulty,
+    job,
     loop,
     online,
 )
@@ -359,6 +360,12 @@ def test_settings_that_contradict_each_other(base, tmp_path, changes, message):
 def test_a_reward_model_takes_no_adapters(base, tmp_path):
     with pytest.raises(UserError, match="train it without lora"):
         Reward(**shared(base, tmp_path, data=data_of(base, "ranked"), rows=2, lora=Lora(rank=2), lora_base="float32"))
+
+
+def test_online_stages_are_for_one_process(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match="Grpo samples its answers in one process, and 2 are here"):
+        job.prepare(grpo(base, tmp_path), Console(file=io.StringIO()))
 
 
 def test_a_model_of_words_is_no_judge(base, tmp_path):
