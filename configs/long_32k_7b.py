@@ -4,7 +4,7 @@ on eight H100.
 
     python train.py configs/long_32k_7b.py
 
---plan 8xh100: 33.1 GiB per device, 67.4 to 72.1 s a step, MFU 46% to 49%.
+--plan 8xh100: 32.1 GiB per device, 67.4 to 72.1 s a step, MFU 46% to 49%.
 
 The report gives no token count and no mix; 40% long rows and 60% shorter ones are Qwen2.5-Turbo's. 4,194,304 tokens a
 step. Not run at this size by us.

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is written of the full-size plans is what a fresh plan says: configs' docstrings, docs/scaling.md, the record.
 
-The jobs that compile in less than a minute are compiled here, where the compilers are; all of them by `-m slow`.
+Where the compilers are, the jobs that compile in less than a minute are compiled by `pytest`, the others by `-m slow`;
+`.ci/run` compiles all of them (`-m tpu_compiler`, `-m gpu_compiler`).
 """
 
 import ast
