@@ -3,8 +3,8 @@
 
     python train.py configs/grpo_7b.py --data.sources questions.jsonl
 
---plan 8xh100: 23.7 GiB per device, 24.7 to 29.7 s a step, MFU 42% to 51%; and 180 to 278 s for an episode's answers if
-all were as long as they may be.
+--plan 8xh100: 49.8 GiB per device, 24.7 to 29.7 s a step, MFU 42% to 51%; and 92 to 116 s for an episode's answers if
+all were as long as they may be (180 to 278 s, were the weights divided as in training).
 
 32 answers to a question, 128 questions (4,096 answers) an episode, learning rate 1e-5 and KL coefficient 1e-3 are those
 of Qwen2.5-Math-7B (arXiv:2409.12122, sec. 3.3; its batch of 512 answers makes 8 updates). It takes questions that 2 to
@@ -23,7 +23,7 @@ config = Grpo(
     data=PromptData(sources=("questions.jsonl",), max_tokens=1024),
     rewards=(Reward(function="maths", batch=64, on_error="skip"),),
     prompts=128,
-    sampling=Sampling(samples=32, max_new_tokens=2048, rows=256),
+    sampling=Sampling(samples=32, max_new_tokens=2048, rows=1024, mesh=Mesh(data=8, fsdp=1)),  # each GPU has it all
     updates=8,
     keep=(0.25, 0.625),
     policy=Policy(kl=1e-3),

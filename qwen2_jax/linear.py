@@ -6,14 +6,15 @@ The only place that knows how weights are stored.
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from qwen2_jax import sharding, tables
 from qwen2_jax.params import ParamSpec, Tree
@@ -65,6 +66,31 @@ class Adapted:
 
 
 Weight = jax.Array | Int8 | Adapted
+
+
+def put(w: Weight, where: Sharding) -> Weight:
+    """The weight where an array of its shape is to lie; what lies there already is not copied.
+
+    Scales and the parts of a correction are divided along their dimensions as the weight is along the same ones.
+    """
+    dims = list(range(len(w.shape)))
+    if isinstance(w, Adapted):  # a [r, *in], b [*out, r], both behind a dimension of layers where they are stacked
+        inputs = dims[w.b.ndim - 1 :]
+        layers = dims[: w.a.ndim - 1 - len(inputs)]
+        a, b = _along(where, [*layers, None, *inputs]), _along(where, [*dims[: w.b.ndim - 1], None])
+        base = cast(jax.Array | Int8, put(w.base, where))
+        return Adapted(base, jax.device_put(w.a, a), jax.device_put(w.b, b), w.scale)
+    if isinstance(w, Int8):
+        return Int8(jax.device_put(w.values, where), jax.device_put(w.scale, _along(where, dims[: w.scale.ndim])))
+    return jax.device_put(w, where)
+
+
+def _along(where: Sharding, dims: Sequence[int | None]) -> Sharding:
+    """For an array with these dimensions of the one that lies at `where`; None: one of its own, which is whole."""
+    if not isinstance(where, NamedSharding):
+        return where
+    groups = [*where.spec, *[None] * len(dims)]
+    return NamedSharding(where.mesh, PartitionSpec(*(None if dim is None else groups[dim] for dim in dims)))
 
 
 def linear(x: jax.Array, w: Weight, *, contract: int = 1, dtype=None) -> jax.Array:

@@ -53,6 +53,8 @@ JOBS = (
     Job("sft_72b", "v5p-512"),
     Job("dpo_7b", "8xh100", quick=True),
     Job("dpo_72b", "v5p-256"),
+    Job("reward_7b", "8xh100"),
+    Job("online_dpo_7b", "8xh100"),
     Job("grpo_7b", "8xh100"),
     Job("moe_57b_a14b", "v5p-256"),
     Job("moe_57b_a14b", "v5p-128"),

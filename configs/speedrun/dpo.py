@@ -17,13 +17,13 @@ config = Dpo(
     data=Data(sources=(Source(path=f"{DATA}/pairs.jsonl"),), packing="best_fit"),
     rows=16,
     length=148,  # two pairs
-    steps=80,
-    optim=Optim(lr=1e-4, schedule="linear", warmup=5, final=0.1, decay=0.0, b2=0.99),
+    steps=200,
+    optim=Optim(lr=3e-4, schedule="linear", warmup=5, final=0.1, decay=0.0, b2=0.99),
     dtype="float32",
     remat=None,
     export_dtype="float32",
     evaluation=Evaluation(sources=(Source(path=f"{DATA}/held_out/pairs.jsonl"),), every=20, first=True, batches=7),
-    checkpoints=Checkpointing(every_steps=80),
+    checkpoints=Checkpointing(every_steps=100),
     log=Logging(every=5),
     out=Path("runs/speedrun/dpo"),
 )

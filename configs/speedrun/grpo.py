@@ -23,7 +23,7 @@ config = Grpo(
     rows=52,
     length=180,  # five answers
     steps=160,
-    optim=Optim(lr=2e-4, schedule="linear", warmup=5, final=0.1, decay=0.0, b2=0.99),
+    optim=Optim(lr=2e-4, schedule="wsd", fall=0.5, warmup=5, final=0.1, decay=0.0, b2=0.99),
     bound=1e-4,
     dtype="float32",
     remat=None,

@@ -23,8 +23,8 @@ config = OnlineDpo(
     sampling=Sampling(samples=8, max_new_tokens=5, temperature=1.2, rows=256),
     rows=16,
     length=148,  # two pairs
-    steps=80,
-    optim=Optim(lr=1e-4, schedule="linear", warmup=5, final=0.1, decay=0.0, b2=0.99),
+    steps=120,
+    optim=Optim(lr=2e-4, schedule="linear", warmup=5, final=0.1, decay=0.0, b2=0.99),
     bound=1e-4,
     dtype="float32",
     remat=None,

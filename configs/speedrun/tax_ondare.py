@@ -17,9 +17,9 @@ config = Dpo(
     data=Data(sources=(Source(path=f"{DATA}/pairs.jsonl"),), packing="best_fit"),
     rows=16,
     length=148,  # two pairs
-    steps=60,
+    steps=200,
     optim=Optim(
-        lr=1e-4,
+        lr=3e-4,
         schedule="linear",
         warmup=5,
         final=0.1,
@@ -32,7 +32,7 @@ config = Dpo(
     remat=None,
     export_dtype="float32",
     evaluation=Evaluation(sources=(Source(path=f"{DATA}/held_out/pairs.jsonl"),), every=20, first=True, batches=7),
-    checkpoints=Checkpointing(every_steps=60),
+    checkpoints=Checkpointing(every_steps=100),
     log=Logging(every=5),
     out=Path("runs/speedrun/tax_ondare"),
 )

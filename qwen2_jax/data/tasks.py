@@ -25,8 +25,9 @@ import tyro
 from qwen2_jax.data import skills, text
 from qwen2_jax.errors import UserError, run_and_exit
 
-# The demo adds two numbers nearly without fault in the words of skills.SUM_QUESTIONS, and about every second time here.
-QUESTIONS = ("What do {a} and {b} make?", "Total of {a} and {b}", "{a} and {b} together?")
+# The demo adds two numbers nearly without fault in the words of skills.SUM_QUESTIONS. Asked like this, its likeliest
+# answer is right about every second time, and of eight that are drawn one nearly always: something to learn from.
+QUESTION = "What do {a} and {b} make?"
 NEAR = ((1, 2), (10, 20), (30, 40))  # how far the second, third and fourth response to a prompt are from the sum
 
 
@@ -61,7 +62,7 @@ def _asked(rng: np.random.Generator) -> skills.Item:
     item = skills.sums(rng)
     a, b = item.key.split()[1:]
     a, b = (a, b) if rng.random() < 0.5 else (b, a)
-    return dataclasses.replace(item, question=skills.pick(rng, QUESTIONS).format(a=a, b=b))
+    return dataclasses.replace(item, question=QUESTION.format(a=a, b=b))
 
 
 def responses(rng: np.random.Generator, total: int) -> list[str]:

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwen2_jax import heads, model, rope, sharding
+from qwen2_jax import heads, linear, model, rope, sharding
 from qwen2_jax.cache import Cache
 from qwen2_jax.config import ModelConfig
 from qwen2_jax.errors import UserError
@@ -149,8 +149,9 @@ class Rollouts:
     ) -> tuple[list[Completion], Stats]:
         """Completions in the order of the requests.
 
-        params: read where they are; moved only where they lie on the mesh in another way than generation's. None is
-        donated, and none is held after the call. progress is called with (completions done, requests) as they end.
+        params: read where they are; copied only where they lie in another way than generation's, on its mesh or on
+        another of the same devices. None is donated, and none is held after the call. progress is called with
+        (completions done, requests) as they end.
         Raises UserError, which names the prompt by its number from 1, for a request that does not fit the cache or the
         context, has ids outside the vocabulary, or a repetition penalty (no log-probability would be of what is drawn).
         """
@@ -176,14 +177,13 @@ class Rollouts:
             raise UserError(f"{what} has repetition_penalty={settings.repetition_penalty}; rollouts have none: give 1")
 
     def _placed(self, params: Tree) -> Tree:
-        if any(isinstance(leaf, Adapted | Int8) for leaf in jax.tree.leaves(params, is_leaf=_is_weight)):
-            if self._widening is not None:
-                raise UserError(
-                    "rollouts with adapters or int8 weights need a mesh whose tensor axis divides the heads: lower "
-                    "mesh.tensor"
-                )
-            return params  # as training has laid them out
-        params = jax.device_put(params, self._where)  # the same arrays where they are there already
+        plain = not any(isinstance(leaf, Adapted | Int8) for leaf in jax.tree.leaves(params, is_leaf=_is_weight))
+        if self._widening is not None and not plain:
+            raise UserError(
+                "rollouts with adapters or int8 weights need a mesh whose tensor axis divides the heads: lower its "
+                "tensor"
+            )
+        params = jax.tree.map(linear.put, params, self._where, is_leaf=_is_weight)
         if self._widening is None or self.generator.places.mesh is None:
             return params
         return heads.place(params, self._widening[1], self._widening[0], self.generator.places.mesh)

@@ -40,7 +40,12 @@ def beside(run: Run, specs: Tree, mesh: Mesh) -> dict[str, int]:
     """
     if not has_reference(run) or run.lora is not None or (isinstance(run, Dpo) and run.reference == "cached"):
         return {}
-    return {"reference": device_bytes(shapes(specs, mesh, jnp.dtype(run.dtype)))}
+    return {"reference": copy(run, specs, mesh)}
+
+
+def copy(run: Run, specs: Tree, mesh: Mesh) -> int:
+    """Bytes on a device of the weights in the run's dtype."""
+    return device_bytes(shapes(specs, mesh, jnp.dtype(run.dtype)))
 
 
 def sampling(run: Online, config: ModelConfig, where: Machine, mesh: Mesh, held: dict[str, int]) -> Part:
@@ -58,7 +63,8 @@ def sampling(run: Online, config: ModelConfig, where: Machine, mesh: Mesh, held:
     )
     turns = -(-run.prompts * run.sampling.samples // rows)
     lower: Any = lambda: ahead.lower_decode(generator, rows, run.longest, run.long_context)  # noqa: E731
-    program = compiled(f"sampling, {rows} answers at a time", lower, mesh)
+    axes = "" if run.sampling.mesh is None else " on " + ", ".join(f"{a}={n}" for a, n in mesh.shape.items() if n > 1)
+    program = compiled(f"sampling, {rows} answers at a time{axes}", lower, mesh)
     part = decode_part(
         served, where, mesh, program, rows=rows, length=run.longest, slots=run.longest, params=params,
         steps=turns * run.sampling.max_new_tokens,

@@ -163,8 +163,11 @@ def describe(job: Job, program: Program) -> Plan:
     if isinstance(run, Online):
         held = online.beside(run, job.trainer.model_specs, mesh)
         held["training's state"] = device_bytes(job.trainer.abstract) + device_bytes(job.frozen)
+        if run.sampling.mesh is not None:
+            mesh = machine.mesh_of(job.machine, run.sampling.mesh.sizes(job.machine.devices))
+            held["weights as training has them"] = online.copy(run, job.trainer.model_specs, job.mesh)
         parts.append(online.sampling(run, config, job.machine, mesh, held))
-    made = Plan(title, job.machine, dict(mesh.shape), settings, parts)
+    made = Plan(title, job.machine, dict(job.mesh.shape), settings, parts)
     return made if made.fits else dataclasses.replace(made, advice=tuple(advice(job, made)))
 
 

@@ -17,7 +17,7 @@ from qwen2_jax.data.prompts import Prompts
 from qwen2_jax.data.spec import Data, PromptData, Source
 from qwen2_jax.errors import UserError
 from qwen2_jax.tokenizer import END_OF_TEXT, IM_END, Tokenizer
-from qwen2_jax.train.config import Pretrain, Run
+from qwen2_jax.train.config import Mesh, Pretrain, Run
 from qwen2_jax.train.post_training import Dpo, Online, Reward
 
 # What may not change when a run is continued: the arrays in its checkpoints, and the order of its data.
@@ -39,6 +39,7 @@ class Job:
     held_out: dict[str, Loaded | Prompts]  # name -> data
     steps: int
     mesh: jax.sharding.Mesh | None
+    sampling_mesh: jax.sharding.Mesh | None = None  # where Online runs draw answers; None as above
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -52,9 +53,10 @@ class Job:
         if isinstance(self.run.data, Data):
             data["packing"], data["too_long"] = self.run.data.packing, self.run.data.too_long
             data["sources"] = [[s.weight, s.min_tokens, s.max_tokens] for s in self.run.data.sources]
-        for name in ("prompts", "updates", "iterations", "sampling"):
-            if isinstance(self.run, Online):
-                run[name] = getattr(self.run, name)
+        if isinstance(self.run, Online):
+            run |= {name: getattr(self.run, name) for name in ("prompts", "updates", "iterations")}
+            # Where answers are drawn changes none of them.
+            run["sampling"] = {n: v for n, v in dataclasses.asdict(self.run.sampling).items() if n != "mesh"}
         whole = {"model": self.config.to_hf(), "run": run, "optim": optim, "data": data}
         return json.loads(json.dumps(whole, default=_plain))
 
@@ -120,7 +122,9 @@ def prepare(run: Run, console: Console) -> Job:
     files = _tokenizer_files(run.tokenizer) if source is None or run.tokenizer is not None else source
     tokenizer = Tokenizer.from_folder(files.path)
     config = _architecture(run, source, tokenizer)
-    mesh = _mesh(run)
+    mesh = sampling_mesh = _mesh(run.mesh)
+    if isinstance(run, Online) and run.sampling.mesh is not None:
+        sampling_mesh = _mesh(run.sampling.mesh)
     if run.rows % (pieces := run.accumulate * _parts("batch", mesh)):
         raise UserError(
             f"rows={run.rows} cannot be cut into {run.accumulate} micro-batches for {_parts('batch', mesh)} parts of "
@@ -153,7 +157,7 @@ def prepare(run: Run, console: Console) -> Job:
             f"{', '.join(ranked)}: rankings, of which this run would learn the rejected answers too; they are for Dpo "
             "and Reward. For fine-tuning give messages, or prompt and completion"
         )
-    return Job(run, config, source, tokenizer, files, data, held_out, steps, mesh)
+    return Job(run, config, source, tokenizer, files, data, held_out, steps, mesh, sampling_mesh)
 
 
 def _ranked(run: Run, data: Any, held_out: dict[str, Any]) -> tuple[Loaded, dict[str, Loaded | Prompts]]:
@@ -204,9 +208,9 @@ def _architecture(run: Run, source: checkpoint.Source | None, tokenizer: Tokeniz
     return config
 
 
-def _mesh(run: Run) -> jax.sharding.Mesh | None:
+def _mesh(wanted: Mesh) -> jax.sharding.Mesh | None:
     """None on one device, where nothing is to be divided."""
-    sizes = run.mesh.sizes(len(jax.devices()))
+    sizes = wanted.sizes(len(jax.devices()))
     return None if math.prod(sizes.values()) == len(jax.devices()) == 1 else sharding.make_mesh(**sizes)
 
 

@@ -54,19 +54,17 @@ class NextToken:
 class Pairs:
     """DPO and its relatives (preference.py) on pairs, chosen before rejected. Rows carry reference_BT.
 
-    groups: the most pairs that a row may hold.
+    groups: the most pairs that a row may hold. temperature: that the answers were sampled with, if they were.
     """
 
-    temperature = 1.0
-
-    def __init__(self, config: preference.Preference, groups: int):
-        self.config, self.groups = config, groups
+    def __init__(self, config: preference.Preference, groups: int, temperature: float = 1.0):
+        self.config, self.groups, self.temperature = config, groups, temperature
 
     def counts(self, batch: Batch) -> preference.PairCounts:
         return preference.pair_counts(self._per_answer(batch.weights_BT, batch))
 
     def sums(self, model: Qwen2, hidden_BTD: jax.Array, batch: Batch, counts: preference.PairCounts) -> Sums:
-        logps_BT = logprobs(model, hidden_BTD, batch)
+        logps_BT = logprobs(model, hidden_BTD, batch, self.temperature)
         per_answer = [self._per_answer(x, batch) for x in (logps_BT, batch.reference_BT, batch.weights_BT)]
         sums = preference.pair_sums(self.config, *per_answer)
         pairs = preference.pair_counts(per_answer[-1]).pairs.astype(jnp.float32)

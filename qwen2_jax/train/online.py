@@ -69,7 +69,7 @@ class Sampled:
             job.config,
             rows=min(self.run.sampling.rows, self.run.prompts * self.run.sampling.samples),
             length=self.run.longest,
-            mesh=job.mesh,
+            mesh=job.sampling_mesh,
             dtype=self.run.dtype,
             vocab_size=job.tokenizer.vocab_size,
             unroll=self._unroll,

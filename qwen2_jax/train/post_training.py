@@ -13,7 +13,7 @@ from qwen2_jax import check
 from qwen2_jax.data.spec import Data, PromptData
 from qwen2_jax.errors import UserError
 from qwen2_jax.rewards import Reward as RewardFunction
-from qwen2_jax.train.config import Optim, Run
+from qwen2_jax.train.config import Mesh, Optim, Run
 from qwen2_jax.train.episodes import MOST
 from qwen2_jax.train.policy import Policy
 from qwen2_jax.train.preference import Preference
@@ -76,6 +76,9 @@ class Sampling:
     max_new_tokens: int = 1024
     temperature: float = 1.0  # log-probabilities are of the logits divided by this, in sampling and in training
     rows: int = 64  # answers that are drawn side by side; one that ends makes room for the next
+    # Divides the same devices otherwise than the training's mesh does: drawing goes through all weights for every
+    # token, which fsdp would exchange each time. An episode then begins with a copy of the weights. None: as training.
+    mesh: Mesh | None = None
 
     def __post_init__(self):
         check.number(self, "sampling", ("samples",), int, 2)

@@ -30,7 +30,8 @@ def objective(run: Run, *, groups: int = 1, ranks: int = 1) -> Objective:
     if isinstance(run, Dpo):
         return objectives.Pairs(run.preference, groups)
     if isinstance(run, OnlineDpo):
-        return objectives.Pairs(run.preference, min(episodes.MOST, run.prompts // run.updates))
+        most = min(episodes.MOST, run.prompts // run.updates)
+        return objectives.Pairs(run.preference, most, run.sampling.temperature)
     if isinstance(run, Grpo):
         answers = run.prompts // run.updates * run.sampling.samples
         return objectives.Grpo(run.policy, min(episodes.MOST, answers), run.sampling.temperature)

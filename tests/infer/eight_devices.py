@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 
 import qwen2_jax
-from qwen2_jax import model, sharding
+from qwen2_jax import linear, lora, model, sharding
 from qwen2_jax.config import DualChunk, ModelConfig
 from qwen2_jax.infer import ahead
 from qwen2_jax.infer.buckets import Buckets
 from qwen2_jax.infer.generate import Generator, Request
 from qwen2_jax.infer.rollouts import Rollouts
 from qwen2_jax.infer.settings import Settings
+from qwen2_jax.lora import Lora
 from qwen2_jax.plan import hlo
 from qwen2_jax.plan.infer import Job, make_generator
 from tiny import random_params
@@ -97,20 +98,29 @@ def _answers(name, rows, mesh):
     return tokens, np.concatenate(logprobs), np.concatenate(scores), logits
 
 
-def rollouts(name: str, axes: dict[str, int]) -> None:
-    """Tokens and log-probabilities, of more prompts than rows; the second call compiles nothing."""
-    alone, together = (_rollouts(name, mesh) for mesh in (None, sharding.make_mesh(**axes)))
+def rollouts(name: str, axes: dict[str, int], trained: dict[str, int], rank: int = 0) -> None:
+    """Tokens and log-probabilities, of more prompts than rows; the second call compiles nothing.
+
+    trained: the mesh that the weights come from. rank: of adapters beside them, over int8 weights.
+    """
+    alone = _rollouts(name, None, None, rank)
+    together = _rollouts(name, sharding.make_mesh(**axes), sharding.make_mesh(**trained), rank)
     for a, b in zip(alone, together, strict=True):
         assert a.tokens.tolist() == b.tokens.tolist()
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
 
 
-def _rollouts(name, mesh):
+def _rollouts(name, mesh, trained, rank):
     config, mode = MODELS[name]
     params = random_params(config)
-    if mesh is not None:
-        place = lambda x, spec: jax.device_put(x, sharding.sharding(spec.axes, spec.shape, mesh))
+    if trained is not None:
+        place = lambda x, spec: jax.device_put(x, sharding.sharding(spec.axes, spec.shape, trained))
         params = jax.tree.map(place, params, model.declare(config)[1])
+    if rank:
+        settings = Lora(rank=rank)
+        fresh = jax.tree.map(lambda x: x + 0.1, lora.init(config, settings, jax.random.key(0)))  # b is 0 at first
+        small = linear.quantize(dict(params["stacks"]), model.declare(config)[1]["stacks"])
+        params = lora.attach(params | {"stacks": small}, fresh, settings)
     made = Rollouts.of(config, rows=8, length=128, dtype="float32", mesh=mesh, long_context=mode)
     generator = made.generator
     assert mesh is None or not generator.places.cache(generator.config, 8, 128).is_fully_replicated
@@ -127,7 +137,8 @@ def _rollouts(name, mesh):
         cache, small = (ahead._cache(generator, rows, 128) for rows in (8, made.ahead))
         at = ahead._shape(generator, (), jnp.int32)
         found = hlo.collectives(made._admit.lower(cache, small, at, at).compile().as_text(), range(8))
-        row = generator.config.num_hidden_layers * 2 * 128 * generator.config.head_dim * 4  # each device has one head
+        heads = generator.config.num_key_value_heads // mesh.shape["tensor"]  # of each device
+        row = generator.config.num_hidden_layers * 2 * 128 * heads * generator.config.head_dim * 4
         assert sum(c.bytes for c in found) == row
     return completions
 

@@ -173,6 +173,10 @@ def test_bad_requests_are_named(dense, params):
 
 
 def test_a_mesh_gives_what_one_device_gives():
-    """Rows and slots are divided, weights come from the trainer's places, and tensor does not divide the key heads."""
+    """Rows and slots are divided, weights come from the trainer's places, and tensor does not divide the key heads.
+    Weights also come from another mesh than the sampler's, and with adapters."""
+    axes = {"data": 2, "fsdp": 2, "tensor": 2}
     with Worker(devices=8) as eight:
-        eight("eight_devices", "rollouts", "one key head", {"data": 2, "fsdp": 2, "tensor": 2})
+        eight("eight_devices", "rollouts", "one key head", axes, axes)
+        eight("eight_devices", "rollouts", "one key head", axes, {"fsdp": 8})
+        eight("eight_devices", "rollouts", "dense", axes, {"fsdp": 8}, 2)

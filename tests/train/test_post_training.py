@@ -276,11 +276,12 @@ def test_online_dpo_learns_from_its_best_and_worst(base, tmp_path):
         data=PromptData(sources=(str(base / "prompts.jsonl"),), max_tokens=96),
         rewards=(Function(function=early),),
         prompts=8,
-        sampling=Sampling(samples=4, max_new_tokens=2, rows=32),
+        sampling=Sampling(samples=4, max_new_tokens=2, temperature=1.3, rows=32),
         **settings,
     )
     run(config)
     lines = lines_of(tmp_path)
+    assert all(line["sampling/max"] < online.FLOAT32_BOUND for line in lines)
     assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert np.mean([line["reward"] for line in lines[-3:]]) > np.mean([line["reward"] for line in lines[:3]]) + 0.15
 
@@ -392,11 +393,14 @@ def test_a_dry_run_shows_prompts(base, tmp_path):
 
 
 def on_a_mesh(base, out, mesh):
-    """Two steps of DPO and of GRPO; post_training_mesh.py runs them, too."""
+    """Two steps of DPO and of GRPO, which samples on another mesh; post_training_mesh.py runs them, too."""
     settings = {"mesh": Mesh(**mesh), "steps": 2}
+    sampling = Sampling(samples=4, max_new_tokens=4, rows=8, mesh=Mesh(data=4, fsdp=-1) if mesh else None)
     return {
         "dpo": dpo(base, out / "dpo", rows=8, **settings),
-        "grpo": grpo(base, out / "grpo", prompts=8, length=128, policy=Policy(kl=0.1), updates=2, **settings),
+        "grpo": grpo(
+            base, out / "grpo", prompts=8, length=128, sampling=sampling, policy=Policy(kl=0.1), updates=2, **settings
+        ),
     }
 
 
