@@ -5,8 +5,8 @@
 
 On two CPU cores and without a network the stages up to fine-tuning take about 80 minutes; docs/speedrun/report.md has
 each one's. What is done already is not done again: after an interruption the same command goes on. `--only pretrain`
-does one stage, `--dry-run` prints the commands. The stages of post-training, which have not been run to their end yet,
-start from the bundled demo model and need none of the others: `--only grpo`. Further words go to every training:
+does one stage, `--dry-run` prints the commands. The stages of post-training start from the bundled demo model and need
+none of the others: `--only grpo`; docs/speedrun/post-training.md has theirs. Further words go to every training:
 `--steps 20` for a rehearsal, whose folder is to be removed before the real run.
 """
 
@@ -55,10 +55,11 @@ STAGES = (
     Stage("dense", "moe.py", ("--start.checkpoint", f"{RUNS}/long_context/hf", "--out", f"{RUNS}/dense")),
     Stage("sft", "sft.py"),
     Stage("sft_dense", "sft.py", ("--start.checkpoint", f"{RUNS}/dense/hf", "--out", f"{RUNS}/sft_dense")),
-    Stage("reward", "reward.py", data="tasks", words=False),
-    Stage("dpo", "dpo.py", data="tasks"),
-    Stage("online_dpo", "online_dpo.py", data="tasks"),
-    *(Stage(name, "grpo.py", seed_flags(name, seed), "tasks") for seed, name in enumerate(named("grpo"))),
+    *(
+        Stage(name, f"{stage}.py", seed_flags(name, seed), "tasks", words=stage != "reward")
+        for stage in ("reward", "dpo", "online_dpo", "grpo")
+        for seed, name in enumerate(named(stage))
+    ),
     # What learning to add costs in the text of pre-training, and whether online merging makes it less.
     Stage("prose", "prose.py", data="tasks"),
     *(

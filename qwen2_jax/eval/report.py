@@ -13,6 +13,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Sequence
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
@@ -160,7 +161,7 @@ def machine() -> str:
 def write(runs: Path, out: Path) -> Path:
     """Writes the reports of the stages found in `runs` into the folder `out`: report.md, and post-training.md for those
     after fine-tuning. Returns the first that there is."""
-    written = f"Written by `python -m qwen2_jax.eval.report` from the runs themselves. {machine()}."
+    written = f"Written by `python -m qwen2_jax.eval.report` from the runs themselves. {date.today()}, {machine()}."
     stages = {name: Stage.of(runs / name) for name in STAGES if (runs / name / "hf").is_dir()}
     later = aligned.write(runs, out, written)
     if not stages:
