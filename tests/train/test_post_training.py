@@ -271,7 +271,7 @@ def test_grpo_stays_near_its_reference(base, tmp_path):
 
 
 def test_online_dpo_learns_from_its_best_and_worst(base, tmp_path):
-    settings = shared(base, tmp_path, steps=16)
+    settings = shared(base, tmp_path, steps=24)
     config = OnlineDpo(
         data=PromptData(sources=(str(base / "prompts.jsonl"),), max_tokens=96),
         rewards=(Function(function=early),),
