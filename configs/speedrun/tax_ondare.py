@@ -25,7 +25,7 @@ config = Dpo(
         final=0.1,
         decay=0.0,
         b2=0.99,
-        # alpha is larger than the paper's, for 60 steps are few; survivors are scaled up as in its authors' program.
+        # alpha is larger than the paper's, for 200 steps are few; survivors are scaled up as in its authors' program.
         merging=OnlineMerging(base="demo", variant="code", keep=0.1, alpha=1e-3),
     ),
     dtype="float32",
