@@ -85,10 +85,16 @@ def write(runs: Path, out: Path, written: str) -> Path | None:
 EXPLAINED = (
     "Each stage starts from the bundled demo model. Sums are asked in words that it never met, with numbers that no"
     "\nstage was trained on. A pair is the right sum and one near it; DPO begins with margins of 0: wrong."
+    "\nThe wording was chosen of twenty, as one where the demo's samples differ; GRPO with three other"
+    "\nwordings went from 55% to 73%. Settings were chosen with seed 0 on these same held-out questions: its numbers"
+    "\nare not independent of them."
 )
 TAXED = (
     "DPO on the sums, from the demo trained on its prose again; OnDARE's task vector is what that training changed."
     "\nPreferred: pairs of which the right sum is more probable. Prose: nats per token of held-out prose."
+    "\nSettings were changed once: with 60 steps at 1e-4 (seed 0) prose rose by 0.004 with AdamW, not with"
+    "\nOnDARE; sums were 57.0% and 57.5% right. Compared at equal steps, not equal gain; DPO can make both answers of a"
+    "\npair less probable."
 )
 
 
