@@ -86,8 +86,8 @@ EXPLAINED = (
     "Each stage starts from the bundled demo model. Sums are asked in words that it never met, with numbers that no"
     "\nstage was trained on. A pair is the right sum and one near it; DPO begins with margins of 0: wrong."
     "\nThe wording was chosen of twenty, as one where the demo's samples differ; GRPO with three other"
-    "\nwordings went from 55% to 73%. Settings were chosen with seed 0 on these same held-out questions: its numbers"
-    "\nare not independent of them."
+    "\nwordings went from 55% to 73% and was stopped at step 125. Settings were chosen with seed 0 on these same"
+    "\nheld-out questions: its numbers are not independent of them."
 )
 TAXED = (
     "DPO on the sums, from the demo trained on its prose again; OnDARE's task vector is what that training changed."
