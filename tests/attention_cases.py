@@ -1,14 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inputs for the attention tests: random arrays, random layouts of tokens, and attention as anyone would write it."""
+"""Inputs for the attention tests: random arrays, layouts of tokens, and attention as anyone would write it."""
 
 import jax.numpy as jnp
 import numpy as np
-from hypothesis import strategies as st
 from qwen2_jax.kernels.visibility import FAR, chunk_region, visible
-
-# B, T, S, N, K, H: few shapes, so that few programs are compiled; what varies freely is run-time data.
-SHAPES = [(2, 21, 37, 6, 2, 8), (1, 40, 40, 3, 3, 16)]
-BLOCKS = {"block_q": 8, "block_k": 16}
 
 
 def arrays(seed, shape, dtype=jnp.float32, rotations=1):
@@ -20,24 +15,25 @@ def arrays(seed, shape, dtype=jnp.float32, rotations=1):
     return queries, draw(B, S, K, H), draw(B, S, K, H), (draw(B, T, N, H), draw(B, T, N).astype(jnp.float32))
 
 
-@st.composite
-def layouts(draw, shapes=SHAPES, chunks=False):
-    """(shape, seed, keyword arguments): padding, packed documents or a cache in use; windows and scales per row.
+KINDS = ("continued", "packed", "shuffled", "padding")
 
-    Every argument is always an array, so that a shape is compiled once.
+
+def layout(kind, seed, shape, *, windowed=False, chunks=False):
+    """Keyword arguments of an attention: where the tokens of a shape stand, with windows and scales per row.
+
+    kind: "continued" (chunked prefill: the queries are the last tokens of a cache in use), "packed" (several documents
+    in a row), "shuffled" (any order at all), "padding" (nobody sees anything). Every argument is always an array, so
+    that a shape is compiled once.
     """
-    shape = draw(st.sampled_from(shapes))
-    seed = draw(st.integers(0, 2**16))
     B, T, S, *_ = shape
     random = np.random.default_rng(seed)
-    kind = draw(st.sampled_from(["continued", "packed", "shuffled", "padding"]))
     q_segments, kv_segments = np.zeros((B, T)), np.zeros((B, S))
-    if kind == "continued":  # chunked prefill: the queries are the last tokens of what the cache holds
+    if kind == "continued":
         used = random.integers(T, S + 1, (B, 1)) if S > T else np.full((B, 1), S)
         kv = np.where(np.arange(S) < used, np.arange(S), -1)
         q = used - T + np.arange(T)
         q = np.where(random.random((B, 1)) < 0.3, np.where(np.arange(T) < T // 2, q, -1), q)  # a ragged row
-    elif kind == "packed":  # several documents in a row, positions from zero in each
+    elif kind == "packed":  # positions from zero in each document
 
         def pack(length):
             starts = np.sort(np.concatenate([[0], random.integers(0, length, 2)]))
@@ -47,17 +43,17 @@ def layouts(draw, shapes=SHAPES, chunks=False):
             )
 
         (q, q_segments), (kv, kv_segments) = pack(T), pack(S)
-    elif kind == "shuffled":  # any order at all
+    elif kind == "shuffled":
         q, kv = random.integers(-3, S, (B, T)), random.integers(-3, S, (B, S))
-    else:  # nobody sees anything
+    else:
         q, kv = np.full((B, T), -1), np.broadcast_to(np.arange(S), (B, S))
-    window = random.integers(1, S, B) if draw(st.booleans()) else np.full(B, FAR)
+    window = random.integers(1, S, B) if windowed else np.full(B, FAR)
     layout = {"q_positions_BT": q, "kv_positions_BS": kv, "q_segments_BT": q_segments, "kv_segments_BS": kv_segments}
     layout = {name: np.asarray(x, np.int32) for name, x in (layout | {"window": window}).items()}
     layout["scale"] = random.uniform(0.1, 1, B).astype(np.float32)
     if chunks:
         layout["chunk_len"] = random.integers(3, S, B, dtype=np.int32)
-    return shape, seed, layout
+    return layout
 
 
 def naive(

@@ -10,14 +10,16 @@ def assert_no_worse(got, naive, exact, *, factor=2.0, floor=1e-5):
     """`got` may err at most `factor` times as much as plain code in the same dtype, both measured against `exact`.
 
     `floor`, in units of the largest exact value (or 1), is what float32 may differ by where plain code is exact.
+    Returns the largest error as a share of what is allowed.
     """
     got, naive, exact = (np.asarray(x, np.float32) for x in (got, naive, exact))
     assert got.shape == exact.shape, f"shape {got.shape} instead of {exact.shape}"
-    assert np.isfinite(got[np.isfinite(exact)]).all(), "not finite where the exact result is"
     finite = np.isfinite(exact)
+    assert np.isfinite(got[finite]).all(), "not finite where the exact result is"
     np.testing.assert_array_equal(got[~finite], exact[~finite])
     if not finite.any():
-        return
+        return 0.0
     error, allowed = (np.abs(x[finite] - exact[finite]).max() for x in (got, naive))
     allowed = factor * allowed + floor * max(1.0, np.abs(exact[finite]).max())
     assert error <= allowed, f"error {error:.2e}, allowed {allowed:.2e}"
+    return float(error / allowed)

@@ -15,7 +15,8 @@ from qwen2_jax.kernels.flash_attention import flash_attention
 from qwen2_jax.kernels.target import Target, simulated
 from qwen2_jax.kernels.visibility import FAR
 
-from attention_cases import arrays, layouts, naive
+from attention_cases import arrays, naive
+from attention_layouts import layouts
 from few import FEW
 from tolerance import BFLOAT16, assert_no_worse
 

@@ -12,7 +12,8 @@ from hypothesis import given
 from qwen2_jax.kernels.attention_inputs import per_row
 from qwen2_jax.kernels.flash_attention import flash_attention, xla
 
-from attention_cases import BLOCKS, SHAPES, arrays, layouts, naive
+from attention_cases import arrays, naive
+from attention_layouts import BLOCKS, SHAPES, layouts
 from few import FEW
 from tolerance import BFLOAT16, assert_no_worse
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from qwen2_jax.kernels.visibility import CHUNK_REGIONS, FAR, chunk_region, visible
 from qwen2_jax.kernels.visits import blocks, pack, plan, unpack
 
-from attention_cases import layouts
+from attention_layouts import layouts
 from few import FEW
 
 QUERIES, KEYS = 8, 16  # tokens of a block
