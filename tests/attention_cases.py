@@ -15,15 +15,15 @@ def arrays(seed, shape, dtype=jnp.float32, rotations=1):
     return queries, draw(B, S, K, H), draw(B, S, K, H), (draw(B, T, N, H), draw(B, T, N).astype(jnp.float32))
 
 
-KINDS = ("continued", "packed", "shuffled", "padding")
+KINDS = ("continued", "packed", "shuffled", "padding")  # and "whole", of which a random test learns nothing new
 
 
 def layout(kind, seed, shape, *, windowed=False, chunks=False):
     """Keyword arguments of an attention: where the tokens of a shape stand, with windows and scales per row.
 
     kind: "continued" (chunked prefill: the queries are the last tokens of a cache in use), "packed" (several documents
-    in a row), "shuffled" (any order at all), "padding" (nobody sees anything). Every argument is always an array, so
-    that a shape is compiled once.
+    in a row), "shuffled" (any order at all), "padding" (nobody sees anything), "whole" (positions 0, 1, ... in every
+    row). Every argument is always an array, so that a shape is compiled once.
     """
     B, T, S, *_ = shape
     random = np.random.default_rng(seed)
@@ -45,6 +45,9 @@ def layout(kind, seed, shape, *, windowed=False, chunks=False):
         (q, q_segments), (kv, kv_segments) = pack(T), pack(S)
     elif kind == "shuffled":
         q, kv = random.integers(-3, S, (B, T)), random.integers(-3, S, (B, S))
+    elif kind == "whole":
+        kv = np.broadcast_to(np.arange(S), (B, S))
+        q = kv[:, S - T :]
     else:
         q, kv = np.full((B, T), -1), np.broadcast_to(np.arange(S), (B, S))
     window = random.integers(1, S, B) if windowed else np.full(B, FAR)

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every kernel against its definition in float32 on the host, by the rule of the test suite (tests/tolerance.py).
+
+A kernel may err at most twice as much as plain code in the same dtype. Each case returns the worst share of that which
+was used: 1 would be the limit. Inputs come from the suite's own files, so tests/ must stand beside benchmarks/.
+"""
+
+import contextlib
+import functools
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from qwen2_jax.kernels.decode_attention import decode_attention
+from qwen2_jax.kernels.dual_chunk_attention import dual_chunk_attention
+from qwen2_jax.kernels.flash_attention import flash_attention
+from qwen2_jax.kernels.grouped_matmul import grouped_matmul, grouped_swiglu
+from qwen2_jax.kernels.target import simulated
+
+from attention_cases import arrays, layout, naive
+from decode_cases import case as decode_case
+from decode_cases import expected as decode_expected
+from tolerance import BFLOAT16, assert_no_worse
+
+from .pieces import Setting
+
+# B, T, S, N, K, H; how the tokens are laid out (attention_cases.layout); whether there is a window.
+ATTENTION = {
+    "7 query heads share keys, a prompt continued": ((1, 333, 777, 28, 4, 128), "continued", False),
+    "H 64, 14 query heads, window": ((2, 130, 515, 14, 2, 64), "continued", True),
+    "packed documents, odd length": ((2, 301, 301, 8, 2, 128), "packed", False),
+    "one key head, packed, window": ((1, 257, 257, 8, 1, 64), "packed", True),
+    "a head of keys for each query head": ((1, 256, 256, 4, 4, 128), "continued", False),
+    "positions in any order": ((1, 200, 333, 4, 2, 128), "shuffled", True),
+    "nothing is visible": ((1, 64, 130, 2, 1, 64), "padding", False),
+}
+SMALL_ATTENTION = {"a prompt continued, window": ((1, 40, 70, 2, 1, 64), "continued", True)}
+DECODE = {  # shape and form of the cache (decode_cases.case)
+    "one query, 7 heads share keys": ((3, 1, 1000, 28, 4, 128), {}),
+    "H 64, 14 heads": ((2, 1, 512, 14, 2, 64), {}),
+    "one key head, several queries": ((2, 4, 304, 8, 1, 128), {}),
+    "dual chunk": ((2, 1, 776, 28, 4, 128), {"chunked": True}),
+    "pages": ((2, 1, 512, 28, 4, 128), {"page": 64}),
+    "int8": ((2, 1, 520, 28, 4, 128), {"int8": True}),
+    "int8 pages, dual chunk": ((2, 1, 512, 14, 2, 64), {"page": 128, "int8": True, "chunked": True}),
+    "a share of the slots": ((2, 2, 208, 4, 1, 64), {"share": True, "chunked": True}),
+}
+SMALL_DECODE = {"one query": ((1, 1, 128, 2, 1, 64), {})}
+GROUPED = {  # M, E, D, F; rows of each expert; whether weights are [E, F, D]
+    "uneven groups, rows of nobody": ((1000, 6, 512, 768), (301, 0, 37, 500, 0, 1), True),
+    "weights the other way round": ((640, 4, 768, 512), (128, 256, 0, 256), False),
+    "fewer rows than a tile": ((19, 8, 256, 320), (0, 7, 0, 0, 1, 0, 11, 0), True),
+    "all rows to one of 64": ((512, 64, 256, 256), (*[0] * 63, 512), True),
+}
+SMALL_GROUPED = {"uneven groups": ((60, 3, 64, 128), (37, 0, 20), True)}
+
+
+def host():
+    """Within it jax computes on the CPU, in true float32."""
+    return jax.default_device(jax.devices("cpu")[0])
+
+
+def on_device(implementation: str, setting: Setting):
+    """Within it a kernel runs: on the device that is there, or on a CPU in the interpreter of its own device."""
+    if setting.platform != "cpu" or implementation not in ("gpu", "tpu"):
+        return contextlib.nullcontext()
+    if implementation == "tpu":
+        from jax.experimental.pallas import tpu as pltpu
+
+        return simulated("TPU v5 lite", pltpu.InterpretParams())
+    try:
+        params = importlib.import_module("jax._src.pallas.mosaic_gpu.interpret.params")
+        simulation = simulated("NVIDIA H200", params.InterpretGPUParams())
+    except (ImportError, AttributeError) as error:
+        raise NotImplementedError("this version of jax cannot simulate a GPU") from error
+    kernel = importlib.import_module("qwen2_jax.kernels.decode_attention.gpu")
+    kernel.MULTIPROCESSORS, kernel.ROUNDS = 1, 1  # it runs a program for each of 132, and simulates each as a thread
+    return simulation
+
+
+def worst(got, plain, exact) -> dict:
+    """The largest share of the tolerance that some array needs. Raises AssertionError above it."""
+    leaves = zip(*map(jax.tree.leaves, (got, plain, exact)), strict=True)
+    floor = lambda x: BFLOAT16 if x.dtype == jnp.bfloat16 else 1e-5  # noqa: E731
+    return {"of tolerance": max(assert_no_worse(x, *others, floor=floor(x)) for x, *others in leaves)}
+
+
+def with_gradients(run, inputs, cotangents):
+    """(results, gradients of all inputs) as one program."""
+
+    def both(inputs, cotangents):
+        results, pull = jax.vjp(lambda inputs: run(*inputs), inputs)
+        return results, pull(cotangents)
+
+    return jax.jit(both)(inputs, cotangents)
+
+
+def attention(implementation, setting, shape, kind, windowed, *, chunked=False, lse=True):
+    """flash_attention, or dual_chunk_attention where `chunked`. lse: whether it has one that can be differentiated."""
+    rotations, k, v, weights = arrays(0, shape, jnp.bfloat16, rotations=3 if chunked else 1)
+    given = layout(kind, 1, shape, windowed=windowed, chunks=chunked)
+    if not lse:  # these take no positions but 0, 1, ..., no segments and no window
+        for name in ("q_segments_BT", "kv_segments_BS", "window"):
+            del given[name]
+    function = dual_chunk_attention if chunked else flash_attention
+    own = functools.partial(function, implementation=implementation, return_lse=lse, **given)
+    define = functools.partial(function, implementation="reference", return_lse=lse, **given)
+    simple = lambda *x: naive(x[:-2], *x[-2:], **given) if lse else naive(x[:-2], *x[-2:], **given)[0]  # noqa: E731
+    inputs, cotangents = jax.tree.map(np.asarray, ((*rotations, k, v), weights if lse else weights[0]))
+    with host():
+        wide = jax.tree.map(lambda x: x.astype(np.float32), (inputs, cotangents))
+        exact = with_gradients(define, *wide)
+        plain = with_gradients(simple, inputs, cotangents)
+    with on_device(implementation, setting):
+        return worst(with_gradients(own, inputs, cotangents), plain, exact)
+
+
+def decode(implementation, setting, shape, form):
+    args, kwargs = jax.tree.map(np.asarray, decode_case(2, shape, jnp.bfloat16, **form))
+    with host():
+        plain, exact = decode_expected(args, kwargs)
+    with on_device(implementation, setting):
+        run = jax.jit(functools.partial(decode_attention, implementation=implementation, return_lse=True))
+        return worst(run(*args, **kwargs), plain, exact)
+
+
+def grouped(implementation, setting, sizes, groups, transpose_w, *, swiglu=False):
+    """grouped_matmul, or grouped_swiglu. Plain code is the exact result rounded once."""
+    M, E, D, F = sizes
+    random = np.random.default_rng(0)
+    draw = lambda *shape: random.standard_normal(shape).astype(jnp.bfloat16)  # noqa: E731
+    weight = lambda: draw(E, F, D) if transpose_w else draw(E, D, F)  # noqa: E731
+    inputs, cotangent = (draw(M, D), weight(), *([weight()] if swiglu else [])), draw(M, F)
+    groups = np.asarray(groups, np.int32)
+
+    def run(name):
+        if swiglu:
+            return lambda x, gate, up: grouped_swiglu(x, gate, up, groups, implementation=name)
+        return lambda x, w: grouped_matmul(x, w, groups, transpose_w=transpose_w, implementation=name)
+
+    with host():
+        wide = jax.tree.map(lambda x: x.astype(np.float32), (inputs, cotangent))
+        exact = with_gradients(run("reference"), *wide)
+        plain = jax.tree.map(lambda x: x.astype(jnp.bfloat16), exact)
+    with on_device(implementation, setting):
+        return worst(with_gradients(run(implementation), inputs, cotangent), plain, exact)
+
+
+def attention_cases(implementation, setting: Setting, chunked=False):
+    chosen = SMALL_ATTENTION if setting.small else ATTENTION
+    run = functools.partial(attention, implementation, setting, chunked=chunked)
+    return {name: functools.partial(run, *case) for name, case in chosen.items()}
+
+
+def decode_cases(implementation, setting: Setting):
+    chosen = SMALL_DECODE if setting.small else DECODE
+    return {name: functools.partial(decode, implementation, setting, *case) for name, case in chosen.items()}
+
+
+def grouped_cases(implementation, setting: Setting):
+    chosen = SMALL_GROUPED if setting.small else GROUPED
+    run = functools.partial(grouped, implementation, setting)
+    products = {name: functools.partial(run, *case) for name, case in chosen.items()}
+    gated = {f"SwiGLU, {x}": functools.partial(run, *case, swiglu=True) for x, case in chosen.items() if case[2]}
+    return products | gated
+
+
+flash_gpu, flash_tpu = (functools.partial(attention_cases, name) for name in ("gpu", "tpu"))
+dual_chunk_gpu, dual_chunk_tpu = (functools.partial(attention_cases, name, chunked=True) for name in ("gpu", "tpu"))
+decode_gpu, decode_tpu = (functools.partial(decode_cases, name) for name in ("gpu", "tpu"))
+grouped_gpu, grouped_tpu = (functools.partial(grouped_cases, name) for name in ("gpu", "tpu"))
+
+
+def portable(setting: Setting):
+    """The implementation that every chip can run, a few cases of each operation."""
+    made = {
+        "flash_attention": attention_cases("xla", setting),
+        "dual_chunk_attention": attention_cases("xla", setting, chunked=True),
+        "decode_attention": decode_cases("xla", setting),
+        "grouped_matmul": grouped_cases("xla", setting),
+    }
+    few = 1 if setting.small else 3
+    return {f"{op}: {name}": case for op, cases in made.items() for name, case in [*cases.items()][:few]}
+
+
+def by_name(setting: Setting):
+    """Implementations that only a name can choose: cuDNN; splash, megablox and ragged_dot of jax."""
+    if setting.platform == "cpu":
+        (case,) = SMALL_GROUPED.values()
+        return {"grouped_matmul ragged_dot": functools.partial(grouped, "ragged_dot", setting, *case)}
+    shape = (2, 384, 384, 14, 2, 64)
+    own = {"gpu": ("cudnn", ["ragged_dot"]), "tpu": ("splash", ["megablox", "ragged_dot"])}
+    attend, products = own[setting.platform]
+    run = functools.partial(attention, attend, setting, shape, "whole", False, lse=False)
+    wanted = {f"flash_attention {attend}": run}
+    for name in products:
+        case = GROUPED["uneven groups, rows of nobody"]
+        wanted[f"grouped_matmul {name}"] = functools.partial(grouped, name, setting, *case)
+    return wanted

@@ -1,0 +1,311 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole model on this device: its numbers against recordings and the host's, its speed with random weights."""
+
+import dataclasses
+import functools
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import accelerator_cases
+import qwen2_jax
+import training_cases
+from qwen2_jax import chips, flops, model, params, sharding
+from qwen2_jax.config import PRESETS, DualChunk, ModelConfig
+from qwen2_jax.data.packing import Batch
+from qwen2_jax.data.spec import Data, Source
+from qwen2_jax.infer.generate import Request
+from qwen2_jax.infer.lm import LM
+from qwen2_jax.infer.settings import Settings
+from qwen2_jax.plan import estimate, machine
+from qwen2_jax.train.config import Optim, Pretrain
+from qwen2_jax.train.step import Trainer
+from tolerance import BFLOAT16, assert_no_worse
+
+from .checks import host, on_device
+from .pieces import Setting
+from .worker import ROOT, Skipped
+
+GOLDEN = ROOT / "tests" / "golden"
+LOGITS = 1e-4  # what any logit of a recorded model may differ by, in float32 (tests/test_parity.py)
+VARIANTS = ("dense_tied", "heads_14_2", "sliding", "yarn", "moe", "moe_step_2")
+PROMPTS = ("What is 27 + 58?", "Which is larger, 34 or 43?", "Repeat: strawberry jam", "hello")
+NEW = 24
+
+
+# ---------------------------------------------------------------------- right
+
+
+def on_kernels(setting: Setting):
+    """Every kind of layer in bfloat16 on this device's kernels, no worse than the portable code on the host."""
+    names = ("tpu",) if setting.platform == "cpu" else (setting.platform,)  # a simulated GPU takes minutes
+    kinds = ["moe"] if setting.small else list(accelerator_cases.KINDS)
+    return {
+        f"{kind} on {name}": functools.partial(_on_kernels, kind, name, setting) for kind in kinds for name in names
+    }
+
+
+def _on_kernels(kind, implementation, setting):
+    dtype = jnp.bfloat16 if implementation == "gpu" else jnp.float32
+    with host():
+        plain = accelerator_cases.results(kind, dtype, "xla")
+        exact = accelerator_cases.results(kind, jnp.float32, "reference")
+    with on_device(implementation, setting):
+        got = accelerator_cases.results(kind, dtype, implementation)
+    floor = BFLOAT16 if dtype == jnp.bfloat16 else 1e-5
+    leaves = zip(*map(jax.tree.leaves, (got, plain, exact)), strict=True)
+    return {"of tolerance": max(assert_no_worse(*arrays, floor=floor) for arrays in leaves)}
+
+
+def goldens(setting: Setting):
+    """transformers' logits, recorded by tests/golden/make.py."""
+    variants = VARIANTS[:1] if setting.small else VARIANTS
+    return {variant: functools.partial(_golden, variant) for variant in variants}
+
+
+def _golden(variant):
+    lm = qwen2_jax.load(str(GOLDEN / variant), dtype="float32")
+    with np.load(GOLDEN / variant / "golden.npz") as recorded, jax.default_matmul_precision("highest"):
+        error = np.abs(lm.logits(recorded["tokens"]) - recorded["logits"]).max()
+    assert error <= LOGITS, f"a logit differs from transformers' by {error:.1e}; {LOGITS} is allowed"
+    return {"of tolerance": float(error / LOGITS)}
+
+
+def demo(setting: Setting):
+    """The bundled model: answers and logits of the host, computed there by a process of its own."""
+    return {"greedy tokens": _demo_tokens, "int8 logits": _demo_int8}
+
+
+def demo_answers():
+    lm = qwen2_jax.load("demo", dtype="float32")
+    ask = lambda text: lm.chat([{"role": "user", "content": text}], temperature=0, max_new_tokens=NEW)  # noqa: E731
+    with jax.default_matmul_precision("highest"):
+        return {text: np.array(ask(text).token_ids) for text in PROMPTS}
+
+
+def demo_logits():
+    ids = [qwen2_jax.load("demo").tokenizer.encode(" ".join(PROMPTS))]
+    with jax.default_matmul_precision("highest"):
+        return {dtype: qwen2_jax.load("demo", dtype=dtype).logits(ids) for dtype in ("int8", "float32")}
+
+
+def _demo_tokens():
+    theirs = on_host("demo_answers")
+    for text, ours in demo_answers().items():
+        assert ours.tolist() == theirs[text].tolist(), f"{text!r}: {ours.tolist()}, on the CPU {theirs[text].tolist()}"
+    return {"prompts": len(PROMPTS), "tokens": sum(map(len, theirs.values()))}
+
+
+def _demo_int8():
+    theirs = on_host("demo_logits")
+    got = demo_logits()["int8"]
+    return {"of tolerance": assert_no_worse(got, theirs["int8"], theirs["float32"], floor=BFLOAT16)}
+
+
+def training(setting: Setting):
+    """Three steps of tiny models in bfloat16: no worse than the host's bfloat16, measured by its float32."""
+    names = ["dense_tied"] if setting.small else ["dense_tied", "moe"]
+    return {name: functools.partial(_training, name) for name in names}
+
+
+def training_steps(name):
+    """{dtype/number: value} of the losses, gradient norms and weights of three steps, in both dtypes."""
+    return {f"{dtype}/{what}": x for dtype in ("bfloat16", "float32") for what, x in _steps(name, dtype).items()}
+
+
+def _steps(name, dtype):
+    config = ModelConfig.from_hf(training_cases.FIELDS[name])
+    trainer = _trainer(config, rows=4, length=32, dtype=dtype, remat=None)
+    with jax.default_matmul_precision("highest"):
+        state, losses, norms = trainer.init(), [], []
+        for step in range(3):
+            state, metrics = trainer.step(state, _batch(config, 4, 32, step))
+            losses.append(metrics["loss"])
+            norms.append([metrics[key] for key in sorted(metrics) if key.startswith("gradient_norm")])
+    weights = {f"weight{i}": np.asarray(x) for i, x in enumerate(jax.tree.leaves(state.params))}
+    return {"losses": np.array(losses), "norms": np.array(norms)} | weights
+
+
+def _training(name):
+    theirs, ours = on_host("training_steps", name), _steps(name, "bfloat16")
+    shares = [
+        assert_no_worse(x, theirs[f"bfloat16/{what}"], theirs[f"float32/{what}"], floor=BFLOAT16)
+        for what, x in ours.items()
+    ]
+    return {"of tolerance": max(shares)}
+
+
+def on_host(function, *arguments):
+    """What a function of this file returns in a process that has only the CPU: {name: array}."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "arrays.npz"
+        command = [sys.executable, "-m", "benchmarks.device.host", str(file), function, *arguments]
+        environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+        ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        if ended.returncode:
+            raise RuntimeError(f"{function} failed on the host: {ended.stderr[-1000:]}")
+        with np.load(file) as arrays:
+            return dict(arrays)
+
+
+# ---------------------------------------------------------------------- speed
+
+
+def random_params(config: ModelConfig):
+    """bfloat16 weights for decoding, one array per layer; a program per shape makes them."""
+    make = functools.cache(lambda shape: jax.jit(lambda key: 0.02 * jax.random.normal(key, shape, jnp.bfloat16)))
+    tree: dict = {}
+    for number, (path, spec) in enumerate(params.leaves(model.declare(config, unroll=True)[1])):
+        node = tree
+        for part in path[:-1]:
+            node = node.setdefault(part, {})
+        node[path[-1]] = make(spec.shape)(jax.random.key(number)) if spec.decay else jnp.ones(spec.shape, jnp.bfloat16)
+    return tree
+
+
+@functools.cache
+def random_lm(name: str, small: bool, dual_chunk: DualChunk | None = None) -> LM:
+    config = accelerator_cases.DENSE if small else PRESETS[name]
+    config = dataclasses.replace(config, dual_chunk_attention_config=dual_chunk)
+    stats = jax.devices()[0].memory_stats() or {}
+    need, have = 2.2 * flops.parameters(config), stats.get("bytes_limit", float("inf"))
+    if need > have:
+        raise Skipped(f"{name} needs {need / 2**30:.0f} GiB, this device has {have / 2**30:.0f}")
+    return LM(config, random_params(config), dtype="bfloat16", unroll=True)
+
+
+def chip():
+    """The row of this device in qwen2_jax.chips, or None."""
+    kind = jax.devices()[0].device_kind
+    return next((chip for chip in chips.CHIPS.values() if chips.peak_of(chip.kind) == chips.peak_of(kind)), None)
+
+
+def share(amount, seconds, peak):
+    """amount / seconds as a share of peak; None where the device has no known peak."""
+    return None if peak is None else amount / seconds / peak
+
+
+def requests(config, rows, length, new):
+    ids = np.random.default_rng(0).integers(1, config.vocab_size, (rows, length))
+    settings = Settings(max_new_tokens=new, ignore_eos=True)
+    return [Request(tuple(row), settings) for row in ids.tolist()]
+
+
+def prefill(name, setting, length):
+    """From token ids to the first new token of one prompt."""
+    lm = random_lm(name, setting.small)
+    seconds = _prefill_seconds(lm, length, "auto")
+    work = flops.forward_flops(lm.config, length) - 2 * (length - 1) * flops.head_parameters(lm.config)
+    peak = chip() and chip().peak.tflops * 1e12
+    return {"tokens/s": length / seconds, "ms": 1e3 * seconds, "MFU": share(work, seconds, peak)}
+
+
+def _prefill_seconds(lm, length, long_context, repeat=3):
+    """The fastest of `repeat` runs, after one that compiles."""
+    asked = requests(lm.config, 1, length, 1)
+    lm.generator.run(asked, long_context)
+    seconds = []
+    for _ in range(repeat):
+        start = time.perf_counter()
+        lm.generator.run(asked, long_context)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def decoding(name, setting, rows, length, floor=None):
+    """Greedy tokens of all rows together, behind prompts of `length` tokens, in calls of sixteen steps."""
+    lm = random_lm(name, setting.small)
+    calls = 2 if setting.small else 6
+    started = lm.generator.start(requests(lm.config, rows, length, 16 * (calls + 1)))
+    started.advance()
+    start = time.perf_counter()
+    for _ in range(calls):
+        started.advance()
+    seconds = (time.perf_counter() - start) / (16 * calls)
+    weights = flops.matrix_parameters(lm.config)  # each is read once a step, the embedding only where it is the head
+    moved = 2 * weights + rows * (length + 8 * calls) * flops.kv_bytes_per_token(lm.config)
+    used = share(moved, seconds, chip() and chip().hbm_gb_s * 1e9)
+    numbers = {"tokens/s": rows / seconds, "ms": 1e3 * seconds, "of bandwidth": used}
+    return numbers | ({"floor": floor} if floor and chip() and chip().name in ("h100", "h200") else {})
+
+
+def speeds(name, floor, setting: Setting):
+    length = 40 if setting.small else 4096
+    found = {"prefill 4k": functools.partial(prefill, name, setting, length)}
+    for rows in (1, 2) if setting.small else (1, 64, 8):
+        here = floor if rows == 1 else None
+        found[f"decode at 4k, rows: {rows}"] = functools.partial(decoding, name, setting, rows, length, here)
+    return found
+
+
+speed_7b = functools.partial(speeds, "qwen2-7b", "70% of bandwidth")
+speed_half_b = functools.partial(speeds, "qwen2-0.5b", "500 tokens/s")
+
+
+def speed_long(setting: Setting):
+    """Prefill with Dual Chunk Attention in five chunks beside plain causal attention of the same length."""
+
+    def compare():
+        chunk = DualChunk(chunk_size=48, local_size=8) if setting.small else DualChunk(chunk_size=8192, local_size=1024)
+        lm, length = random_lm("qwen2-0.5b", setting.small, chunk), 200 if setting.small else 32000
+        plain, chunked = (_prefill_seconds(lm, length, mode, repeat=2) for mode in ("off", "dca"))
+        return {"tokens/s": length / chunked, "plain causal, tokens/s": length / plain, "DCA / plain": chunked / plain}
+
+    return {"prefill 32k with dual chunks": compare}
+
+
+def _trainer(config, *, rows, length, dtype="bfloat16", remat="full"):
+    run = Pretrain(
+        model=config, tokenizer="demo", data=Data(sources=(Source(path="not read"),), packing="concat"), rows=rows,
+        length=length, steps=1000, optim=Optim(lr=1e-3, schedule="constant"), dtype=dtype, remat=remat,
+    )  # fmt: skip
+    return Trainer(run, config, 1000)
+
+
+def _batch(config, rows, length, seed=0):
+    ids = np.random.default_rng(seed).integers(1, config.vocab_size, (rows, length)).astype(np.int32)
+    positions = np.broadcast_to(np.arange(length, dtype=np.int32), ids.shape)
+    return Batch(ids, np.roll(ids, -1, axis=1), np.ones(ids.shape, np.float32), np.zeros_like(ids), positions)
+
+
+def speed_training(setting: Setting):
+    return {
+        f"remat {remat}": functools.partial(_speed_training, remat, setting)
+        for remat in (("full",) if setting.small else ("full", "dots"))
+    }
+
+
+def _speed_training(remat, setting):
+    """A step of four layers of 7B's width: speed, and the device's memory beside what a plan says."""
+    config = accelerator_cases.DENSE if setting.small else dataclasses.replace(PRESETS["qwen2-7b"], num_hidden_layers=4)
+    rows, length, device = (2, 64, jax.devices()[0]) if setting.small else (4, 4096, jax.devices()[0])
+    trainer, batch = _trainer(config, rows=rows, length=length, remat=remat), _batch(config, rows, length)
+    state = trainer.init()
+    compiled = trainer.step.lower(state, batch).compile()
+    memory, seconds = compiled.memory_analysis(), []
+    for _ in range(2 if setting.small else 5):
+        start = time.perf_counter()
+        state, metrics = compiled(state, batch)
+        loss = float(metrics["loss"])
+        jax.block_until_ready(state)
+        seconds.append(time.perf_counter() - start)
+    assert np.isfinite(loss), f"the loss is {loss}"
+    best, here, gib = min(seconds), chip(), 2**30
+    numbers = {"tokens/s": rows * length / best, "ms": 1e3 * best, "loss": loss}
+    numbers["MFU"] = share(flops.train_flops(config, [length] * rows), best, here and here.peak.tflops * 1e12)
+    numbers["compiled GiB"] = (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / gib
+    if stats := device.memory_stats():
+        numbers["peak GiB"] = stats["peak_bytes_in_use"] / gib
+    if here is not None:
+        where = machine.Machine("this one", here, 1, (1,) * max(1, here.dims))
+        mesh = jax.sharding.Mesh(np.array([device]).reshape([1] * len(sharding.AXES)), tuple(sharding.AXES))
+        plan = estimate.estimate(estimate.Setting(trainer.run, config, trainer.model_specs, where, mesh))
+        numbers |= {"plan GiB": plan.bytes / gib, "plan ms": 1e3 * plan.seconds.exposed, "floor": "MFU 45%"}
+    return numbers
