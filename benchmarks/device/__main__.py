@@ -68,6 +68,12 @@ class Run:
         known = self.data["plans"].get(piece.name)
         return None if known is None else [name for name in known if name not in self.status(piece)]
 
+    def plan(self, piece: Piece, names: list[str]) -> None:
+        """The piece has these cases; results of others are from a time when it had them."""
+        with self.lock:
+            self.data["plans"][piece.name] = names
+            self.data["cases"] = [x for x in self.data["cases"] if x["piece"] != piece.name or x["case"] in names]
+
     def add(self, piece: Piece, **case) -> None:
         now = f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M:%S}"
         same = lambda old: (old["piece"], old["case"]) == (piece.name, case["case"])  # noqa: E731
@@ -162,7 +168,7 @@ def one_process(piece: Piece, run: Run, folder: Path, until: float) -> bool:
             if line is None:
                 break
             if "plan" in line:
-                run.data["plans"][piece.name] = line["plan"]
+                run.plan(piece, line["plan"])
             elif "begin" in line:
                 begun, now = line["begin"], time.monotonic()
                 limit = piece.case_seconds * (2 if platform == "cpu" else 1)

@@ -3,12 +3,14 @@
 
 import sys
 
+import jax
 import numpy as np
 
 from .worker import find_sources
 
 if __name__ == "__main__":
     find_sources()
+    jax.config.update("jax_disable_most_optimizations", True)  # every program runs once
     from . import models
 
     file, function, *arguments = sys.argv[1:]

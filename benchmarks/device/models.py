@@ -254,7 +254,7 @@ def speed_long(setting: Setting):
 
     def compare():
         chunk = DualChunk(chunk_size=48, local_size=8) if setting.small else DualChunk(chunk_size=8192, local_size=1024)
-        lm, length = random_lm("qwen2-0.5b", setting.small, chunk), 200 if setting.small else 32000
+        lm, length = random_lm("qwen2-0.5b", setting.small, chunk), 100 if setting.small else 32000
         plain, chunked = (_prefill_seconds(lm, length, mode, repeat=2) for mode in ("off", "dca"))
         return {"tokens/s": length / chunked, "plain causal, tokens/s": length / plain, "DCA / plain": chunked / plain}
 
