@@ -69,6 +69,8 @@ def on_device(implementation: str, setting: Setting):
         from jax.experimental.pallas import tpu as pltpu
 
         return simulated("TPU v5 lite", pltpu.InterpretParams())
+    if jax.__version_info__ < (0, 12):
+        raise NotImplementedError("jax before 0.12 cannot simulate all that these kernels do on a GPU")
     try:
         params = importlib.import_module("jax._src.pallas.mosaic_gpu.interpret.params")
         simulation = simulated("NVIDIA H200", params.InterpretGPUParams())
