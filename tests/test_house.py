@@ -17,7 +17,8 @@ ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SETUPTOOLS = PYPROJECT["tool"]["setuptools"]
 
-# A module may import from its own row and from the rows above it. docs/architecture.md draws the same table.
+# A file may import files of its own row and of the rows above. An entry is a file or a folder; the longest entry that a
+# file's path begins with is the file's. docs/architecture.md draws the same table.
 LAYERS = [
     ["errors", "check", "presets", "stacks", "architectures", "config", "flops", "chips", "hosts"],
     ["params", "rope", "sharding", "exchange", "ops", "tables", "linear", "heads", "logprob"],
@@ -33,6 +34,15 @@ LAYERS = [
 LEVEL = {name: level for level, row in enumerate(LAYERS) for name in row}
 FORBIDDEN_IMPORTS = {"torch", "transformers", "pickle", "cloudpickle", "dill", "marshal", "shelve"}
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "misc"}
+# What importing a module alone must leave out, checked in a process of its own.
+LIGHT = {
+    "qwen2_jax": {"jax", "flax", "numpy"},
+    "qwen2_jax.config": {"jax", "flax", "numpy"},
+    "qwen2_jax.data.store": {"jax", "flax", "qwen2_jax.model", "qwen2_jax.kernels", "qwen2_jax.checkpoint"},
+    "qwen2_jax.infer.cli": {"jax", "flax", "qwen2_jax.kernels"},
+    "qwen2_jax.hosts": {"jax", "numpy"},
+    "qwen2_jax.rewards": {"jax", "flax"},
+}
 
 
 def sources(*folders: str) -> list[Path]:
@@ -46,16 +56,26 @@ def sources(*folders: str) -> list[Path]:
 
 ALL = sources("qwen2_jax", "kernels", "configs", "benchmarks", "tests", "infer.py", "train.py")
 SHIPPED = sources("qwen2_jax", "kernels")
+PACKAGE = sources("qwen2_jax")
+TREES = {path: ast.parse((ROOT / path).read_text(encoding="utf-8"), str(path)) for path in ALL}
+
+
+def dotted(path: Path) -> str:
+    """The module of a file of qwen2_jax/; a package's is its folder's name."""
+    parts = path.with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {dotted(path): path for path in PACKAGE}
 
 
 def imports(path: Path) -> set[str]:
     """Absolute dotted names that a file imports anywhere, also inside functions; `from a import b` gives a and a.b."""
-    parts = list(path.with_suffix("").parts)
-    package = parts[:-1]
+    package = list(path.with_suffix("").parts[:-1])
     if package[:1] == ["kernels"]:
         package = ["qwen2_jax", *package]
     names = set()
-    for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"), str(path))):
+    for node in ast.walk(TREES[path]):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -65,81 +85,125 @@ def imports(path: Path) -> set[str]:
     return names
 
 
-def unit(dotted: str) -> str | None:
-    """The name in LAYERS that `qwen2_jax.NAME...` belongs to; None for the package itself and for the outside."""
-    parts = dotted.split(".")
-    known = len(parts) > 1 and parts[0] == "qwen2_jax" and parts[1] != "kernels"
-    place = ROOT / "qwen2_jax" / parts[1] if known else None
-    return parts[1] if place and (place.is_dir() or place.with_suffix(".py").is_file()) else None
+def imported_files(path: Path) -> set[Path]:
+    """Files of qwen2_jax/ that a file imports by name: a.b if there is such a file in `from a import b`, else a."""
+    found = set()
+    for node in ast.walk(TREES[path]):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name in FILES}
+        elif isinstance(node, ast.ImportFrom):
+            base = list(path.parts[: len(path.parts) - node.level]) if node.level else []
+            origin = ".".join([*base, *(node.module or "").split(".")]).rstrip(".")
+            submodules = {f"{origin}.{alias.name}" for alias in node.names} & FILES.keys()
+            found |= submodules or ({origin} & FILES.keys())
+    return {FILES[name] for name in found} - {path}
 
 
-def owner(path: Path) -> str | None:
-    """The name in LAYERS of a file of qwen2_jax; None for its __init__.py, which only re-exports, and the demo data."""
-    name = path.parts[1].removesuffix(".py")
-    return None if name in ("__init__", "demo") else name
+def entry(path: Path) -> str | None:
+    """The entry of LAYERS that a file of qwen2_jax/ belongs to; None for a package's front door, and for the demo."""
+    name = "/".join(path.with_suffix("").parts[1:])
+    if path.name == "__init__.py" or name.startswith("demo/"):
+        return None
+    found = [one for one in LEVEL if name == one or name.startswith(f"{one}/")]
+    return max(found, key=len, default="")
 
 
-def test_every_module_has_its_place():
-    unknown = {str(path) for path in sources("qwen2_jax") if owner(path) and owner(path) not in LEVEL}
-    assert not unknown, f"{sorted(unknown)}: give the new module a row in LAYERS and in docs/architecture.md"
+def top(name: str) -> str:
+    return name.split(".")[0]
 
 
-@pytest.mark.parametrize("path", [p for p in sources("qwen2_jax") if owner(p)], ids=str)
-def test_imports_run_one_way(path):
-    here = owner(path)
-    upward = {name for name in map(unit, imports(path)) if name in LEVEL and LEVEL[name] > LEVEL.get(here, 0)}
-    assert not upward, f"{path} imports {sorted(upward)}, which stand above {here}"
+def test_every_file_has_its_layer():
+    unknown = [str(path) for path in PACKAGE if entry(path) == ""]
+    assert not unknown, f"{unknown}: give each a row in LAYERS and in docs/architecture.md"
+    empty = [name for name in LEVEL if not any(entry(path) == name for path in PACKAGE)]
+    assert not empty, f"LAYERS has entries that no file belongs to: {empty}"
 
 
-def test_no_import_cycles():
-    graph: dict[str, set[str]] = {}
-    for path in sources("qwen2_jax"):
-        if here := owner(path):
-            graph.setdefault(here, set()).update(name for name in map(unit, imports(path)) if name and name != here)
-    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError with the cycle
+@pytest.mark.xfail(strict=True, reason="infer/lm.py and infer/stream.py import each other")
+def test_imports_run_one_way_without_circles():
+    """By layer, and file by file: also where the circle is hidden in a function or under TYPE_CHECKING."""
+    graph = {path: imported_files(path) for path in PACKAGE}
+    upward = [
+        f"{path} imports {other}"
+        for path, others in graph.items()
+        for other in sorted(others)
+        if entry(path) and entry(other) and LEVEL[entry(other)] > LEVEL[entry(path)]
+    ]
+    assert not upward, "imports of a higher layer:\n" + "\n".join(upward)
+    circles = []
+    while True:  # one circle at a time: each is cut where it was found, to see the next
+        try:
+            graphlib.TopologicalSorter(graph).prepare()
+            break
+        except graphlib.CycleError as error:
+            circle = error.args[1]
+            circles.append(" <- ".join(map(str, circle)))
+            graph[circle[1]] = graph[circle[1]] - {circle[0]}
+    assert not circles, "circles of imports:\n" + "\n".join(circles)
 
 
-def test_data_knows_no_model():
-    for path in sources("qwen2_jax/data"):
-        assert not {"model", "attention", "moe", "cache", "rope", "ops"} & set(map(unit, imports(path))), path
+@pytest.mark.xfail(strict=True, reason="hosts/preflight.py and train/judges.py do")
+def test_nobody_below_imports_the_root():
+    """`import qwen2_jax` inside the package reaches everything, whatever the layers say."""
+    found = [str(path) for path in PACKAGE if FILES["qwen2_jax"] in imported_files(path)]
+    assert not found, f"{found}: import the file that has the name"
 
 
-@pytest.mark.parametrize("path", sources("kernels"), ids=str)
-def test_kernels_are_a_leaf(path):
-    """`import kernels` from a clone and `qwen2_jax.kernels` both work, because no file names either."""
-    tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
-    absolute = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    absolute |= {n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and not n.level}
-    assert not {name for name in absolute if name.split(".")[0] in ("qwen2_jax", "kernels")}
-    inside = {name for name in imports(path) if name.split(".")[0] == "qwen2_jax"}
-    assert not {name for name in inside if not name.startswith("qwen2_jax.kernels")}, (
-        "a relative import leaves kernels/"
-    )
+@pytest.mark.xfail(strict=True, reason="data/store.py brings in jax, flax, the model and checkpoint/")
+def test_light_modules_bring_in_little():
+    """Each in a process of its own, since a package's front door may import what nobody asked for."""
+    heavy = []
+    for module, without in LIGHT.items():
+        code = f"import sys, {module}\nprint(*sorted({without!r} & sys.modules.keys()))"
+        run = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
+        assert run.returncode == 0, run.stderr
+        heavy += [f"{module} brings in {run.stdout.strip()}"] if run.stdout.strip() else []
+    assert not heavy, "\n".join(heavy)
 
 
-@pytest.mark.parametrize("path", [p for p in ALL if p.parts[0] not in ("kernels", "tests", "benchmarks")], ids=str)
-def test_ops_is_the_only_door_to_the_kernels(path):
-    if path.parent != Path("qwen2_jax/ops"):
-        assert not {name for name in imports(path) if name.startswith(("qwen2_jax.kernels", "kernels"))}
+def test_what_must_not_be_imported():
+    found = []
+    for path in ALL:
+        names = imports(path)
+        if path.parts[0] == "kernels":  # a leaf: `import kernels` from a clone and `qwen2_jax.kernels` both work
+            absolute = {alias.name for n in ast.walk(TREES[path]) if isinstance(n, ast.Import) for alias in n.names}
+            absolute |= {n.module or "" for n in ast.walk(TREES[path]) if isinstance(n, ast.ImportFrom) and not n.level}
+            outside = {name for name in names if top(name) == "qwen2_jax" and not name.startswith("qwen2_jax.kernels")}
+            named = {name for name in absolute if top(name) in ("qwen2_jax", "kernels")}
+            found += [f"{path}: {name}; kernels/ names neither itself nor us" for name in sorted(outside | named)]
+        elif path.parts[0] not in ("tests", "benchmarks") and path.parent != Path("qwen2_jax/ops"):
+            kernels = [name for name in sorted(names) if name.startswith(("qwen2_jax.kernels", "kernels"))]
+            found += [f"{path}: {name}; ops/ is the only door to the kernels" for name in kernels]
+        if path.parts[0] not in ("tests", "benchmarks"):
+            found += [f"{path}: {name}, never at run time" for name in sorted({*map(top, names)} & FORBIDDEN_IMPORTS)]
+        if path.is_relative_to("qwen2_jax/data"):
+            model = [
+                str(other)
+                for other in imported_files(path)
+                if entry(other) and entry(other) in ("model", "attention", "moe", "cache", "rope", "ops")
+            ]
+            found += [f"{path}: {other}; data knows no model" for other in model]
+    assert not found, "\n".join(found)
 
 
-@pytest.mark.parametrize("path", [*SHIPPED, *sources("configs", "infer.py", "train.py")], ids=str)
-def test_never_imported_at_run_time(path):
-    assert not {name.split(".")[0] for name in imports(path)} & FORBIDDEN_IMPORTS
-
-
-@pytest.mark.parametrize("path", ALL, ids=str)
-def test_source_file_form(path):
-    text = (ROOT / path).read_bytes()
-    foreign = [number for number, line in enumerate(text.splitlines(), 1) if not line.isascii()]
-    tests = path.parts[0] == "tests"
-    assert not foreign or tests, f"not ASCII in lines {foreign}"  # tests of text may spell their text
-    lines = text.decode().splitlines()
-    assert lines[0] == "# SPDX-License-Identifier: Apache-2.0"
-    assert ast.get_docstring(ast.parse(text)), "the file says in a docstring what it is"
-    longest = 600 if path.parts[0] == "kernels" or tests else 400
-    assert len(lines) <= longest, f"{len(lines)} lines: split it by idea"
-    assert not set(path.with_suffix("").parts) & FORBIDDEN_NAMES, "name the idea"
+def test_source_files_have_the_form():
+    found = []
+    for path in ALL:
+        text = (ROOT / path).read_bytes()
+        tests = path.parts[0] == "tests"
+        foreign = [number for number, line in enumerate(text.splitlines(), 1) if not line.isascii()]
+        if foreign and not tests:  # tests of text may spell their text
+            found.append(f"{path}: not ASCII in lines {foreign}")
+        lines = text.decode().splitlines()
+        if not lines or lines[0] != "# SPDX-License-Identifier: Apache-2.0":
+            found.append(f"{path}: the first line is the SPDX line")
+        if not ast.get_docstring(TREES[path]):
+            found.append(f"{path}: the file says in a docstring what it is")
+        if len(lines) > (600 if path.parts[0] == "kernels" or tests else 400):
+            found.append(f"{path}: {len(lines)} lines; split it by idea")
+        if set(path.with_suffix("").parts) & FORBIDDEN_NAMES:
+            found.append(f"{path}: name the idea")
+    assert not found, "\n".join(found)
 
 
 def test_packages_are_the_folders_on_disk():
