@@ -3,8 +3,8 @@
 
 import argparse
 
-from qwen2_jax import hosts
-from qwen2_jax.infer.cli import main
+from qwen2_jax.infer.cli.main import main
+from qwen2_jax.parallel import hosts
 
 
 def plan(args: argparse.Namespace) -> int:

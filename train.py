@@ -7,8 +7,8 @@ import os
 import sys
 from pathlib import Path
 
-from qwen2_jax import hosts
 from qwen2_jax.errors import UserError
+from qwen2_jax.parallel import hosts
 
 USAGE = f"""usage: python train.py CONFIG.py [--any.field value]
 
@@ -70,9 +70,9 @@ def main(arguments: list[str]) -> int:
     try:
         alone = machine is not None or not {"-h", "--help"}.isdisjoint(flags)
         with hosts.joined(None if alone else hosts.find(launch), goes_on=GOES_ON) as group:
-            from qwen2_jax.train import reading
+            from qwen2_jax.train import config_file
 
-            run = reading.load(Path(arguments[0]), flags)
+            run = config_file.load(Path(arguments[0]), flags)
             if machine is not None:
                 from qwen2_jax.plan import command
 

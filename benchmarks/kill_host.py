@@ -23,7 +23,7 @@ from pathlib import Path
 
 import kill_test
 
-LOST = 75  # qwen2_jax.hosts.LOST
+LOST = 75  # qwen2_jax.parallel.hosts.LOST
 MET = " have met at "  # what process 0 says when all are there
 NAMES = "process {} on "  # what the others' message says of the killed one
 

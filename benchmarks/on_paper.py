@@ -17,12 +17,13 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import jax.numpy as jnp
 
-from qwen2_jax import PRESETS, flops, model
-from qwen2_jax.plan import architecture, cost, machine
+from qwen2_jax import PRESETS, model
+from qwen2_jax.model import flops
+from qwen2_jax.plan import architecture, device_work, machine
 from qwen2_jax.plan.estimate import Setting, estimate
 from qwen2_jax.plan.report import GIB
 from qwen2_jax.plan.roofline import Seconds
-from qwen2_jax.train import Mesh, reading
+from qwen2_jax.train import Mesh, config_file
 
 ROOT = Path(__file__).parents[1]
 SLICES = (1, 2, 4, 8, 16, 32, 64)
@@ -37,7 +38,7 @@ def weak_scaling(name: str = "pretrain_72b", slice_: str = "v5p-256") -> Iterato
     yield "| slices | devices | tokens a step | messages s | seconds a step | MFU |"
     yield "|---|---|---|---|---|---|"
     path = ROOT / f"configs/{name}.py"
-    run = reading.load(path)
+    run = config_file.load(path)
     architect = architecture.of_run(run, path)
     specs = model.declare(architect)[1]
     for slices in SLICES:
@@ -58,7 +59,7 @@ def by_context(preset: str = "qwen2.5-7b-instruct-1m", name: str = "8xh100") -> 
     yield "|---|---|---|---|---|---|"
     where, architect = machine.parse(name), PRESETS[preset]
     specs = model.declare(architect)[1]
-    base = reading.load(ROOT / "configs/pretrain_7b.py")
+    base = config_file.load(ROOT / "configs/pretrain_7b.py")
     for length in CONTEXTS:
         best = None
         for context in (1, 2, 4, 8):
@@ -77,13 +78,13 @@ def by_context(preset: str = "qwen2.5-7b-instruct-1m", name: str = "8xh100") -> 
         spent = where.devices * PER
         training = "-" if best is None else f"{best[0] * spent / TOKENS:,.0f}"
         serving = machine.mesh_of(where, Mesh(fsdp=1, tensor=8).sizes(where.devices))
-        cut = cost.parts(architect, serving, 1)
+        cut = device_work.parts(architect, serving, 1)
         weights = flops.parameters(architect) * jnp.dtype("bfloat16").itemsize // where.devices
         cache = 2 * flops.kv_bytes_per_token(architect) * length // where.devices  # 4 key heads on 8 devices: twice
-        prefill = cost.prefill_work(
+        prefill = device_work.prefill_work(
             architect, where.chip, cut, rows=1, length=length, chunk=CHUNK, weight_bytes=weights, cache_bytes=cache
         )
-        step = cost.decode_work(
+        step = device_work.decode_work(
             architect, where.chip, cut, rows=1, length=length, weight_bytes=weights, expert_bytes=0, cache_bytes=cache
         )
         yield (

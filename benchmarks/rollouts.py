@@ -20,9 +20,9 @@ import numpy as np
 from cpu_decode import cpu_model
 
 import qwen2_jax
-from qwen2_jax.infer.generate import Request
-from qwen2_jax.infer.rollouts import Rollouts
-from qwen2_jax.infer.settings import Settings
+from qwen2_jax.infer.engine.programs import Request
+from qwen2_jax.infer.engine.rollouts import Rollouts
+from qwen2_jax.infer.engine.sampling_params import Settings
 
 LENGTH = 512  # slots of a row
 

@@ -75,8 +75,8 @@ def trainer(shape: dict, args: argparse.Namespace):
     import numpy as np
 
     from qwen2_jax.config import ModelConfig
-    from qwen2_jax.data.packing import Batch
     from qwen2_jax.data.spec import Data, Source
+    from qwen2_jax.data.tokens.packing import Batch
     from qwen2_jax.train.config import Optim, Pretrain
     from qwen2_jax.train.step import Trainer
 

@@ -18,8 +18,8 @@ from typing import Any, Self
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from . import check
-from .errors import UserError
+from qwen2_jax import validate
+from qwen2_jax.errors import UserError
 
 # Qwen2's pre-tokenisation: like GPT-4's, with every digit on its own.
 PATTERN = (
@@ -282,23 +282,23 @@ def _compiled(source: str):
 
 def _check_messages(messages: Any) -> None:
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
-        raise UserError(f"messages is {check.short(messages)}; it must be a list of dicts with role and content")
+        raise UserError(f"messages is {validate.short(messages)}; it must be a list of dicts with role and content")
     if not messages:
         raise UserError("messages is empty; give at least one message")
     for index, message in enumerate(messages):
         where = f"messages[{index}]"
         if not isinstance(message, Mapping):
-            raise UserError(f"{where} is {check.short(message)}; it must be a dict with role and content")
-        check.choice(f"{where} role", message.get("role"), ROLES)
+            raise UserError(f"{where} is {validate.short(message)}; it must be a dict with role and content")
+        validate.choice(f"{where} role", message.get("role"), ROLES)
         if "content" not in message:
             raise UserError(f"{where} has no content; give the text of the message")
         if not isinstance(message["content"], str):
-            raise UserError(f"{where} content is {check.short(message['content'])}; it must be text")
+            raise UserError(f"{where} content is {validate.short(message['content'])}; it must be text")
 
 
 def _check_text(text: Any) -> None:
     if not isinstance(text, str):
-        raise UserError(f"cannot encode {check.short(text)}; it must be text")
+        raise UserError(f"cannot encode {validate.short(text)}; it must be text")
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -9,9 +9,10 @@ import numpy as np
 from flax import nnx
 
 import tiny
-from qwen2_jax import model, rope
-from qwen2_jax.cache import Cache
+from qwen2_jax import model
 from qwen2_jax.config import DualChunk, ModelConfig
+from qwen2_jax.model import rope
+from qwen2_jax.model.kv_cache import Cache
 
 DENSE = ModelConfig(
     model_type="qwen2",

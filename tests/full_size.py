@@ -114,23 +114,25 @@ def shardings() -> str:
     """A line for each parameter of each job: job, name in a Hugging Face file, shape, mesh axes of each dimension."""
     from jax.sharding import AbstractMesh
 
-    from qwen2_jax import heads, model, sharding
-    from qwen2_jax.params import leaves
+    from qwen2_jax import model
+    from qwen2_jax.model import head_padding
+    from qwen2_jax.parallel import sharding
     from qwen2_jax.plan import architecture, infer, machine
-    from qwen2_jax.train import reading
+    from qwen2_jax.train import config_file
+    from qwen2_jax.weights.params import leaves
 
     lines = []
     for job in JOBS:
         devices = machine.parse(job.machine).devices
         if job.trains:
             path = ROOT / f"configs/{job.what}.py"
-            run = reading.load(path, list(job.flags))
+            run = config_file.load(path, list(job.flags))
             architect, sizes, rules = architecture.of_run(run, path), run.mesh.sizes(devices), sharding.RULES
             specs = model.declare(architect)[1]
         else:
             architect = architecture.named(job.what)
             sizes, rules = infer.default_mesh(architect, devices), sharding.SERVING
-            wider = heads.spread(architect, AbstractMesh(tuple(sizes.values()), tuple(sizes)))
+            wider = head_padding.spread(architect, AbstractMesh(tuple(sizes.values()), tuple(sizes)))
             specs = model.declare(architect if wider is None else wider.config)[1]
         sizes = {axis: size for axis, size in sizes.items() if size > 1}
         mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))

@@ -3,7 +3,7 @@
 
 import json
 
-from qwen2_jax.data import bpe
+from qwen2_jax.speedrun import bpe
 
 
 def write_corpus(folder):

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 
 import qwen2_jax
-from qwen2_jax import checkpoint, model
-from qwen2_jax.data import packing, skills, speedrun, text
-from qwen2_jax.data.encode import Encoder
-from qwen2_jax.data.formats import read
-from qwen2_jax.eval.skills import HeldOut
+from qwen2_jax import checkpoint
+from qwen2_jax.data.formats.record_formats import read
+from qwen2_jax.data.tokens import packing
+from qwen2_jax.data.tokens.encode import Encoder
+from qwen2_jax.model import decoder
+from qwen2_jax.speedrun import corpus, skills, stdlib_text
+from qwen2_jax.speedrun.accuracy import HeldOut
 from qwen2_jax.tokenizer import Tokenizer
 
 LENGTH = 512  # one shape for all items: one compiled program
@@ -31,18 +33,18 @@ def right(source, encoder):
     """Whether each greedy answer is right: every target is the best token given those before it."""
     config = checkpoint.read_config(source)
     params = checkpoint.load_params(source, config, dtype=np.float32, unroll=False)
-    graphdef, _ = model.declare(config)
+    graphdef, _ = decoder.declare(config)
 
     @jax.jit
     def best(params, batch):
-        qwen2 = model.nnx.merge(graphdef, params)
+        qwen2 = decoder.nnx.merge(graphdef, params)
         hidden = qwen2(batch.tokens_BT, positions_BT=batch.positions_BT, segments_BT=batch.segments_BT).hidden_BTD
         return qwen2.logits(hidden).argmax(-1)
 
     def score(items):
         rows = []
         for item in items:
-            document = encoder.encode(read(speedrun.messages([item]), "messages", item.question))
+            document = encoder.encode(read(corpus.messages([item]), "messages", item.question))
             assert len(document) <= LENGTH
             rows.append(packing.pack_row([document], LENGTH, pad=0))
         batch = packing.stack(rows)
@@ -65,14 +67,14 @@ def test_held_out_accuracy(skill, least, held_out, right):
     83% of 200 items): the model may spell a made-up word with other tokens.
     """
     items = held_out.items(skill, 24, seed=7)
-    assert all(text.is_held_out(item.key) for item in items)
+    assert all(stdlib_text.is_held_out(item.key) for item in items)
     got = right(items)
     assert got.mean() >= least, [item.question for item, ok in zip(items, got, strict=True) if not ok]
 
 
 def test_every_sum_is_on_one_side_of_the_split():
     """About a tenth of the 4095 pairs is held out, and what training draws never meets it."""
-    held_out = {(a, b) for a in range(10, 100) for b in range(a, 100) if text.is_held_out(f"sum {a} {b}")}
+    held_out = {(a, b) for a in range(10, 100) for b in range(a, 100) if stdlib_text.is_held_out(f"sum {a} {b}")}
     assert 0.07 < len(held_out) / 4095 < 0.13
     rng = np.random.default_rng(0)
     drawn = [

@@ -6,8 +6,9 @@ import zlib
 import jax.numpy as jnp
 import numpy as np
 
-from qwen2_jax import model, params
+from qwen2_jax import model
 from qwen2_jax.config import DualChunk, ModelConfig
+from qwen2_jax.weights import params
 
 _COMMON = {
     "model_type": "qwen2",

@@ -17,16 +17,19 @@ import numpy as np
 import accelerator_cases
 import qwen2_jax
 import training_cases
-from qwen2_jax import chips, flops, model, params, sharding
+from qwen2_jax import model
 from qwen2_jax.config import PRESETS, DualChunk, ModelConfig
-from qwen2_jax.data.packing import Batch
 from qwen2_jax.data.spec import Data, Source
-from qwen2_jax.infer.generate import Request
+from qwen2_jax.data.tokens.packing import Batch
+from qwen2_jax.infer.engine.programs import Request
+from qwen2_jax.infer.engine.sampling_params import Settings
 from qwen2_jax.infer.lm import LM
-from qwen2_jax.infer.settings import Settings
+from qwen2_jax.model import flops
+from qwen2_jax.parallel import chips, sharding
 from qwen2_jax.plan import estimate, machine
 from qwen2_jax.train.config import Optim, Pretrain
 from qwen2_jax.train.step import Trainer
+from qwen2_jax.weights import params
 from tolerance import BFLOAT16, assert_no_worse
 
 from .checks import host
@@ -34,7 +37,7 @@ from .pieces import Setting
 from .worker import ROOT, Skipped
 
 GOLDEN = ROOT / "tests" / "golden"
-LOGITS = 1e-4  # what any logit of a recorded model may differ by, in float32 (tests/test_parity.py)
+LOGITS = 1e-4  # what any logit of a recorded model may differ by, in float32 (tests/model/test_parity.py)
 VARIANTS = ("dense_tied", "heads_14_2", "sliding", "yarn", "moe", "moe_step_2")
 PROMPTS = ("What is 27 + 58?", "Which is larger, 34 or 43?", "Repeat: strawberry jam", "hello")
 NEW = 24
@@ -46,7 +49,7 @@ NEW = 24
 def on_kernels(setting: Setting):
     """Every kind of layer on this device's kernels, no worse than the portable code on the host.
 
-    A CPU has none; their interpreters take minutes for a model, which tests/test_model_on_accelerators.py has.
+    A CPU has none; their interpreters take minutes for a model, which tests/model/test_decoder_on_accelerators.py has.
     """
     kinds = ["moe"] if setting.small else list(accelerator_cases.KINDS)
     name = "xla" if setting.platform == "cpu" else setting.platform
@@ -182,7 +185,7 @@ def random_lm(name: str, small: bool, dual_chunk: DualChunk | None = None) -> LM
 
 
 def chip():
-    """The row of this device in qwen2_jax.chips, or None."""
+    """The row of this device in qwen2_jax.parallel.chips, or None."""
     kind = jax.devices()[0].device_kind
     return next((chip for chip in chips.CHIPS.values() if chips.peak_of(chip.kind) == chips.peak_of(kind)), None)
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Speedrun: DPO, from the bundled demo model, on pairs of the right sum and one near it.
 
-python -m qwen2_jax.data.tasks runs/speedrun/tasks
+python -m qwen2_jax.speedrun.post_training_data runs/speedrun/tasks
 python train.py configs/speedrun/dpo.py
 """
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Speedrun: GRPO, from the bundled demo model. It adds in words that it was never asked in, and is told what is right.
 
-python -m qwen2_jax.data.tasks runs/speedrun/tasks
+python -m qwen2_jax.speedrun.post_training_data runs/speedrun/tasks
 python train.py configs/speedrun/grpo.py
 """
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from qwen2_jax.data.spec import PromptData, Source
 from qwen2_jax.rewards import Reward
 from qwen2_jax.train import Checkpointing, Evaluation, Logging, Optim, Start
-from qwen2_jax.train.post_training import Grpo, Sampling
+from qwen2_jax.train.post_training_config import Grpo, Sampling
 
 DATA = "runs/speedrun/tasks"
 

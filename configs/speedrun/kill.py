@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A short run that benchmarks/kill_test.py kills again and again: small steps, a checkpoint every ten of them.
 
-    python -m qwen2_jax.data.speedrun runs/speedrun/data
+    python -m qwen2_jax.speedrun.corpus runs/speedrun/data
     python benchmarks/kill_test.py --work runs/kill      # runs `python train.py configs/speedrun/kill.py --out ...`
 
 Every step is a line of metrics with a digest of its batch. The sources are a weighted mixture in which some rows come

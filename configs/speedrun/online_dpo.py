@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Speedrun: online DPO, from the bundled demo model. Of its answers to a sum a right and a wrong one become a pair.
 
-    python -m qwen2_jax.data.tasks runs/speedrun/tasks
+    python -m qwen2_jax.speedrun.post_training_data runs/speedrun/tasks
     python train.py configs/speedrun/online_dpo.py
 
 The Qwen2 report lets a reward model choose; for sums a function knows better.

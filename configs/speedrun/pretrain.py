@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Speedrun, stage 1: a dense Qwen2 of 2.3 M parameters from random weights, on rows of 256 tokens.
 
-    python -m qwen2_jax.data.speedrun runs/speedrun/data
+    python -m qwen2_jax.speedrun.corpus runs/speedrun/data
     python train.py configs/speedrun/pretrain.py
 
 Chats are mixed into pre-training, as the Qwen2 report does with instruction data (arXiv:2407.10671, sec. 3.1).

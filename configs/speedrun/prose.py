@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Speedrun: what the alignment tax is measured on. The demo, which chatted last, is trained on its prose again.
 
-    python -m qwen2_jax.data.tasks runs/speedrun/tasks
+    python -m qwen2_jax.speedrun.post_training_data runs/speedrun/tasks
     python train.py configs/speedrun/prose.py
 
 tax_adamw.py and tax_ondare.py start from the result: the difference from the demo is what online merging holds on to.

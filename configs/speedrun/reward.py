@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Speedrun: a reward model from the bundled demo model, which learns how near an answer is to the right sum.
 
-python -m qwen2_jax.data.tasks runs/speedrun/tasks
+python -m qwen2_jax.speedrun.post_training_data runs/speedrun/tasks
 python train.py configs/speedrun/reward.py
 """
 

@@ -29,7 +29,7 @@ class Stage:
     name: str  # of its run folder
     config: str
     flags: tuple[str, ...] = ()
-    data: str = "data"  # "tasks" for those after fine-tuning, which are asked data/tasks.py's questions afterwards
+    data: str = "data"  # "tasks" for those after fine-tuning, whose questions post_training_data.py makes
     words: bool = True  # the result writes text, and does not score it
     start: str = "demo"  # what a stage after fine-tuning is compared with
 
@@ -73,7 +73,7 @@ STAGES = (
 def commands(stages: list[Stage], more: list[str]) -> list[tuple[Path, list[str], bool]]:
     """(what it makes, the command, whether the file is the command's standard output), in order."""
     module = [sys.executable, "-m"]
-    makers = {"data": "qwen2_jax.data.speedrun", "tasks": "qwen2_jax.data.tasks"}
+    makers = {"data": "qwen2_jax.speedrun.corpus", "tasks": "qwen2_jax.speedrun.post_training_data"}
     todo = []
     for data in dict.fromkeys(stage.data for stage in stages):
         todo.append((RUNS / data, [*module, makers[data], str(RUNS / data)], False))
@@ -81,10 +81,16 @@ def commands(stages: list[Stage], more: list[str]) -> list[tuple[Path, list[str]
         folder = RUNS / stage.name
         todo.append((folder / "hf", stage.command([] if stage.name == "upcycle" else more), False))
         if stage.data == "data":
-            asked = [*module, "qwen2_jax.eval.skills", "--ckpt", str(folder / "hf"), "--length", "1024"]
+            asked = [*module, "qwen2_jax.speedrun.accuracy", "--ckpt", str(folder / "hf"), "--length", "1024"]
             todo.append((folder / "skills.jsonl", asked, True))
         elif stage.words:
-            todo.append((folder / "tax.jsonl", [*module, "qwen2_jax.eval.tax", stage.start, str(folder / "hf")], True))
+            todo.append(
+                (
+                    folder / "tax.jsonl",
+                    [*module, "qwen2_jax.speedrun.alignment_tax", stage.start, str(folder / "hf")],
+                    True,
+                )
+            )
     return todo
 
 
@@ -94,7 +100,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="STAGE", help=", ".join(names))
     parser.add_argument("--dry-run", action="store_true", help="print the commands that would be run")
     options, more = parser.parse_known_args()
-    report = [sys.executable, "-m", "qwen2_jax.eval.report", str(RUNS), str(RUNS / "report")]
+    report = [sys.executable, "-m", "qwen2_jax.speedrun.report", str(RUNS), str(RUNS / "report")]
     wanted = [stage for stage in STAGES if stage.name in options.only]
     for makes, command, printed in [*commands(wanted, more), (RUNS / "report", report, False)]:
         if makes.exists() and makes.name != "report":

@@ -1,17 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints: from a name to a folder, from a folder to sharded arrays, and back without losing a bit."""
 
-from qwen2_jax.checkpoint.places import Source, locate, read_config
-from qwen2_jax.checkpoint.store import (
-    convert,
-    load_params,
-    model_bytes,
-    open_checkpoint,
-    save_hf,
-    save_orbax,
-    verify,
-)
-from qwen2_jax.checkpoint.tensorfile import CheckpointError
+from typing import TYPE_CHECKING
+
+from qwen2_jax.lazy_exports import lazy_exports
+
+if TYPE_CHECKING:
+    from qwen2_jax.checkpoint.api import convert, load_params, model_bytes, open_checkpoint, save_hf, save_orbax, verify
+    from qwen2_jax.checkpoint.formats.safetensors import CheckpointError
+    from qwen2_jax.checkpoint.sources import Source, locate, read_config
 
 __all__ = [
     "CheckpointError",
@@ -26,3 +23,20 @@ __all__ = [
     "save_orbax",
     "verify",
 ]
+
+__getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "qwen2_jax.checkpoint.sources": ["Source", "locate", "read_config"],
+        "qwen2_jax.checkpoint.api": [
+            "convert",
+            "load_params",
+            "model_bytes",
+            "open_checkpoint",
+            "save_hf",
+            "save_orbax",
+            "verify",
+        ],
+        "qwen2_jax.checkpoint.formats.safetensors": ["CheckpointError"],
+    },
+)

@@ -10,11 +10,11 @@ import warnings
 
 import jax
 
-from qwen2_jax.checkpoint.console import progress_bar, readable_bytes
 from qwen2_jax.checkpoint.merge import KEEP, METHODS, Merge, merge
-from qwen2_jax.config import DTYPES
+from qwen2_jax.config.model_config import DTYPES
+from qwen2_jax.console import progress_bar, readable_bytes
 from qwen2_jax.errors import UserError
-from qwen2_jax.sharding import RULES
+from qwen2_jax.parallel.sharding import RULES
 
 EPILOG = """a checkpoint is a folder in Hugging Face or Orbax format, a preset (qwen2-7b-instruct), a Hub id
 (Qwen/Qwen2-7B), a gs:// path of an Orbax folder, or 'demo'.
@@ -137,12 +137,12 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from qwen2_jax.checkpoint import plan
+    from qwen2_jax.checkpoint import byte_plan
 
-    source = plan.declared(args.src)
-    steps = [plan.convert_step(source, args.to, args.plan, dtype=args.dtype)]
+    source = byte_plan.declared(args.src)
+    steps = [byte_plan.convert_step(source, args.to, args.plan, dtype=args.dtype)]
     if args.mesh:
-        steps.append(plan.load_step(source, args.to, _mesh(args.mesh), args.plan, dtype=args.dtype))
+        steps.append(byte_plan.load_step(source, args.to, _mesh(args.mesh), args.plan, dtype=args.dtype))
     if args.json:
         print(json.dumps({"hosts": args.plan, "steps": [dataclasses.asdict(step) for step in steps]}))
         return 0
@@ -202,7 +202,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _inspect(args: argparse.Namespace) -> int:
     from qwen2_jax.checkpoint import open_checkpoint
-    from qwen2_jax.checkpoint.places import MANIFEST
+    from qwen2_jax.checkpoint.sources import MANIFEST
 
     opened = open_checkpoint(args.dir)
     config, infos = opened.config, opened.tensors.infos

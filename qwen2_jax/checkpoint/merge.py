@@ -21,15 +21,15 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from qwen2_jax import check
-from qwen2_jax.checkpoint import hf, names
-from qwen2_jax.checkpoint.casting import cast_into
-from qwen2_jax.checkpoint.hf import SHARD_BYTES, HfFolder, Progress, as_dtype
-from qwen2_jax.checkpoint.places import Source
-from qwen2_jax.checkpoint.store import Opened, open_checkpoint
-from qwen2_jax.checkpoint.tensorfile import CheckpointError, TensorInfo
-from qwen2_jax.checkpoint.writing import Writing, small_files, write_hf
-from qwen2_jax.config import DTYPES
+from qwen2_jax import validate
+from qwen2_jax.checkpoint.api import Opened, open_checkpoint
+from qwen2_jax.checkpoint.formats import hf_folder, names
+from qwen2_jax.checkpoint.formats.casting import cast_into
+from qwen2_jax.checkpoint.formats.hf_folder import SHARD_BYTES, HfFolder, Progress, as_dtype
+from qwen2_jax.checkpoint.formats.safetensors import CheckpointError, TensorInfo
+from qwen2_jax.checkpoint.sources import Source
+from qwen2_jax.checkpoint.transfer.write import Writing, small_files, write_hf
+from qwen2_jax.config.model_config import DTYPES
 from qwen2_jax.errors import UserError
 
 METHODS = ("linear", "ties", "dare_linear", "dare_ties")
@@ -55,9 +55,9 @@ class Merge:
     seed: int = 0  # of DARE's masks
 
     def __post_init__(self):
-        check.choice("method", self.method, METHODS)
-        check.number(self, "merge", ("keep",), float, 0.0, none=True)
-        check.number(self, "merge", ("seed",), int, 0)
+        validate.choice("method", self.method, METHODS)
+        validate.number(self, "merge", ("keep",), float, 0.0, none=True)
+        validate.number(self, "merge", ("seed",), int, 0)
         if not np.isfinite(self.scale):
             raise UserError(f"scale is {self.scale}; it must be a finite number")
         if self.keep is not None and not 0 < self.keep <= 1:
@@ -65,7 +65,7 @@ class Merge:
         if self.keep is not None and self.method == "linear":
             raise UserError("keep goes together with ties, dare_linear and dare_ties; linear keeps everything")
         if self.weights is not None and not all(np.isfinite(w) and w > 0 for w in self.weights):
-            raise UserError(f"weights are {check.short(self.weights)}; each must be above 0")
+            raise UserError(f"weights are {validate.short(self.weights)}; each must be above 0")
 
     def weights_of(self, count: int) -> np.ndarray:
         """Weights [count, 1], float32."""
@@ -95,18 +95,18 @@ def merge(
     if not models:
         raise UserError("nothing to merge: give at least one model beside the base")
     if dtype is not None:
-        check.choice("dtype", dtype, DTYPES)
+        validate.choice("dtype", dtype, DTYPES)
     merged = Merged(_opened(base), [_opened(model) for model in models], how, dtype)
     config, source = merged.base.config, merged.base.source
     if dtype is not None:
         config = dataclasses.replace(config, dtype=dtype)
     files = small_files(config, merged.infos, source, keep_dtype=dtype is None)
     writing = Writing(merged, names.table(merged.base.specs), progress)
-    return write_hf(dst, writing, hf.new_layout(merged.infos, max_shard_bytes), files)
+    return write_hf(dst, writing, hf_folder.new_layout(merged.infos, max_shard_bytes), files)
 
 
 class Merged:
-    """The tensors of a merge, each made when it is asked for: see Tensors in hf.py."""
+    """The tensors of a merge, each made when it is asked for: see Tensors in hf_folder.py."""
 
     def __init__(self, base: Opened, models: Sequence[Opened], how: Merge, dtype: str | None):
         self.base, self.models, self.how = base, models, how

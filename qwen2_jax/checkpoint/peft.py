@@ -14,22 +14,23 @@ from typing import Any
 import jax
 import numpy as np
 
-from qwen2_jax import lora as low_rank
-from qwen2_jax.check import short
-from qwen2_jax.checkpoint import fill, names
-from qwen2_jax.checkpoint.hf import HfFolder, Layout
-from qwen2_jax.checkpoint.names import Slot
-from qwen2_jax.checkpoint.places import NotFound, Source
-from qwen2_jax.checkpoint.problems import Problems
-from qwen2_jax.checkpoint.processes import shared_folder
-from qwen2_jax.checkpoint.tensorfile import CheckpointError, TensorInfo, header_text
-from qwen2_jax.checkpoint.tree import TreeTensors
-from qwen2_jax.checkpoint.workspace import write_file
-from qwen2_jax.checkpoint.writing import MARGIN_BYTES, Writing, write_weights
-from qwen2_jax.config import ModelConfig
+from qwen2_jax.checkpoint.formats import names
+from qwen2_jax.checkpoint.formats.collected_errors import Problems
+from qwen2_jax.checkpoint.formats.hf_folder import HfFolder, Layout
+from qwen2_jax.checkpoint.formats.in_memory import TreeTensors
+from qwen2_jax.checkpoint.formats.names import Slot
+from qwen2_jax.checkpoint.formats.safetensors import CheckpointError, TensorInfo, header_text
+from qwen2_jax.checkpoint.sources import NotFound, Source
+from qwen2_jax.checkpoint.transfer import load
+from qwen2_jax.checkpoint.transfer.multihost import shared_folder
+from qwen2_jax.checkpoint.transfer.write import MARGIN_BYTES, Writing, write_weights
+from qwen2_jax.config.model_config import ModelConfig
 from qwen2_jax.errors import UserError
-from qwen2_jax.lora import Lora
-from qwen2_jax.params import Tree, leaves
+from qwen2_jax.files.atomic_folder import write_file
+from qwen2_jax.model import lora as low_rank
+from qwen2_jax.model.lora import Lora
+from qwen2_jax.validate import short
+from qwen2_jax.weights.params import Tree, leaves
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # what PEFT wraps around the model
@@ -134,7 +135,7 @@ def load_peft(
         raise CheckpointError(f"{path / CONFIG}: {why}") from None
     tensors.check(_table(specs), tied=False)
     tensors.infos = {name.removeprefix(PREFIX): info for name, info in tensors.infos.items()}
-    return lora, fill.read_params(tensors, specs, fill.places(mesh))
+    return lora, load.read_params(tensors, specs, load.places(mesh))
 
 
 def _check(data: dict[str, Any], problems: Problems) -> None:

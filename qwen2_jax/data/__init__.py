@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text and chat data: sources, synthetic skills, the byte-level BPE they are written in, packed batches."""
+"""Training data: sources of records, their formats, tokenised stores, packing, batches."""

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from qwen2_jax.data import show
+from qwen2_jax.data.tokens import show
 from qwen2_jax.errors import UserError
 
 EPILOG = """SRC is a file, a folder or a glob of .jsonl, .json, .txt, .md, .py (each also .gz or .zst), .parquet or
@@ -31,8 +31,8 @@ SHOWN = 400  # tokens of the first document, or of each sequence of the first ra
 
 
 def parser() -> argparse.ArgumentParser:
-    from qwen2_jax.data.encode import Targets
     from qwen2_jax.data.spec import Format
+    from qwen2_jax.data.tokens.encode import Targets
 
     raw = argparse.RawDescriptionHelpFormatter
     top = argparse.ArgumentParser(
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _tokenizer(name: str):
-    from qwen2_jax.checkpoint.places import locate
+    from qwen2_jax.checkpoint.sources import locate
     from qwen2_jax.tokenizer import Tokenizer
 
     folder = Path(name).expanduser()  # a tokenizer may come without a model
@@ -79,10 +79,10 @@ def _tokenizer(name: str):
 
 
 def _tokenize(args: argparse.Namespace) -> int:
-    from qwen2_jax.data.encode import Encoder
-    from qwen2_jax.data.loader import progress_bar
-    from qwen2_jax.data.records import open_records
-    from qwen2_jax.data.store import build
+    from qwen2_jax.data.sources.records import open_records
+    from qwen2_jax.data.tokens.encode import Encoder
+    from qwen2_jax.data.tokens.loader import progress_bar
+    from qwen2_jax.data.tokens.store import build
 
     if Path(args.dst).exists():
         raise UserError(f"{args.dst} exists already; choose a new folder or remove that one first")
@@ -104,7 +104,7 @@ def _tokenize(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from qwen2_jax.data.store import TokenStore, same_tokenizer
+    from qwen2_jax.data.tokens.store import TokenStore, same_tokenizer
 
     store = TokenStore(args.path)
     tokenizer = _tokenizer(args.tokenizer) if args.tokenizer else None

@@ -6,13 +6,13 @@ import os
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from qwen2_jax import check
-from qwen2_jax.data import formats
-from qwen2_jax.data.encode import Targets
-from qwen2_jax.data.plan import TooLong
+from qwen2_jax import validate
+from qwen2_jax.data.formats import record_formats
+from qwen2_jax.data.tokens.encode import Targets
+from qwen2_jax.data.tokens.packing_plan import TooLong
 from qwen2_jax.errors import UserError
 
-Format = Literal["auto", formats.Format, "tokens"]
+Format = Literal["auto", record_formats.Format, "tokens"]
 Packing = Literal["concat", "best_fit"]
 
 
@@ -30,10 +30,10 @@ class Source:
     def __post_init__(self):
         object.__setattr__(self, "path", _expanded("source: path", self.path))
         where = f"source {self.path}"
-        check.choice(f"{where}: format", self.format, get_args(Format))
-        check.number(self, where, ("weight", "max_epochs"), float, 0.0, none=True)
-        check.number(self, where, ("min_tokens",), int, 0)
-        check.number(self, where, ("max_tokens",), int, max(2, self.min_tokens), none=True)
+        validate.choice(f"{where}: format", self.format, get_args(Format))
+        validate.number(self, where, ("weight", "max_epochs"), float, 0.0, none=True)
+        validate.number(self, where, ("min_tokens",), int, 0)
+        validate.number(self, where, ("max_tokens",), int, max(2, self.min_tokens), none=True)
         for name in ("weight", "max_epochs"):
             if getattr(self, name) == 0:
                 raise UserError(f"{where}: {name} is 0; give more than 0, or leave the source out")
@@ -56,9 +56,9 @@ class Data:
     cache: Path | None = None  # where tokens are kept; none: in the run's folder
 
     def __post_init__(self):
-        check.choice("data: packing", self.packing, get_args(Packing))
-        check.choice("data: too_long", self.too_long, get_args(TooLong))
-        check.choice("data: targets", self.targets, get_args(Targets))
+        validate.choice("data: packing", self.packing, get_args(Packing))
+        validate.choice("data: too_long", self.too_long, get_args(TooLong))
+        validate.choice("data: targets", self.targets, get_args(Targets))
         _check_sources(self.sources)
         object.__setattr__(self, "sources", tuple(self.sources))
         if self.cache is not None:
@@ -85,22 +85,24 @@ class PromptData:
     max_tokens: int = 1024  # longer prompts are left out
 
     def __post_init__(self):
-        check.number(self, "data", ("max_tokens",), int, 1)
+        validate.number(self, "data", ("max_tokens",), int, 1)
         if isinstance(self.sources, str) or not self.sources:
-            raise UserError(f"data: sources is {check.short(self.sources)}; it must be (PATH,): mind the comma")
+            raise UserError(f"data: sources is {validate.short(self.sources)}; it must be (PATH,): mind the comma")
         object.__setattr__(self, "sources", tuple(_expanded("data: sources", path) for path in self.sources))
 
 
 def _expanded(where: str, path: str | os.PathLike[str]) -> str:
     """The path as text, with ~ replaced by the user's folder."""
     if not isinstance(path, str | os.PathLike) or not str(path):
-        raise UserError(f"{where} is {check.short(path)}; it must be the path of a file or folder")
+        raise UserError(f"{where} is {validate.short(path)}; it must be the path of a file or folder")
     return os.path.expanduser(os.fspath(path))
 
 
 def _check_sources(sources: Any) -> None:
     if not isinstance(sources, tuple | list):
-        raise UserError(f"data: sources is {check.short(sources)}; it must be (Source(path=...),): mind the comma")
+        raise UserError(f"data: sources is {validate.short(sources)}; it must be (Source(path=...),): mind the comma")
     for i, source in enumerate(sources):
         if not isinstance(source, Source):
-            raise UserError(f"data: sources[{i}] is {check.short(source)}; it must be a Source, as (Source(path=...),)")
+            raise UserError(
+                f"data: sources[{i}] is {validate.short(source)}; it must be a Source, as (Source(path=...),)"
+            )

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sampling, generation and the command line: token ids at the bottom, text above."""
+"""Inference: the LM class that qwen2_jax.load returns, the engine below it, and the command line above it."""

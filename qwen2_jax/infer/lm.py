@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model with its tokenizer and generation defaults: what `qwen2_jax.load` returns.
 
-Text enters and leaves here. Everything below (generate.py) works on token ids.
+Text enters and leaves here. Everything below (programs.py) works on token ids.
 """
 
 import dataclasses
@@ -14,20 +14,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwen2_jax import checkpoint, heads, model, ops, sharding
-from qwen2_jax.config import DTYPES, ModelConfig
+from qwen2_jax import checkpoint, ops
+from qwen2_jax.config.model_config import DTYPES, ModelConfig
 from qwen2_jax.errors import UserError
-from qwen2_jax.infer import memory
-from qwen2_jax.infer.answer import Answer, Generation
-from qwen2_jax.infer.buckets import context_limit
-from qwen2_jax.infer.generate import STEPS, Generator, Progress, Request
-from qwen2_jax.infer.settings import Settings
+from qwen2_jax.infer.detokenize import Answer, Generation
+from qwen2_jax.infer.engine import memory
+from qwen2_jax.infer.engine.buckets import context_limit
+from qwen2_jax.infer.engine.programs import STEPS, Generator, Progress, Request
+from qwen2_jax.infer.engine.sampling_params import Settings
 from qwen2_jax.infer.stream import Stream, advance
-from qwen2_jax.linear import is_quantized, quantize
-from qwen2_jax.model import check_head
-from qwen2_jax.params import Tree
-from qwen2_jax.rope import MODES, LongContext
+from qwen2_jax.model import decoder, head_padding
+from qwen2_jax.model.decoder import check_head
+from qwen2_jax.model.rope import MODES, LongContext
+from qwen2_jax.parallel import sharding
 from qwen2_jax.tokenizer import IM_END, Tokenizer
+from qwen2_jax.weights.linear import is_quantized, quantize
+from qwen2_jax.weights.params import Tree
 
 Messages = Sequence[Mapping[str, str]]
 Prompt = str | Sequence[int] | Messages
@@ -59,7 +61,7 @@ class LM:
         implementation: str | None = None,
     ):
         """params: nested dict of arrays of dtype `dtype` (model.init, model.split or checkpoint.load_params makes one);
-        on a mesh that does not divide the heads it is emptied, see heads.py.
+        on a mesh that does not divide the heads it is emptied, see head_padding.py.
 
         source: the checkpoint whose tokenizer and other small files travel along in `save`. max_rows: most prompts in
         one batch. implementation: of the kernels, see ops.
@@ -70,13 +72,13 @@ class LM:
         self.generation_config = dict(generation_config or {})
         self.source = source
         self.max_rows = max_rows or (8 if jax.default_backend() == "cpu" else 64)
-        self._specs = model.declare(config, unroll=unroll)[1]
-        self._heads = heads.spread(config, mesh)
+        self._specs = decoder.declare(config, unroll=unroll)[1]
+        self._heads = head_padding.spread(config, mesh)
         served = config
         if self._heads is not None and mesh is not None:
-            served, params = self._heads.config, heads.place(params, self._specs, self._heads, mesh)
+            served, params = self._heads.config, head_padding.place(params, self._specs, self._heads, mesh)
         self.generator = Generator(
-            model.declare(served, dtype=jnp.dtype(dtype), unroll=unroll)[0],
+            decoder.declare(served, dtype=jnp.dtype(dtype), unroll=unroll)[0],
             params,
             served,
             vocab_size=tokenizer.vocab_size if tokenizer else None,
@@ -321,7 +323,7 @@ def load(
         source, config, dtype=jnp.dtype(dtype), unroll=True, mesh=mesh, rules=sharding.SERVING, progress=progress
     )
     if rounded:
-        params = quantize(params, model.declare(config, unroll=True)[1])
+        params = quantize(params, decoder.declare(config, unroll=True)[1])
     return LM(
         config,
         params,

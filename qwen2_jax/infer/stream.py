@@ -5,8 +5,8 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from qwen2_jax.infer.answer import Answer, Generation
-from qwen2_jax.infer.generate import STEPS, Decoding, Progress, Request, reason
+from qwen2_jax.infer.detokenize import Answer, Generation
+from qwen2_jax.infer.engine.programs import STEPS, Decoding, Progress, Request, reason
 
 if TYPE_CHECKING:
     from qwen2_jax.infer.lm import LM

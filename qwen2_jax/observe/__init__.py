@@ -1,9 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run tells while it trains: lines of metrics, where the time went, memory, a profile. docs/metrics.md."""
+"""What a run reports while it trains: metrics, where the time went, memory, profiles. docs/metrics.md."""
 
-from qwen2_jax.observe.config import Logging
-from qwen2_jax.observe.goodput import Goodput
-from qwen2_jax.observe.memory import memory
-from qwen2_jax.observe.recorder import Recorder
+from typing import TYPE_CHECKING
+
+from qwen2_jax.lazy_exports import lazy_exports
+
+if TYPE_CHECKING:
+    from qwen2_jax.observe.config import Logging
+    from qwen2_jax.observe.goodput import Goodput
+    from qwen2_jax.observe.memory_use import memory
+    from qwen2_jax.observe.recorder import Recorder
 
 __all__ = ["Goodput", "Logging", "Recorder", "memory"]
+
+__getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "qwen2_jax.observe.config": ["Logging"],
+        "qwen2_jax.observe.goodput": ["Goodput"],
+        "qwen2_jax.observe.memory_use": ["memory"],
+        "qwen2_jax.observe.recorder": ["Recorder"],
+    },
+)

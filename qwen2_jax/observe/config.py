@@ -3,7 +3,7 @@
 
 import dataclasses
 
-from qwen2_jax import check
+from qwen2_jax import validate
 from qwen2_jax.errors import UserError
 
 
@@ -18,8 +18,8 @@ class Logging:
     profile: tuple[int, int] | None = None  # first and last step of a profiler window, written to out/profile
 
     def __post_init__(self):
-        check.number(self, "log", ("every",), int, 1)
-        check.number(self, "log", ("tensorboard", "batch_digest"), bool)
+        validate.number(self, "log", ("every",), int, 1)
+        validate.number(self, "log", ("tensorboard", "batch_digest"), bool)
         if self.wandb is not None and not self.wandb:
             raise UserError("log.wandb is empty; give the name of a Weights & Biases project")
         if self.profile is not None and not 1 <= self.profile[0] <= self.profile[1]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from qwen2_jax import check
+from qwen2_jax import validate
 
 # Waiting for data, sampling answers, training, saving, scoring, compiling, repeating what a crash lost, and whatever
 # nobody named.
@@ -52,7 +52,7 @@ class Goodput:
         for what happened inside, and the time counts as "step". An exposed wait counts in full, though the devices may
         have been busy at its beginning: the share of "data" is an upper bound.
         """
-        check.choice("phase", phase, PHASES)
+        validate.choice("phase", phase, PHASES)
         outer, programs = self._phase, programs_compiled()
         self._charge(outer)
         self._phase = phase

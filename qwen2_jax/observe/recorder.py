@@ -12,14 +12,15 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from qwen2_jax import chips, flops
-from qwen2_jax.data.packing import Batch
+from qwen2_jax.data.tokens.packing import Batch
+from qwen2_jax.model import flops
 from qwen2_jax.observe.config import Logging
 from qwen2_jax.observe.display import Display
 from qwen2_jax.observe.goodput import Goodput, programs_compiled
 from qwen2_jax.observe.lines import Line, Lines
-from qwen2_jax.observe.memory import memory
+from qwen2_jax.observe.memory_use import memory
 from qwen2_jax.observe.sinks import Sink, TensorBoard, WeightsAndBiases, check_installed
+from qwen2_jax.parallel import chips
 
 TRAINING = ("data", "rollout", "step", "other")  # phases that speed and utilisation are measured over
 SUMMED = ("targets", "tokens")  # over the steps of a line

@@ -7,11 +7,11 @@ import json
 import runpy
 from pathlib import Path
 
-from qwen2_jax.config import HUB_IDS, PRESETS, ModelConfig
+from qwen2_jax.config.model_config import HUB_IDS, PRESETS, ModelConfig
 from qwen2_jax.errors import UserError
 from qwen2_jax.train.config import Run, Upcycle
-from qwen2_jax.train.post_training import Reward
-from qwen2_jax.train.upcycle import sparse_config
+from qwen2_jax.train.post_training_config import Reward
+from qwen2_jax.train.upcycle.upcycle import sparse_config
 
 DEMO = "demo"
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from qwen2_jax.plan.report import Plan
     from qwen2_jax.train.config import Run
-    from qwen2_jax.train.reading import Recipe
+    from qwen2_jax.train.config_file import Recipe
 
 WIDTH = 120  # of tables that nobody watches: a file should not be cut to a terminal's width
 
@@ -38,7 +38,7 @@ def infer(args: "argparse.Namespace") -> int:
     """Plans inference from infer.py's arguments; prints the plan. Exit code 0: it fits, 1: it does not."""
     os.environ["JAX_PLATFORMS"] = "cpu"  # read when jax is imported: a plan needs no accelerator and takes none
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    from qwen2_jax.infer.cli import mesh_sizes
+    from qwen2_jax.infer.cli.main import mesh_sizes
     from qwen2_jax.plan import infer as inference
 
     job = inference.Job(

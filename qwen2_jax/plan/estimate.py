@@ -15,19 +15,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from qwen2_jax import flops, lora, ops, sharding
-from qwen2_jax.chips import Chip
-from qwen2_jax.config import ModelConfig
-from qwen2_jax.exchange import SLACK
-from qwen2_jax.logprob import CHUNK
-from qwen2_jax.params import ParamSpec, Tree
-from qwen2_jax.plan import cost
+from qwen2_jax import ops
+from qwen2_jax.config.model_config import ModelConfig
+from qwen2_jax.model import flops, lora
+from qwen2_jax.model.cross_entropy import CHUNK
+from qwen2_jax.parallel import sharding
+from qwen2_jax.parallel.chips import Chip
+from qwen2_jax.parallel.expert_exchange import SLACK
+from qwen2_jax.plan import device_work
 from qwen2_jax.plan.hlo import Collective
 from qwen2_jax.plan.machine import Machine
 from qwen2_jax.plan.roofline import Network, Seconds
 from qwen2_jax.plan.shapes import is_spec
 from qwen2_jax.train.config import Run
 from qwen2_jax.train.dry_run import kept_per_token
+from qwen2_jax.weights.params import ParamSpec, Tree
 
 MOMENTS = {"adamw": 2, "adafactor": 0}  # float32 numbers per weight that an optimizer keeps; rows and columns are few
 
@@ -152,8 +154,8 @@ def _seconds(setting: Setting) -> Seconds:
     run, config, mesh = setting.run, setting.config, setting.mesh
     state = 4 * setting.held(trained=True) * (3 + (run.ema is not None))
     kept = setting.tokens * run.accumulate * setting.moved_per_token * setting.itemsize
-    cut = cost.parts(config, mesh, run.rows // run.accumulate, run.length)
-    work = cost.train_work(
+    cut = device_work.parts(config, mesh, run.rows // run.accumulate, run.length)
+    work = device_work.train_work(
         config, setting.chip, cut, lengths=[run.length] * run.rows,
         remat=run.remat, frozen=run.lora is not None, accumulate=run.accumulate, state_bytes=state,
         weight_bytes=setting.met() * setting.itemsize, kept_bytes=kept,

@@ -9,18 +9,19 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
-from qwen2_jax import flops, heads, model, rope, sharding
-from qwen2_jax.config import ModelConfig
+from qwen2_jax.config.model_config import ModelConfig
 from qwen2_jax.errors import UserError
-from qwen2_jax.infer import ahead
-from qwen2_jax.infer.buckets import Buckets, context_limit
-from qwen2_jax.infer.generate import Generator
-from qwen2_jax.params import Tree
-from qwen2_jax.plan import architecture, cost, machine, roofline
+from qwen2_jax.infer.engine import lowering
+from qwen2_jax.infer.engine.buckets import Buckets, context_limit
+from qwen2_jax.infer.engine.programs import Generator
+from qwen2_jax.model import decoder, flops, head_padding, rope
+from qwen2_jax.parallel import sharding
+from qwen2_jax.plan import architecture, device_work, machine, roofline
 from qwen2_jax.plan.program import Program, compiled, device_bytes
 from qwen2_jax.plan.report import GIB, Part, Plan
 from qwen2_jax.plan.shapes import int8_shapes, shapes
 from qwen2_jax.train.step import places_of
+from qwen2_jax.weights.params import Tree
 
 CHUNKS = (128, 512, 2048)  # of a prefill, as Buckets.of chooses on accelerators
 
@@ -62,9 +63,9 @@ def plan(checkpoint: str, name: str, job: Job) -> Plan:
     chunk = buckets.cut(context - 1)[0]
     shape = (rows, length, job.long_context)
     prefill = compiled(
-        f"prefill, {rows} x {chunk:,} tokens", lambda: ahead.lower_prefill(generator, chunk, *shape), mesh
+        f"prefill, {rows} x {chunk:,} tokens", lambda: lowering.lower_prefill(generator, chunk, *shape), mesh
     )
-    decode = compiled(f"decoding step, {rows} rows", lambda: ahead.lower_decode(generator, *shape), mesh)
+    decode = compiled(f"decoding step, {rows} rows", lambda: lowering.lower_decode(generator, *shape), mesh)
     common: Any = {"rows": rows, "length": context, "slots": length, "params": generator.params}
     parts = (
         _prefill(config, where, mesh, prefill, chunk=chunk, **common),
@@ -86,7 +87,7 @@ def default_mesh(config: ModelConfig, devices: int) -> dict[str, int]:
 
     Inside a layer the first two cost one sum over the devices; fsdp moves weights over the links at each token.
     """
-    _, specs = model.declare(config)
+    _, specs = decoder.declare(config)
     for tensor in (n for n in range(devices, 0, -1) if devices % n == 0):
         left = devices // tensor
         expert = math.gcd(left, config.num_experts) if config.num_experts else 1
@@ -111,9 +112,9 @@ def sizes(asked: Mapping[str, int], devices: int) -> dict[str, int]:
 def make_generator(config: ModelConfig, mesh: Mesh, job: Job) -> Generator:
     """The generator as load() makes it, with shapes for parameters."""
     dtype = jnp.dtype("bfloat16" if job.dtype == "int8" else job.dtype)
-    if (wider := heads.spread(config, mesh)) is not None:
+    if (wider := head_padding.spread(config, mesh)) is not None:
         config = wider.config
-    graphdef, specs = model.declare(config, dtype=dtype, unroll=True)
+    graphdef, specs = decoder.declare(config, dtype=dtype, unroll=True)
     params = (int8_shapes if job.dtype == "int8" else shapes)(specs, mesh, dtype, sharding.SERVING)
     buckets = Buckets(rows=1, chunks=CHUNKS, limit=max(context_limit(config, mode) for mode in rope.MODES))
     return Generator(
@@ -127,11 +128,11 @@ def _prefill(
 ) -> Part:
     """All chunks of a prompt that fills the context."""
     cut, chunks = (
-        cost.cached(cost.parts(config, mesh, rows), mesh, slots=slots, tokens=chunk),
+        device_work.cached(device_work.parts(config, mesh, rows), mesh, slots=slots, tokens=chunk),
         math.ceil(length / chunk),
     )
     weights, cache = device_bytes(params), program.arguments["cache"]
-    work = cost.prefill_work(
+    work = device_work.prefill_work(
         config, where.chip, cut, rows=rows, length=length, chunk=chunk, weight_bytes=weights, cache_bytes=cache
     )
     head = 2 * length * flops.head_parameters(config)  # forward_flops has all logits, a prefill none
@@ -152,8 +153,9 @@ def decode_part(
 ) -> Part:
     """`steps` tokens for every row, with full caches."""
     experts = device_bytes(_experts(params))
-    work = cost.decode_work(
-        config, where.chip, cost.cached(cost.parts(config, mesh, rows), mesh, slots=slots), rows=rows, length=length,
+    cut = device_work.parts(config, mesh, rows)
+    work = device_work.decode_work(
+        config, where.chip, device_work.cached(cut, mesh, slots=slots), rows=rows, length=length,
         weight_bytes=device_bytes(params) - experts, expert_bytes=experts, cache_bytes=program.arguments["cache"],
     )  # fmt: skip
     operations = steps * rows * (flops.forward_flops(config, length) - flops.forward_flops(config, length - 1))

@@ -15,9 +15,9 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from qwen2_jax import sharding
-from qwen2_jax.chips import CHIPS, Chip
 from qwen2_jax.errors import UserError
+from qwen2_jax.parallel import sharding
+from qwen2_jax.parallel.chips import CHIPS, Chip
 
 ALIASES = {"v5litepod": "v5e", "v7x": "tpu7x", "a100-80": "a100"}
 FLAT = {1: (1, 1), 4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16), 256: (16, 16)}  # v5e, v6e

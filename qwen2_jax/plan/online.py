@@ -7,18 +7,19 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from qwen2_jax import heads, model, sharding
-from qwen2_jax.config import ModelConfig
-from qwen2_jax.infer import ahead
-from qwen2_jax.infer.generate import Generator
-from qwen2_jax.params import Tree
+from qwen2_jax.config.model_config import ModelConfig
+from qwen2_jax.infer.engine import lowering
+from qwen2_jax.infer.engine.programs import Generator
+from qwen2_jax.model import decoder, head_padding
+from qwen2_jax.parallel import sharding
 from qwen2_jax.plan.infer import decode_part
 from qwen2_jax.plan.machine import Machine
 from qwen2_jax.plan.program import compiled, device_bytes
 from qwen2_jax.plan.report import Part
 from qwen2_jax.plan.shapes import shapes
 from qwen2_jax.train.config import Run
-from qwen2_jax.train.post_training import Dpo, Grpo, Online
+from qwen2_jax.train.post_training_config import Dpo, Grpo, Online
+from qwen2_jax.weights.params import Tree
 
 # A plan has no data: so many groups are taken to lie in a row, each of so many responses. Only sums over a row's groups
 # depend on it, a small part of a step.
@@ -54,15 +55,15 @@ def sampling(run: Online, config: ModelConfig, where: Machine, mesh: Mesh, held:
     Prefills are left out. held: bytes that stay on a device meanwhile, by name: the training's state, the reference.
     """
     rows = min(run.sampling.rows, run.prompts * run.sampling.samples)
-    wider = heads.spread(config, mesh)
+    wider = head_padding.spread(config, mesh)
     served = config if wider is None else wider.config
-    graphdef, specs = model.declare(served)
+    graphdef, specs = decoder.declare(served)
     params = shapes(specs, mesh, jnp.dtype(run.dtype), sharding.SERVING)
     generator = Generator(
         graphdef, params, served, dtype=jnp.dtype(run.dtype), mesh=mesh, implementation=run.implementation
     )
     turns = -(-run.prompts * run.sampling.samples // rows)
-    lower: Any = lambda: ahead.lower_decode(generator, rows, run.longest, run.long_context)  # noqa: E731
+    lower: Any = lambda: lowering.lower_decode(generator, rows, run.longest, run.long_context)  # noqa: E731
     axes = "" if run.sampling.mesh is None else " on " + ", ".join(f"{a}={n}" for a, n in mesh.shape.items() if n > 1)
     program = compiled(f"sampling, {rows} answers at a time{axes}", lower, mesh)
     part = decode_part(

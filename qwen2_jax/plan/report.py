@@ -20,7 +20,7 @@ TIGHT = 0.05  # of the memory: a margin below it is worth a warning
 @dataclasses.dataclass(frozen=True)
 class Part:
     """One program of a plan. within: temporaries whose size a formula knows, by name; the rest is activations and
-    buffers. flops: of one run on all devices, as defined in qwen2_jax.flops. seconds: None where it did not compile.
+    buffers. flops: of one run on all devices, as defined in model/flops.py. seconds: None where it did not compile.
     rates: what follows from both, by name: [where nothing overlaps, where everything does]."""
 
     program: Program

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from jax.sharding import Mesh
 
-from qwen2_jax.chips import Chip
+from qwen2_jax.parallel.chips import Chip
 from qwen2_jax.plan.hlo import Collective
 from qwen2_jax.plan.machine import Machine
 

@@ -6,9 +6,10 @@ import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from qwen2_jax import model, sharding
-from qwen2_jax.config import ModelConfig
+from qwen2_jax.config.model_config import ModelConfig
 from qwen2_jax.errors import UserError
+from qwen2_jax.model import decoder
+from qwen2_jax.parallel import sharding
 from qwen2_jax.plan import architecture, machine
 from qwen2_jax.plan.estimate import Estimate, Setting, estimate
 from qwen2_jax.plan.report import GIB
@@ -52,7 +53,7 @@ def search(run: Run, name: str, path: Path | None = None) -> list[Candidate]:
     """
     where = machine.parse(name)
     config = architecture.of_run(run, path)
-    specs = model.declare(config)[1]
+    specs = decoder.declare(config)[1]
     found = []
     smallest: tuple[float, str] = (float("inf"), "")
     for sizes in meshes(config, where.devices):

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from qwen2_jax import sharding
-from qwen2_jax.linear import Int8, is_matrix, summed
-from qwen2_jax.params import ParamSpec, Tree
+from qwen2_jax.parallel import sharding
 from qwen2_jax.train.step import places_of
+from qwen2_jax.weights.linear import Int8, is_matrix, summed
+from qwen2_jax.weights.params import ParamSpec, Tree
 
 
 def shapes(specs: Tree, mesh: Mesh, dtype: Any, rules: Mapping = sharding.RULES) -> Tree:

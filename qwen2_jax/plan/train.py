@@ -9,19 +9,20 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from qwen2_jax import flops, sharding
-from qwen2_jax.config import ModelConfig
-from qwen2_jax.data.packing import Batch
+from qwen2_jax.config.model_config import ModelConfig
+from qwen2_jax.data.tokens.packing import Batch
 from qwen2_jax.errors import UserError
-from qwen2_jax.params import Tree, count
-from qwen2_jax.plan import architecture, cost, estimate, machine, online, roofline
+from qwen2_jax.model import flops
+from qwen2_jax.parallel import sharding
+from qwen2_jax.plan import architecture, device_work, estimate, machine, online, roofline
 from qwen2_jax.plan.program import Program, compiled, device_bytes
 from qwen2_jax.plan.report import GIB, Part, Plan
 from qwen2_jax.plan.shapes import int8_shapes, shapes
-from qwen2_jax.train import stages
+from qwen2_jax.train import objective_and_batches
 from qwen2_jax.train.config import Run
-from qwen2_jax.train.post_training import Online
+from qwen2_jax.train.post_training_config import Online
 from qwen2_jax.train.step import Trainer
+from qwen2_jax.weights.params import Tree, count
 
 STATE = ("parameters", "optimizer", "average of the weights")  # what a step reads and writes once
 STEPS = 1000  # of a schedule whose length depends on data that need not exist; it changes no shape
@@ -92,7 +93,7 @@ def prepare(run: Run, name: str, path: Path | None = None) -> Job:
     where = machine.parse(name)
     config = architecture.of_run(run, path)
     mesh = machine.mesh_of(where, run.mesh.sizes(where.devices))
-    objective = stages.objective(run, groups=online.GROUPS, ranks=online.RESPONSES)
+    objective = objective_and_batches.objective(run, groups=online.GROUPS, ranks=online.RESPONSES)
     trainer = Trainer(run, config, run.steps or STEPS, mesh=mesh, objective=objective)
     job = Job(run, config, where, mesh, trainer)
     if run.rows % (pieces := run.accumulate * job.row_parts):
@@ -128,10 +129,10 @@ def describe(job: Job, program: Program) -> Plan:
     frozen = run.lora is not None
     operations = flops.train_flops(config, lengths, frozen=frozen)
     rows = roofline.traffic(program.collectives, job.machine, mesh)
-    cut = cost.parts(config, mesh, run.rows // run.accumulate, run.length)
+    cut = device_work.parts(config, mesh, run.rows // run.accumulate, run.length)
     setting = job.setting(run)
     kept = setting.moved_per_token * run.rows * run.length / job.token_parts
-    work = cost.train_work(
+    work = device_work.train_work(
         config, chip, cut, lengths=lengths, remat=run.remat, frozen=frozen, accumulate=run.accumulate,
         state_bytes=sum(program.arguments.get(kind, 0) for kind in STATE),
         weight_bytes=setting.met() * jnp.dtype(run.dtype).itemsize,

@@ -7,11 +7,25 @@
     with Scorer([Reward(function="rewards.py:brief"), Reward(function="format", weight=0.2, options=...)]) as score:
         score(prompts, completions, answer=answers).totals
 
-call.py has the interface, score.py the sums, builtin.py what is ready to use.
+call.py has the interface, scorer.py the sums, builtin.py what is ready to use.
 """
 
-from .score import Scorer, Scores
-from .shaping import shaped, weighted
-from .spec import Reward
+from typing import TYPE_CHECKING
+
+from qwen2_jax.lazy_exports import lazy_exports
+
+if TYPE_CHECKING:
+    from qwen2_jax.rewards.reward_config import Reward
+    from qwen2_jax.rewards.scorer import Scorer, Scores
+    from qwen2_jax.rewards.shaping import shaped, weighted
 
 __all__ = ["Reward", "Scorer", "Scores", "shaped", "weighted"]
+
+__getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "qwen2_jax.rewards.scorer": ["Scorer", "Scores"],
+        "qwen2_jax.rewards.shaping": ["shaped", "weighted"],
+        "qwen2_jax.rewards.reward_config": ["Reward"],
+    },
+)

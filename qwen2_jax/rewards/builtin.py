@@ -8,8 +8,7 @@ from decimal import Decimal
 from typing import Any
 
 from qwen2_jax.errors import UserError
-
-from . import sandbox
+from qwen2_jax.rewards.sandbox import execute
 
 NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")  # the minus of 23-45 is no sign
 FENCED = re.compile(r"^```(?:python|py)?[ \t]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -74,7 +73,7 @@ def code(
 
     Programs run in sandbox.run, which raises UserError where it cannot shut them in.
     """
-    limits = sandbox.Limits(seconds=seconds, memory=memory)
+    limits = execute.Limits(seconds=seconds, memory=memory)
     scores = []
     for text, tests in zip(completions, _column(columns, column), strict=True):
         blocks = FENCED.findall(text)
@@ -86,15 +85,15 @@ def code(
         scores.append(
             float(
                 bool(blocks)
-                and (not asserts or sandbox.passes(blocks[-1], "\n".join(asserts), limits, unsandboxed=unsandboxed))
+                and (not asserts or execute.passes(blocks[-1], "\n".join(asserts), limits, unsandboxed=unsandboxed))
                 and all(_prints(blocks[-1], case, limits, unsandboxed) for case in cases)
             )
         )
     return scores
 
 
-def _prints(program: str, case: dict[str, str], limits: sandbox.Limits, unsandboxed: bool) -> bool:
-    ran = sandbox.run(program, case["input"], limits, unsandboxed=unsandboxed)
+def _prints(program: str, case: dict[str, str], limits: execute.Limits, unsandboxed: bool) -> bool:
+    ran = execute.run(program, case["input"], limits, unsandboxed=unsandboxed)
     return ran.exit_code == 0 and _lines(ran.output) == _lines(case["output"])
 
 

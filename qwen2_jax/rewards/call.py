@@ -20,10 +20,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from qwen2_jax import check
+from qwen2_jax import validate
 from qwen2_jax.errors import UserError
-
-from .spec import BUILTINS, Function
+from qwen2_jax.rewards.reward_config import BUILTINS, Function
 
 
 class Failed(Exception):
@@ -68,7 +67,7 @@ def call(function: Function, columns: dict[str, Any], options: dict[str, Any]) -
     except (Exception, SystemExit) as why:  # somebody else's function: whatever it raises is the reason
         raise Failed(told(why)) from why
     if values is None:
-        raise Failed(f"it returned {check.short(returned)}, not a list of {count} numbers")
+        raise Failed(f"it returned {validate.short(returned)}, not a list of {count} numbers")
     if len(values) != count:
         raise Failed(f"it returned {len(values)} values for {count} completions")
     checked = [_score(value) for value in values]
@@ -104,5 +103,5 @@ def _score(value: Any) -> tuple[float | None, str]:
     except (TypeError, ValueError):
         score = None
     if score is None or not math.isfinite(score):
-        return None, f"it returned {check.short(value)}, which is not a finite number"
+        return None, f"it returned {validate.short(value)}, which is not a finite number"
     return score, ""

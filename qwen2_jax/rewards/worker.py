@@ -15,11 +15,10 @@ import sys
 import threading
 from typing import Any
 
-from qwen2_jax import check
+from qwen2_jax import validate
 from qwen2_jax.errors import UserError
-
-from .call import Failed, call, load
-from .spec import Function
+from qwen2_jax.rewards.call import Failed, call, load
+from qwen2_jax.rewards.reward_config import Function
 
 # sys.path is the parent's, so that modules are found which it finds.
 PROGRAM = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from qwen2_jax.rewards import worker; worker.main()"
@@ -124,7 +123,7 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "tolist"):
         return value.tolist()
     kind = type(value).__name__
-    raise UserError(f"reward functions cannot be given {check.short(value)} of type {kind}: give JSON's types")
+    raise UserError(f"reward functions cannot be given {validate.short(value)} of type {kind}: give JSON's types")
 
 
 def main() -> None:

@@ -2,23 +2,23 @@
 """Run configurations: frozen dataclasses that a file in configs/ fills in and command-line flags override.
 
 A config file shows what differs from the defaults here. It ends in `config = Pretrain(...)`, `Sft(...)` or
-`Upcycle(...)`, or in one of post_training.py's. reading.py reads it.
+`Upcycle(...)`, or in one of post_training_config.py's. config_file.py reads it.
 """
 
 import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
-from qwen2_jax import check
-from qwen2_jax.config import ModelConfig
+from qwen2_jax import validate
+from qwen2_jax.config.model_config import ModelConfig
 from qwen2_jax.data.spec import Data, PromptData, Source
 from qwen2_jax.errors import UserError
-from qwen2_jax.lora import Lora
-from qwen2_jax.model import REMAT_POLICIES
+from qwen2_jax.model.decoder import REMAT_POLICIES
+from qwen2_jax.model.lora import Lora
 from qwen2_jax.observe import Logging
-from qwen2_jax.train.checkpoints import Checkpointing
-from qwen2_jax.train.merging import OnlineMerging
-from qwen2_jax.train.upcycle import Upcycling
+from qwen2_jax.train.optim.online_merging import OnlineMerging
+from qwen2_jax.train.state.checkpoints import Checkpointing
+from qwen2_jax.train.upcycle.upcycle import Upcycling
 
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
 COMPUTE = ("bfloat16", "float32")
@@ -34,8 +34,8 @@ class Start:
     adapter: str | None = None  # folder in PEFT's format with the adapters that `lora` trains on
 
     def __post_init__(self):
-        check.number(self, "start", ("rope_theta",), float, 1.0, none=True)
-        check.number(self, "start", ("max_position_embeddings",), int, 1, none=True)
+        validate.number(self, "start", ("rope_theta",), float, 1.0, none=True)
+        validate.number(self, "start", ("max_position_embeddings",), int, 1, none=True)
 
 
 def _is_decay(name: str, value: float) -> None:
@@ -54,7 +54,7 @@ class Muon:
     momentum: float = 0.95
 
     def __post_init__(self):
-        check.number(self, "muon", ("lr", "momentum"), float, 0.0)
+        validate.number(self, "muon", ("lr", "momentum"), float, 0.0)
         _is_decay("muon.momentum", self.momentum)
 
 
@@ -77,11 +77,11 @@ class Optim:
     merging: OnlineMerging | None = None  # merges each update with what an earlier stage had learned
 
     def __post_init__(self):
-        check.number(self, "optim", ("lr", "fall", "final", "b1", "b2", "eps", "decay", "clip"), float, 0.0)
-        check.number(self, "optim", ("warmup",), int, 0)
+        validate.number(self, "optim", ("lr", "fall", "final", "b1", "b2", "eps", "decay", "clip"), float, 0.0)
+        validate.number(self, "optim", ("warmup",), int, 0)
         for name in ("b1", "b2"):
             _is_decay(f"optim.{name}", getattr(self, name))
-        check.choice("optim.schedule", self.schedule, SCHEDULES)
+        validate.choice("optim.schedule", self.schedule, SCHEDULES)
         if self.muon is not None and self.algorithm != "adamw":
             raise UserError("optim.muon goes together with algorithm 'adamw' only, which serves what Muon does not")
         if self.merging is not None and (self.algorithm != "adamw" or self.muon is not None):
@@ -96,8 +96,8 @@ class Guard:
     patience: int = 10  # skipped steps in a row after which the run stops with an error
 
     def __post_init__(self):
-        check.number(self, "guard", ("spike",), float, 0.0, none=True)
-        check.number(self, "guard", ("patience",), int, 1)
+        validate.number(self, "guard", ("spike",), float, 0.0, none=True)
+        validate.number(self, "guard", ("patience",), int, 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,8 +108,8 @@ class Moe:
     router_z: float = 0.0  # coefficient of the squared log-sum-exp (Zoph et al. 2022 use 1e-3)
 
     def __post_init__(self):
-        check.number(self, "moe", ("load_balancing",), float, 0.0, none=True)
-        check.number(self, "moe", ("router_z",), float, 0.0)
+        validate.number(self, "moe", ("load_balancing",), float, 0.0, none=True)
+        validate.number(self, "moe", ("router_z",), float, 0.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,7 +127,7 @@ class Mesh:
     tensor: int = 1  # parts of heads, feed-forward width and vocabulary
 
     def __post_init__(self):
-        check.number(self, "mesh", [f.name for f in dataclasses.fields(self)], int, -1)
+        validate.number(self, "mesh", [f.name for f in dataclasses.fields(self)], int, -1)
         if list(dataclasses.astuple(self)).count(-1) > 1 or 0 in dataclasses.astuple(self):
             raise UserError(f"{self}: one axis at most may be -1 (what is left), and none 0")
 
@@ -155,7 +155,7 @@ class Evaluation:
     batches: int = 8  # of each source, at most
 
     def __post_init__(self):
-        check.number(self, "evaluation", ("every", "batches"), int, 1)
+        validate.number(self, "evaluation", ("every", "batches"), int, 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -197,19 +197,19 @@ class Run:
         wanted: Any = next(field.type for field in dataclasses.fields(self) if field.name == "data")
         if not isinstance(self.data, wanted):
             example = "PromptData(sources=(PATH,))" if wanted is PromptData else "Data(sources=(Source(path=PATH),))"
-            raise UserError(f"data is {check.short(self.data)}; {type(self).__name__} takes {example}")
+            raise UserError(f"data is {validate.short(self.data)}; {type(self).__name__} takes {example}")
 
     def __post_init__(self):
         self.check_data()
-        check.number(self, "config", ("rows", "accumulate"), int, 1)
-        check.number(self, "config", ("length",), int, 2)
-        check.number(self, "config", ("steps",), int, 1, none=True)
-        check.number(self, "config", ("epochs", "z_loss"), float, 0.0, none=True)
-        check.number(self, "config", ("ema",), float, 0.0, none=True)
-        check.number(self, "config", ("seed",), int, 0)
-        check.choice("dtype", self.dtype, COMPUTE)
-        check.choice("export_dtype", self.export_dtype, COMPUTE)
-        check.choice("remat", self.remat, (None, *REMAT_POLICIES))
+        validate.number(self, "config", ("rows", "accumulate"), int, 1)
+        validate.number(self, "config", ("length",), int, 2)
+        validate.number(self, "config", ("steps",), int, 1, none=True)
+        validate.number(self, "config", ("epochs", "z_loss"), float, 0.0, none=True)
+        validate.number(self, "config", ("ema",), float, 0.0, none=True)
+        validate.number(self, "config", ("seed",), int, 0)
+        validate.choice("dtype", self.dtype, COMPUTE)
+        validate.choice("export_dtype", self.export_dtype, COMPUTE)
+        validate.choice("remat", self.remat, (None, *REMAT_POLICIES))
         if (self.model is None) == (self.start is None):
             raise UserError("give either model (random weights) or start (a checkpoint to go on from)")
         if self.start is None and self.tokenizer is None:

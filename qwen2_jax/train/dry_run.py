@@ -13,12 +13,13 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from qwen2_jax import chips, flops
-from qwen2_jax.checkpoint.console import readable_bytes
-from qwen2_jax.config import ModelConfig
-from qwen2_jax.data.packing import Batch
-from qwen2_jax.data.show import MARKS, STYLES, rank_name, runs
-from qwen2_jax.logprob import CHUNK
+from qwen2_jax.config.model_config import ModelConfig
+from qwen2_jax.console import readable_bytes
+from qwen2_jax.data.tokens.packing import Batch
+from qwen2_jax.data.tokens.show import MARKS, STYLES, rank_name, runs
+from qwen2_jax.model import flops
+from qwen2_jax.model.cross_entropy import CHUNK
+from qwen2_jax.parallel import chips
 from qwen2_jax.tokenizer import Tokenizer
 
 

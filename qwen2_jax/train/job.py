@@ -10,15 +10,17 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from qwen2_jax import checkpoint, rope, sharding
-from qwen2_jax.config import ModelConfig
-from qwen2_jax.data.loader import Loaded, open_data
-from qwen2_jax.data.prompts import Prompts
+from qwen2_jax import checkpoint
+from qwen2_jax.config.model_config import ModelConfig
+from qwen2_jax.data.formats.prompts import Prompts
 from qwen2_jax.data.spec import Data, PromptData, Source
+from qwen2_jax.data.tokens.loader import Loaded, open_data
 from qwen2_jax.errors import UserError
+from qwen2_jax.model import rope
+from qwen2_jax.parallel import sharding
 from qwen2_jax.tokenizer import END_OF_TEXT, IM_END, Tokenizer
 from qwen2_jax.train.config import Mesh, Pretrain, Run
-from qwen2_jax.train.post_training import Dpo, Online, Reward
+from qwen2_jax.train.post_training_config import Dpo, Online, Reward
 
 # What may not change when a run is continued: the arrays in its checkpoints, and the order of its data.
 FIXED = ("lora", "rows", "length", "seed")

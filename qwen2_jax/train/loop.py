@@ -10,24 +10,26 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
-from qwen2_jax import checkpoint, flops, linear
+from qwen2_jax import checkpoint
 from qwen2_jax.checkpoint import peft
-from qwen2_jax.data.loader import Loaded
 from qwen2_jax.data.spec import Data
+from qwen2_jax.data.tokens.loader import Loaded
 from qwen2_jax.errors import UserError
-from qwen2_jax.hosts import Group
-from qwen2_jax.observe import Recorder
-from qwen2_jax.params import Tree, count
+from qwen2_jax.model import flops
+from qwen2_jax.observe import Recorder, plots
+from qwen2_jax.parallel.hosts import Group
 from qwen2_jax.tokenizer import IM_END
-from qwen2_jax.train import curve, dry_run, stages, start
-from qwen2_jax.train.checkpoints import Checkpoints
+from qwen2_jax.train import dry_run, initial_state, objective_and_batches
+from qwen2_jax.train.batch_sources import Feed
 from qwen2_jax.train.config import Run, Sft
-from qwen2_jax.train.feeds import Feed
-from qwen2_jax.train.fingerprint import digest
 from qwen2_jax.train.job import Job, prepare
-from qwen2_jax.train.lock import alone
-from qwen2_jax.train.preemption import Preemption
+from qwen2_jax.train.state.checkpoints import Checkpoints
+from qwen2_jax.train.state.fingerprint import digest
+from qwen2_jax.train.state.lock import alone
+from qwen2_jax.train.state.preemption import Preemption
 from qwen2_jax.train.step import State, Trainer, abstract, places_of
+from qwen2_jax.weights import linear
+from qwen2_jax.weights.params import Tree, count
 
 # What data.loader.Loaded.report counts: without text, without targets, of another length than asked for, longer than
 # a row, and cut to a row's length.
@@ -44,7 +46,7 @@ def run(config: Run, console: Console | None = None, *, group: Group | None = No
     console, group = console or Console(stderr=True), group or Group()
     group.at("reading the data", unhurried=True)
     job = prepare(config, console)
-    trainer = Trainer(config, job.config, job.steps, mesh=job.mesh, objective=stages.objective_of(job))
+    trainer = Trainer(config, job.config, job.steps, mesh=job.mesh, objective=objective_and_batches.objective_of(job))
     if config.dry_run:
         _tell(job, trainer, console)
         return None
@@ -62,7 +64,7 @@ def _run(job: Job, trainer: Trainer, console: Console, group: Group) -> Path | N
     recorder = Recorder(
         config.log, config.out, total=job.steps, cost=cost, about=dataclasses.asdict(config), console=console
     )
-    begin, frozen = start.weights(job, trainer)
+    begin, frozen = initial_state.weights(job, trainer)
     console.print(
         f"{count(trainer.model_specs) / 1e6:,.2f} M parameters"
         + (f", {count(trainer.specs) / 1e6:,.2f} M of them in adapters trained" if config.lora else "")
@@ -94,7 +96,7 @@ def _run(job: Job, trainer: Trainer, console: Console, group: Group) -> Path | N
         if 0 < done < job.steps and saved.export_due(done) and _lost(config, done):
             with recorder.goodput("save"):
                 export(job, trainer, state, frozen, config.out / f"hf-{done}")
-        with stages.feed(job, trainer, done, frozen, about.get("feed") or {}, console) as feed:
+        with objective_and_batches.feed(job, trainer, done, frozen, about.get("feed") or {}, console) as feed:
             state, done = _train(job, trainer, feed, state, done, frozen, saved, recorder, stop, group)
         if done < job.steps:
             again = "the same command" if config.resume else "the same command without --no-resume"
@@ -132,7 +134,7 @@ def _lost(config: Run, step: int) -> bool:
 def _tell(job: Job, trainer: Trainer, console: Console) -> None:
     """What the run would be, and the first row that it would see."""
     run = job.run
-    batch = stages.first_batch(job, trainer)
+    batch = objective_and_batches.first_batch(job, trainer)
     data, epochs = job.data, list[tuple[str, float]]()
     if isinstance(data, Loaded) and isinstance(run.data, Data):
         epochs = [*zip((s.path for s in run.data.sources), data.epochs(job.steps, run.rows), strict=True)]
@@ -266,6 +268,6 @@ def export(job: Job, trainer: Trainer, state: State, frozen: Tree | None, folder
 
 def _draw(config: Run, console: Console) -> None:
     try:
-        curve.draw(config.out / "metrics.jsonl", config.out / "curves.png")
+        plots.draw(config.out / "metrics.jsonl", config.out / "curves.png")
     except UserError as missing:  # curves are worth having, not worth losing the run for
         console.print(f"no curves: {missing}")

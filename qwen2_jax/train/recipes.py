@@ -6,11 +6,12 @@ from pathlib import Path
 from rich.console import Console
 
 from qwen2_jax.errors import UserError
-from qwen2_jax.hosts import Group
-from qwen2_jax.train import loop, upcycle
+from qwen2_jax.parallel.hosts import Group
+from qwen2_jax.train import loop
 from qwen2_jax.train.config import Upcycle
-from qwen2_jax.train.lock import alone
-from qwen2_jax.train.reading import Recipe
+from qwen2_jax.train.config_file import Recipe
+from qwen2_jax.train.state.lock import alone
+from qwen2_jax.train.upcycle import upcycle
 
 
 def run(config: Recipe, console: Console | None = None, *, group: Group | None = None) -> Path | None:

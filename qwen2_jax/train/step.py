@@ -16,15 +16,17 @@ import optax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from qwen2_jax import heads, lora, model, moe, ops, rope, sharding
-from qwen2_jax.config import ModelConfig
-from qwen2_jax.data.packing import Batch
-from qwen2_jax.moe import RouterStats
-from qwen2_jax.params import ParamSpec, Tree, leaves
-from qwen2_jax.train import optimizer
-from qwen2_jax.train.losses import Sums
-from qwen2_jax.train.objectives import NextToken, Objective, logprobs
-from qwen2_jax.train.placing import Placing
+from qwen2_jax import ops
+from qwen2_jax.config.model_config import ModelConfig
+from qwen2_jax.data.tokens.packing import Batch
+from qwen2_jax.model import decoder, head_padding, lora, mlp, rope
+from qwen2_jax.model.mlp import RouterStats
+from qwen2_jax.parallel import sharding
+from qwen2_jax.train.batch_sharding import Placing
+from qwen2_jax.train.objectives.batch_losses import NextToken, Objective, logprobs
+from qwen2_jax.train.objectives.loss_sums import Sums
+from qwen2_jax.train.optim import optimizer
+from qwen2_jax.weights.params import ParamSpec, Tree, leaves
 
 if TYPE_CHECKING:
     from qwen2_jax.train.config import Guard, Run
@@ -77,9 +79,9 @@ class Trainer:
         self.run, self.config, self.mesh = run, config, mesh
         self.objective = objective or NextToken(run.z_loss)
         self.place = Placing(mesh)
-        self.model_specs = model.declare(config)[1]
-        self.heads = heads.spread(config, mesh)
-        self.graphdef = model.declare(config if self.heads is None else self.heads.config)[0]
+        self.model_specs = decoder.declare(config)[1]
+        self.heads = head_padding.spread(config, mesh)
+        self.graphdef = decoder.declare(config if self.heads is None else self.heads.config)[0]
         self.specs = self.model_specs if run.lora is None else lora.declare(config, run.lora)
         self.tx = optimizer.make(run.optim, self.specs, steps, run.seed)
         self.rate = optimizer.schedule(run.optim.lr, run.optim, steps)
@@ -105,7 +107,7 @@ class Trainer:
         """Random weights of the model, float32, born in their places."""
         key = jax.random.key(seed)
         places = None if self.mesh is None else places_of(self.model_specs, self.mesh)
-        make = lambda key: model.split(model.Qwen2(self.config, rngs=nnx.Rngs(key)))[1]  # noqa: E731
+        make = lambda key: decoder.split(decoder.Qwen2(self.config, rngs=nnx.Rngs(key)))[1]  # noqa: E731
         return jax.jit(make, out_shardings=places)(key)
 
     def init(self, params: Tree | None = None) -> State:
@@ -157,7 +159,7 @@ class Trainer:
             return jax.tree.map(cast, self.model_specs, params, is_leaf=_is_spec)
         return lora.attach(frozen, params, self.run.lora)
 
-    def _forward(self, weights: Tree, batch: Batch) -> tuple[model.Qwen2, model.Output]:
+    def _forward(self, weights: Tree, batch: Batch) -> tuple[decoder.Qwen2, decoder.Output]:
         if self.heads is not None:
             weights = self.heads.widen(weights, self.model_specs)
         qwen2 = nnx.merge(self.graphdef, weights)
@@ -187,8 +189,8 @@ class Trainer:
             if router is not None:
                 # Not linear in the tokens: each micro-batch has its own, at its share of the step's tokens.
                 share = (part.segments_BT >= 0).sum() / jnp.maximum(tokens, 1.0)
-                value += share * self.balancing * moe.load_balancing_loss(router)
-                value += share * self.run.moe.router_z * moe.router_z_loss(router)
+                value += share * self.balancing * mlp.load_balancing_loss(router)
+                value += share * self.run.moe.router_z * mlp.router_z_loss(router)
             return value, (sums, router)
 
         # The gradient is taken with respect to the low-precision copy and added up in float32: no float32 gradient of
@@ -341,8 +343,8 @@ def _router_metrics(router: RouterStats | None, config: ModelConfig) -> Metrics:
         return {}
     load_E = router.counts_E / jnp.maximum(router.tokens * config.num_experts_per_tok, 1.0)
     return {
-        "moe/load_balancing": moe.load_balancing_loss(router),
-        "moe/router_z": moe.router_z_loss(router),
+        "moe/load_balancing": mlp.load_balancing_loss(router),
+        "moe/router_z": mlp.router_z_loss(router),
         "moe/load": load_E,  # share of each expert; 1 / E each when balanced
         "moe/load_max": load_E.max() * config.num_experts,  # of the busiest expert, as a multiple of the mean
         # Rounded to parts per million: the counts are sums in float32.

@@ -10,7 +10,7 @@ import pytest
 
 import checkpoint.hf_folders as hf
 from qwen2_jax.checkpoint.__main__ import main
-from qwen2_jax.checkpoint.console import readable_bytes
+from qwen2_jax.console import readable_bytes
 
 
 def test_the_three_commands(tmp_path, dense, capsys):

@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 import checkpoint.hf_folders as hf
 from qwen2_jax import checkpoint
-from qwen2_jax.checkpoint.tensorfile import read_header
+from qwen2_jax.checkpoint.formats.safetensors import read_header
 
 
 def header_of(path):

@@ -15,7 +15,8 @@ import pytest
 import checkpoint.hf_folders as hf
 import tiny
 from qwen2_jax import checkpoint
-from qwen2_jax.checkpoint import workspace, writing
+from qwen2_jax.checkpoint.transfer import write
+from qwen2_jax.files import atomic_folder
 
 
 @pytest.mark.parametrize("to", ["hf", "orbax"])
@@ -27,7 +28,7 @@ def test_stopped_anywhere(tmp_path, dense, monkeypatch, to, where):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    def stop_at(name, array, _inner=writing.Hasher.start):
+    def stop_at(name, array, _inner=write.Hasher.start):
         nonlocal count
         count += 1
         if count == (1 if where == "first tensor" else len(hf.tensors_of(hf.DENSE))):
@@ -35,14 +36,16 @@ def test_stopped_anywhere(tmp_path, dense, monkeypatch, to, where):
         return _inner(hasher, name, array)
 
     with monkeypatch.context() as patch:
-        patch.setattr(workspace.shutil, "rmtree", lambda *_, **__: None)
+        patch.setattr(atomic_folder.shutil, "rmtree", lambda *_, **__: None)
         if where == "manifest":
-            patch.setattr(writing, "_write_files", stop)
+            patch.setattr(write, "_write_files", stop)
         elif where == "rename":
-            patch.setattr(workspace.os, "replace", lambda a, b: stop() if str(b) == str(target) else os.rename(a, b))
+            patch.setattr(
+                atomic_folder.os, "replace", lambda a, b: stop() if str(b) == str(target) else os.rename(a, b)
+            )
         else:
-            hasher = writing.Hasher()
-            patch.setattr(writing, "Hasher", lambda: hasher)
+            hasher = write.Hasher()
+            patch.setattr(write, "Hasher", lambda: hasher)
             hasher.start = stop_at
         with pytest.raises(KeyboardInterrupt):
             checkpoint.convert(dense, target, to)
@@ -106,13 +109,13 @@ def test_a_replaced_folder_is_never_lost(tmp_path, monkeypatch, where, killed):
         replace(a, b)
 
     with monkeypatch.context() as patch:
-        patch.setattr(workspace.os, "replace", rename)
+        patch.setattr(atomic_folder.os, "replace", rename)
         if killed:  # nothing is cleaned up
-            patch.setattr(workspace.shutil, "rmtree", lambda *_, **__: None)
+            patch.setattr(atomic_folder.shutil, "rmtree", lambda *_, **__: None)
         if where == "writing":
-            patch.setattr(writing, "_write_files", stop)
+            patch.setattr(write, "_write_files", stop)
         if where == "removal":
-            patch.setattr(workspace.shutil, "rmtree", stop)
+            patch.setattr(atomic_folder.shutil, "rmtree", stop)
         with pytest.raises(KeyboardInterrupt):
             checkpoint.save_hf(target, *model_of(1), replace=True)
     assert shutil.rmtree is rmtree
@@ -124,7 +127,7 @@ def test_a_replaced_folder_is_never_lost(tmp_path, monkeypatch, where, killed):
         assert [p.name for p in tmp_path.iterdir() if "unfinished" in p.name] == []
 
     with monkeypatch.context() as patch:  # the next start fails as well: the old one is back all the same
-        patch.setattr(writing, "_write_files", stop)
+        patch.setattr(write, "_write_files", stop)
         with pytest.raises(KeyboardInterrupt):
             checkpoint.save_hf(target, *model_of(2), replace=True)
     assert weights_of(target) == (new if where == "removal" else old)
@@ -170,7 +173,7 @@ def test_failure_leaves_nothing(tmp_path, dense, monkeypatch, to):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(writing, "_write_files", full)
+    monkeypatch.setattr(write, "_write_files", full)
     with pytest.raises(OSError, match="the disk became full; nothing was left behind"):
         checkpoint.convert(dense, tmp_path / "out", to)
     assert [p.name for p in tmp_path.iterdir()] == ["dense"]
@@ -178,7 +181,7 @@ def test_failure_leaves_nothing(tmp_path, dense, monkeypatch, to):
 
 def test_too_small_a_disk_is_known_before(tmp_path, dense, monkeypatch):
     usage = namedtuple("usage", "total used free")(10**9, 10**9 - 1000, 1000)
-    monkeypatch.setattr(workspace.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(atomic_folder.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(OSError, match=r"needs 0\.07 GB of disk and has 0\.00 GB free"):
         checkpoint.convert(dense, tmp_path / "out", "hf")
     assert [p.name for p in tmp_path.iterdir()] == ["dense"]
@@ -209,7 +212,10 @@ def test_a_folder_of_the_users_is_not_removed(tmp_path, dense):
 
 
 def test_two_writers(tmp_path, dense):
-    with workspace.new_folder(tmp_path / "out", 0), pytest.raises(checkpoint.CheckpointError, match="another process"):
+    with (
+        atomic_folder.new_folder(tmp_path / "out", 0),
+        pytest.raises(checkpoint.CheckpointError, match="another process"),
+    ):
         checkpoint.convert(dense, tmp_path / "out", "hf")
 
 

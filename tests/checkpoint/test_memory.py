@@ -28,7 +28,7 @@ SCRIPT = """
 import resource, sys
 import jax
 from qwen2_jax import checkpoint
-from qwen2_jax.checkpoint import orbax
+from qwen2_jax.checkpoint.formats import orbax_folder as orbax
 orbax.GROUP_BYTES = 16 * 2**20
 root, jobs = sys.argv[1], sys.argv[2:]
 jax.devices()

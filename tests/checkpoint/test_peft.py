@@ -9,11 +9,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import tiny
-from qwen2_jax import lora
 from qwen2_jax.checkpoint import CheckpointError
 from qwen2_jax.checkpoint.peft import load_peft, save_peft
-from qwen2_jax.lora import Lora
-from qwen2_jax.params import leaves
+from qwen2_jax.model import lora
+from qwen2_jax.model.lora import Lora
+from qwen2_jax.weights.params import leaves
 
 DENSE, MIXED = tiny.CONFIGS["dense"], tiny.CONFIGS["moe_mixed"]
 SETTINGS = Lora(rank=4, alpha=6.0)

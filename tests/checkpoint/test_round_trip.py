@@ -12,11 +12,12 @@ from safetensors.numpy import load_file
 
 import checkpoint.hf_folders as hf
 from qwen2_jax import checkpoint
-from qwen2_jax.checkpoint import fill, names
-from qwen2_jax.checkpoint.hf import HfFolder
+from qwen2_jax.checkpoint.formats import names
+from qwen2_jax.checkpoint.formats.hf_folder import HfFolder
+from qwen2_jax.checkpoint.transfer import load
 from qwen2_jax.config import ModelConfig
 from qwen2_jax.model import declare
-from qwen2_jax.params import leaves
+from qwen2_jax.weights.params import leaves
 
 
 def by_expert(name: str):
@@ -149,9 +150,9 @@ def test_loading_casts_as_numpy_does(tmp_path):
 
 def test_layers_filled_on_the_device_are_the_same(dense):
     opened = checkpoint.open_checkpoint(dense)
-    place = fill.places(None)
-    host = fill.read_params(opened.tensors, opened.specs, place)
-    device = fill.read_params(opened.tensors, opened.specs, place, stage_bytes=0)
+    place = load.places(None)
+    host = load.read_params(opened.tensors, opened.specs, place)
+    device = load.read_params(opened.tensors, opened.specs, place, stage_bytes=0)
     jax.tree.map(np.testing.assert_array_equal, host, device)
 
 

@@ -12,9 +12,10 @@ SCRIPT = """
 import sys
 import jax, numpy as np
 from qwen2_jax import checkpoint
-from qwen2_jax.checkpoint import fill, orbax
-from qwen2_jax.checkpoint.hf import HfFolder
-from qwen2_jax.sharding import make_mesh
+from qwen2_jax.checkpoint.transfer import load as fill
+from qwen2_jax.checkpoint.formats import orbax_folder as orbax
+from qwen2_jax.checkpoint.formats.hf_folder import HfFolder
+from qwen2_jax.parallel.sharding import make_mesh
 from pathlib import Path
 
 root = Path(sys.argv[1])
@@ -65,7 +66,7 @@ import sys
 import jax, numpy as np
 from pathlib import Path
 from qwen2_jax import checkpoint
-from qwen2_jax.sharding import make_mesh
+from qwen2_jax.parallel.sharding import make_mesh
 root = Path(sys.argv[1])
 params = checkpoint.load_params(root / "hf", mesh=make_mesh(fsdp=2, tensor=2, expert=2))
 config = checkpoint.read_config(checkpoint.locate(root / "hf"))

@@ -5,8 +5,10 @@ import pytest
 
 import checkpoint.hf_folders as hf
 import processes
-from qwen2_jax import checkpoint, lora
-from qwen2_jax.checkpoint import orbax, peft, plan
+from qwen2_jax import checkpoint
+from qwen2_jax.checkpoint import byte_plan, peft
+from qwen2_jax.checkpoint.formats import orbax_folder
+from qwen2_jax.model import lora
 
 ORBAX = ("_CHECKPOINT_METADATA", "commit_success.txt")  # hold the time
 CONFIG = hf.SPARSE | {
@@ -24,9 +26,10 @@ READ = """
 import dataclasses
 import numpy as np
 from qwen2_jax import checkpoint
-from qwen2_jax.checkpoint import fill, names
-from qwen2_jax.params import leaves
-from qwen2_jax.sharding import make_mesh
+from qwen2_jax.checkpoint.transfer import load as fill
+from qwen2_jax.checkpoint.formats import names
+from qwen2_jax.weights.params import leaves
+from qwen2_jax.parallel.sharding import make_mesh
 
 def share(tree):
     "Bytes of the parameters that this process holds, each once."
@@ -60,9 +63,11 @@ tell(found=found)
 
 ADAPTERS = """
 import numpy as np
-from qwen2_jax import lora, sharding
-from qwen2_jax.checkpoint import names, peft
-from qwen2_jax.params import leaves
+from qwen2_jax.model import lora
+from qwen2_jax.parallel import sharding
+from qwen2_jax.checkpoint.formats import names
+from qwen2_jax.checkpoint import peft
+from qwen2_jax.weights.params import leaves
 
 def adapters(config, settings, mesh):
     "Low-rank adapters, on a mesh or not."
@@ -79,8 +84,10 @@ WRITE = (
     ADAPTERS
     + """
 from qwen2_jax import checkpoint
-from qwen2_jax.checkpoint import orbax, pieces, store, writing
-from qwen2_jax.sharding import make_mesh
+from qwen2_jax.checkpoint.formats import orbax_folder as orbax
+from qwen2_jax.checkpoint.transfer import gather as pieces, write as writing
+from qwen2_jax.checkpoint import api as store
+from qwen2_jax.parallel.sharding import make_mesh
 
 params = checkpoint.load_params(root / "hf", mesh=make_mesh(fsdp=2, tensor=2))
 pieces.PIECE_BYTES = 100_000
@@ -131,8 +138,9 @@ def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("two")
     hf.write_folder(root / "hf", CONFIG, hf.random_tensors(CONFIG), shards=2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(orbax, "CHUNK_BYTES", 1 << 14)  # as small to these arrays as the real pieces are to real ones
-        patch.setattr(orbax, "ROW_BYTES", 1 << 10)
+        # as small to these arrays as the real pieces are to real ones
+        patch.setattr(orbax_folder, "CHUNK_BYTES", 1 << 14)
+        patch.setattr(orbax_folder, "ROW_BYTES", 1 << 10)
         checkpoint.convert(root / "hf", root / "orbax", "orbax")
     return root
 
@@ -147,9 +155,9 @@ def test_each_process_reads_its_share(root):
     for found in (*a, *b):
         assert set(found["hf"]) == {found["share"]}
         assert found["share"] <= found["orbax"] < found["share"] + SMALL
-    folder = plan.declared(root / "hf")
+    folder = byte_plan.declared(root / "hf")
     for i, mesh in enumerate(({"fsdp": 2, "tensor": 2}, {"expert": 2, "fsdp": 2})):
-        assert plan.load_step(folder, "hf", mesh, 2).reads == (a[i]["share"], b[i]["share"])
+        assert byte_plan.load_step(folder, "hf", mesh, 2).reads == (a[i]["share"], b[i]["share"])
     assert a[0]["share"] == b[0]["share"]
     assert SIZE <= 2 * a[0]["share"] < 1.001 * SIZE  # both hold the biases
     assert SIZE < a[1]["share"] + b[1]["share"] < 2 * SIZE  # the mesh has "expert" between the processes
@@ -163,14 +171,14 @@ def test_what_two_processes_write_is_what_one_writes(root):
             assert abs(found[name]["written"] - SIZE / 2) < 8000, name  # the first writes the headers as well
         assert found["hf to hf"]["read"] == SIZE / 2
         assert found["hf to orbax"]["read"] == SIZE  # rows to write, and then whole tensors to hash
-    folder, arrays = plan.declared(root / "hf"), plan.declared(root / "orbax")
-    assert plan.convert_step(folder, "hf", 2).reads == (a["hf to hf"]["read"], b["hf to hf"]["read"])
-    assert plan.convert_step(folder, "orbax", 2).reads == (a["hf to orbax"]["read"], b["hf to orbax"]["read"])
-    planned = plan.convert_step(arrays, "hf", 2)
+    folder, arrays = byte_plan.declared(root / "hf"), byte_plan.declared(root / "orbax")
+    assert byte_plan.convert_step(folder, "hf", 2).reads == (a["hf to hf"]["read"], b["hf to hf"]["read"])
+    assert byte_plan.convert_step(folder, "orbax", 2).reads == (a["hf to orbax"]["read"], b["hf to orbax"]["read"])
+    planned = byte_plan.convert_step(arrays, "hf", 2)
     for found, reads, writes in zip((a, b), planned.reads, planned.writes, strict=True):
         assert reads < found["orbax to hf"]["files"] < reads + SMALL
         assert 0 <= found["orbax to hf"]["written"] - writes < 8000
-    for found, writes in zip((a, b), plan.convert_step(folder, "orbax", 2).writes, strict=True):
+    for found, writes in zip((a, b), byte_plan.convert_step(folder, "orbax", 2).writes, strict=True):
         assert writes < found["hf to orbax"]["all_written"] < writes + SMALL
     config, params = checkpoint.read_config(checkpoint.locate(root / "hf")), checkpoint.load_params(root / "hf")
     more = {"tokenizer_files_from": root / "hf"}
@@ -198,8 +206,8 @@ def test_what_two_processes_write_is_what_one_writes(root):
 FAIL = """
 import errno
 from qwen2_jax import checkpoint
-from qwen2_jax.checkpoint import processes, writing
-from qwen2_jax.sharding import make_mesh
+from qwen2_jax.checkpoint.transfer import multihost as processes, write as writing
+from qwen2_jax.parallel.sharding import make_mesh
 
 processes.APPEARS_SECONDS = 0.5
 params = checkpoint.load_params(root / "hf", mesh=make_mesh(fsdp=2, tensor=2))

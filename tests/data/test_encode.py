@@ -12,10 +12,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import qwen2_jax.demo
-from qwen2_jax.data import bpe, encode
-from qwen2_jax.data.encode import Encoder, Targets
-from qwen2_jax.data.formats import Chat, Text, read
+from qwen2_jax.data.formats.record_formats import Chat, Text, read
+from qwen2_jax.data.tokens import encode
+from qwen2_jax.data.tokens.encode import Encoder, Targets
 from qwen2_jax.errors import UserError
+from qwen2_jax.speedrun import bpe
 from qwen2_jax.tokenizer import END_OF_TEXT, IM_END, IM_START, Tokenizer
 
 QWEN = Path(__file__).parents[3] / "shared" / "data" / "qwen2_tokenizer"

@@ -3,7 +3,7 @@
 
 import pytest
 
-from qwen2_jax.data.formats import FORMATS, Chat, Text, detect, read
+from qwen2_jax.data.formats.record_formats import FORMATS, Chat, Text, detect, read
 from qwen2_jax.errors import UserError
 
 U, A, S, T = (

@@ -14,12 +14,13 @@ import pytest
 import tokenizers
 
 import qwen2_jax.demo
-from qwen2_jax import hosts
 from qwen2_jax.data import __main__ as command
-from qwen2_jax.data import loader, plan, records
-from qwen2_jax.data.encode import Encoded
+from qwen2_jax.data.sources import records
 from qwen2_jax.data.spec import Data, Source
+from qwen2_jax.data.tokens import loader, packing_plan
+from qwen2_jax.data.tokens.encode import Encoded
 from qwen2_jax.errors import UserError
+from qwen2_jax.parallel import hosts
 from qwen2_jax.tokenizer import Tokenizer
 from token_data import MemoryStore, trained_pairs
 
@@ -34,7 +35,8 @@ def loaded(sizes=SIZES, weights=None, seed=0):
     sources = tuple(Source(path=f"s{i}", weight=weights and weights[i]) for i in range(len(sizes)))
     parts = [(store, 0, None) for store in stores]
     plans = [
-        plan.BestFitRows(plan.Documents(g), LENGTH, pad=PAD) for g in ([[p] for p in parts] if weights else [parts])
+        packing_plan.BestFitRows(packing_plan.Documents(g), LENGTH, pad=PAD)
+        for g in ([[p] for p in parts] if weights else [parts])
     ]
     return loader.Loaded(Data(sources=sources), plans, seed=seed, found=[])
 
@@ -130,11 +132,11 @@ def test_once_gives_each_row_once_and_fills_up():
         np.testing.assert_array_equal(whole.tokens_BT, np.concatenate([part.tokens_BT for part in parts]))
 
 
-@pytest.mark.parametrize("packing", [plan.ConcatRows, plan.BestFitRows])
+@pytest.mark.parametrize("packing", [packing_plan.ConcatRows, packing_plan.BestFitRows])
 def test_the_first_batches_of_once_stand_for_all(packing):
     """Documents sorted by length, as best fit has them anyway: a few batches must not hold the long ones alone."""
     lengths = [LENGTH + 1] * 100 + [2] * 400
-    rows = packing(plan.Documents([(MemoryStore(lengths), 0, None)]), LENGTH, pad=PAD)
+    rows = packing(packing_plan.Documents([(MemoryStore(lengths), 0, None)]), LENGTH, pad=PAD)
     opened = lambda seed: loader.Loaded(Data(sources=(Source(path="a"),)), [rows], seed=seed, found=[])
     first = list(itertools.islice(opened(0).once(20), 3))
     whole = list(opened(0).once(20))

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen2_jax.data import plan
+from qwen2_jax.data.tokens import packing_plan
 from qwen2_jax.errors import UserError
 from token_data import MemoryStore, trained_pairs
 
@@ -30,7 +30,7 @@ def stores(draw):
 
 
 def documents(found, least=0, most=None):
-    return plan.Documents([(store, least, most) for store in found])
+    return packing_plan.Documents([(store, least, most) for store in found])
 
 
 def check_form(rows, found):
@@ -58,14 +58,14 @@ def check_form(rows, found):
 @given(stores(), st.integers(1, 40))
 def test_concat_trains_every_target_once(found, length):
     chosen = documents(found)
-    rows = plan.ConcatRows(chosen, length, pad=PAD)
+    rows = packing_plan.ConcatRows(chosen, length, pad=PAD)
     every = [rows[r] for r in range(len(rows))]
     check_form(every, found)
     assert trained_pairs(every) == list(itertools.chain.from_iterable(store.pairs() for store in found))
     inputs = [int(t) for row in every for t in row.tokens_BT[row.segments_BT >= 0]]
     kept = [s.tokens[a:b] for s in found for a, b in itertools.pairwise(s.offsets) if b - a >= 2]
     assert inputs == [int(t) for t in itertools.chain.from_iterable(kept)]  # in store order, nothing between
-    assert rows.counts == plan.Counts(len(kept), len(inputs), len(trained_pairs(every)))
+    assert rows.counts == packing_plan.Counts(len(kept), len(inputs), len(trained_pairs(every)))
     assert all((row.segments_BT >= 0).all() for row in every[:-1])  # only the last row may be padded
     assert len(rows) == -(-len(inputs) // length)
 
@@ -74,7 +74,7 @@ def test_concat_trains_every_target_once(found, length):
 @given(stores(), st.integers(1, 40), st.sampled_from(["drop", "cut"]))
 def test_best_fit_keeps_documents_whole(found, length, too_long):
     chosen = documents(found)
-    rows = plan.BestFitRows(chosen, length, pad=PAD, too_long=too_long)
+    rows = packing_plan.BestFitRows(chosen, length, pad=PAD, too_long=too_long)
     every = [rows[r] for r in range(len(rows))]
     check_form(every, found)
     if too_long == "drop":
@@ -94,7 +94,7 @@ def test_best_fit_keeps_documents_whole(found, length, too_long):
 def test_concat_by_hand():
     """Documents of 3, 1 (nothing to learn), 0 and 5 tokens in rows of 4; the second row starts inside the last."""
     store = MemoryStore([3, 1, 0, 5], is_target=[1, 1, 0, 1, 1, 1, 1, 1, 1])
-    rows = plan.ConcatRows(documents([store]), 4, pad=99)
+    rows = packing_plan.ConcatRows(documents([store]), 4, pad=99)
     assert len(rows) == 2
     assert [field.tolist() for field in rows[0][:5]] == [
         [0, 1, 2, 4], [1, 2, 99, 5], [1, 0, 0, 1], [0, 0, 0, 1], [0, 1, 2, 0],
@@ -105,7 +105,7 @@ def test_concat_by_hand():
 
 
 def test_best_fit_decreasing_by_hand():
-    order, edges = plan.best_fit(np.array([5, 3, 3, 2, 7, 1, 4]), 8)
+    order, edges = packing_plan.best_fit(np.array([5, 3, 3, 2, 7, 1, 4]), 8)
     assert [order[a:b].tolist() for a, b in itertools.pairwise(edges)] == [[4, 5], [0, 1], [6, 2], [3]]
 
 
@@ -127,7 +127,7 @@ def slow_best_fit(sizes, length):
 @PROPERTY
 @given(st.lists(st.integers(1, 20), max_size=60), st.sampled_from([7, 1000]))
 def test_best_fit_is_the_slow_one(sizes, window):
-    order, edges = plan.best_fit(np.array(sizes, int), 20, window)
+    order, edges = packing_plan.best_fit(np.array(sizes, int), 20, window)
     expected = []
     for begin in range(0, len(sizes), window):
         expected += [[begin + i for i in row] for row in slow_best_fit(sizes[begin : begin + window], 20)]
@@ -137,7 +137,7 @@ def test_best_fit_is_the_slow_one(sizes, window):
 def test_best_fit_of_many_documents_is_fast_and_full():
     """Quadratic work would take minutes; first fit of unsorted documents fills less."""
     sizes = np.random.default_rng(0).integers(1, 2000, 100_000)
-    order, edges = plan.best_fit(sizes, 4096)
+    order, edges = packing_plan.best_fit(sizes, 4096)
     assert len(np.unique(order)) == len(sizes)
     assert np.add.reduceat(sizes[order], edges[:-1]).max() <= 4096
     assert sizes.sum() / ((len(edges) - 1) * 4096) > 0.999
@@ -145,23 +145,23 @@ def test_best_fit_of_many_documents_is_fast_and_full():
 
 def test_documents_are_chosen_by_length():
     found = [MemoryStore([2, 5, 9, 5]), MemoryStore([4, 30], first=21)]
-    rows = plan.ConcatRows(documents(found, least=4, most=9), 1000, pad=PAD)
+    rows = packing_plan.ConcatRows(documents(found, least=4, most=9), 1000, pad=PAD)
     assert rows[0].tokens_BT[: rows.counts.tokens].tolist() == [*range(2, 21), *range(21, 25)]
     found = [MemoryStore([3, 5]), MemoryStore([8, 6], first=8)]  # chosen ones lie 3 tokens behind their place in both
-    rows = plan.ConcatRows(documents(found, least=4, most=7), 1000, pad=PAD)
+    rows = packing_plan.ConcatRows(documents(found, least=4, most=7), 1000, pad=PAD)
     assert rows[0].tokens_BT[: rows.counts.tokens].tolist() == [*range(3, 8), *range(16, 22)]
     found = [MemoryStore([2, 5, 9, 5])]
-    split = plan.Documents([(found[0], 6, None), (found[0], 0, 5)])  # one path as two sources
+    split = packing_plan.Documents([(found[0], 6, None), (found[0], 0, 5)])  # one path as two sources
     assert sorted(split.lengths.tolist()) == [2, 5, 5, 9]
 
 
 def test_documents_outside_are_counted():
     """Each once: of a path given twice, those that neither source takes."""
     found = [MemoryStore([2, 5, 9, 0, 14, 20]), MemoryStore([3, 30], first=50)]
-    assert plan.ConcatRows(documents(found, least=4, most=14), 8, pad=PAD).counts.outside == 2 + 2
-    twice = plan.Documents([(found[0], 14, None), (found[0], 0, 5), (found[1], 0, None)])
+    assert packing_plan.ConcatRows(documents(found, least=4, most=14), 8, pad=PAD).counts.outside == 2 + 2
+    twice = packing_plan.Documents([(found[0], 14, None), (found[0], 0, 5), (found[1], 0, None)])
     assert twice.outside == 1
-    assert plan.BestFitRows(twice, 8, pad=PAD).counts.outside == 1
+    assert packing_plan.BestFitRows(twice, 8, pad=PAD).counts.outside == 1
 
 
 def test_flags_are_looked_at_only_where_there_are_some(monkeypatch):
@@ -170,19 +170,19 @@ def test_flags_are_looked_at_only_where_there_are_some(monkeypatch):
     plain = MemoryStore([10, 10, 10])
     asked, real = [], MemoryStore.is_target
     monkeypatch.setattr(MemoryStore, "is_target", lambda self, a, b: asked.append(self) or real(self, a, b))
-    counts = plan.BestFitRows(documents([plain, flagged, plain]), 6, pad=PAD, too_long="cut").counts
-    assert counts == plan.Counts(documents=9, tokens=8 * 6 + 2, targets=6 * 6 + 2 + 2 + 6, cut=8)
+    counts = packing_plan.BestFitRows(documents([plain, flagged, plain]), 6, pad=PAD, too_long="cut").counts
+    assert counts == packing_plan.Counts(documents=9, tokens=8 * 6 + 2, targets=6 * 6 + 2 + 2 + 6, cut=8)
     assert asked == [flagged] * 2
 
 
 def test_too_long_error_names_the_first():
     chosen = documents([MemoryStore([3, 9, 12])])
-    assert len(plan.BestFitRows(chosen, 11, pad=PAD, too_long="error")) == 2  # the last token needs no position
+    assert len(packing_plan.BestFitRows(chosen, 11, pad=PAD, too_long="error")) == 2  # the last token needs no position
     with pytest.raises(UserError, match=r"memory line 2 has 9 tokens, more than rows of 7 hold \(2 of 3"):
-        plan.BestFitRows(chosen, 7, pad=PAD, too_long="error")
+        packing_plan.BestFitRows(chosen, 7, pad=PAD, too_long="error")
 
 
 def test_a_cut_document_without_targets_is_dropped():
     store = MemoryStore([10, 10], is_target=[0] * 9 + [1] + [0, 1] + [0] * 8)
-    counts = plan.BestFitRows(documents([store]), 4, pad=PAD, too_long="cut").counts
-    assert counts == plan.Counts(documents=1, tokens=4, targets=1, dropped=1, cut=1)
+    counts = packing_plan.BestFitRows(documents([store]), 4, pad=PAD, too_long="cut").counts
+    assert counts == packing_plan.Counts(documents=1, tokens=4, targets=1, dropped=1, cut=1)

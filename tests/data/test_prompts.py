@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from qwen2_jax.data.prompts import Prompts
+from qwen2_jax.data.formats.prompts import Prompts
 from qwen2_jax.data.spec import PromptData
 from qwen2_jax.errors import UserError
 from qwen2_jax.tokenizer import Tokenizer

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 import qwen2_jax.demo
 from qwen2_jax.data import __main__ as command
-from qwen2_jax.data import loader, plan, store
-from qwen2_jax.data.encode import Encoded, Encoder
-from qwen2_jax.data.formats import Chat, Ranking, detect, read
-from qwen2_jax.data.records import open_records
+from qwen2_jax.data.formats.record_formats import Chat, Ranking, detect, read
+from qwen2_jax.data.sources.records import open_records
 from qwen2_jax.data.spec import Data, Source
-from qwen2_jax.data.store import TokenStore
+from qwen2_jax.data.tokens import loader, packing_plan, store
+from qwen2_jax.data.tokens.encode import Encoded, Encoder
+from qwen2_jax.data.tokens.store import TokenStore
 from qwen2_jax.errors import UserError
 from qwen2_jax.tokenizer import CHAT_TEMPLATE, Tokenizer
 from token_data import MemoryStore
@@ -286,7 +286,7 @@ def test_groups_are_packed_whole(sizes, length, seed):
     for groups in sizes:
         stores.append(Groups(groups, first, seed))
         first += len(stores[-1].tokens)
-    rows = plan.BestFitRows(plan.Documents([(store, 0, None) for store in stores]), length, pad=PAD)
+    rows = packing_plan.BestFitRows(packing_plan.Documents([(store, 0, None) for store in stores]), length, pad=PAD)
     ranks = max(len(group) for groups in sizes for group in groups)
     want = slow_rows(stores, length, ranks)
     assert rows.ranks == ranks and len(rows) == len(want)
@@ -301,14 +301,14 @@ def test_a_group_that_fills_its_row_by_hand():
     """The last token of each sequence is an input, so 3 + 2 tokens fill a row of 5, and not one of 4."""
     store = Groups([[3, 2]])
     store.flags[:] = True
-    documents = plan.Documents([(store, 0, None)])
-    rows = plan.BestFitRows(documents, 5, pad=99, ranks=3)
+    documents = packing_plan.Documents([(store, 0, None)])
+    rows = packing_plan.BestFitRows(documents, 5, pad=99, ranks=3)
     assert [field.tolist() for field in rows[0][:5]] == [
         [0, 1, 2, 3, 4], [1, 2, 99, 4, 99], [1, 1, 0, 1, 0], [0, 0, 0, 1, 1], [0, 1, 2, 0, 1],
     ]  # fmt: skip
-    assert plan.BestFitRows(documents, 4, pad=99).counts.dropped == 1
+    assert packing_plan.BestFitRows(documents, 4, pad=99).counts.dropped == 1
     with pytest.raises(UserError, match=r"memory line 1 has 5 tokens, more than rows of 4 .*or too_long 'drop'$"):
-        plan.BestFitRows(documents, 4, pad=99, too_long="error")
+        packing_plan.BestFitRows(documents, 4, pad=99, too_long="error")
 
 
 # From files to batches.

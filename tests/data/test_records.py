@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from few import FEW
-from qwen2_jax.data import records as module
-from qwen2_jax.data.records import open_records
+from qwen2_jax.data.sources import records as module
+from qwen2_jax.data.sources.records import open_records
 from qwen2_jax.errors import UserError
 
 RECORDS = [

@@ -20,8 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import qwen2_jax.demo
-from qwen2_jax.data import store, whole
+from qwen2_jax.data.tokens import store
 from qwen2_jax.errors import UserError
+from qwen2_jax.files import build_once as whole
 from qwen2_jax.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.from_folder(Path(qwen2_jax.demo.__file__).parent)

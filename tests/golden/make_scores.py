@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Record the scores that transformers gives with tiny random reward models; tests/test_score.py reads them offline.
+"""Record the scores that transformers gives with tiny random reward models; tests/model/test_reward.py reads them.
 
     torchenv/bin/python tests/golden/make_scores.py             # writes tests/golden/score_<head>/
     torchenv/bin/python tests/golden/make_scores.py --check     # makes them again and compares; writes nothing

@@ -8,16 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 
 import qwen2_jax
-from qwen2_jax import linear, lora, model, sharding
+from qwen2_jax import model
 from qwen2_jax.config import DualChunk, ModelConfig
-from qwen2_jax.infer import ahead
-from qwen2_jax.infer.buckets import Buckets
-from qwen2_jax.infer.generate import Generator, Request
-from qwen2_jax.infer.rollouts import Rollouts
-from qwen2_jax.infer.settings import Settings
-from qwen2_jax.lora import Lora
+from qwen2_jax.infer.engine import lowering
+from qwen2_jax.infer.engine.buckets import Buckets
+from qwen2_jax.infer.engine.programs import Generator, Request
+from qwen2_jax.infer.engine.rollouts import Rollouts
+from qwen2_jax.infer.engine.sampling_params import Settings
+from qwen2_jax.model import lora
+from qwen2_jax.model.lora import Lora
+from qwen2_jax.parallel import sharding
 from qwen2_jax.plan import hlo
 from qwen2_jax.plan.infer import Job, make_generator
+from qwen2_jax.weights import linear
 from tiny import random_params
 
 DENSE = {
@@ -134,8 +137,8 @@ def _rollouts(name, mesh, trained, rank):
     assert [c.tokens.tolist() for c in again] == [c.tokens.tolist() for c in completions]
     assert generator.for_cache(8, 128).decode._cache_size() == made._admit._cache_size() == 1
     if mesh is not None:  # one row is exchanged to admit a prompt, not the antechamber
-        cache, small = (ahead._cache(generator, rows, 128) for rows in (8, made.ahead))
-        at = ahead._shape(generator, (), jnp.int32)
+        cache, small = (lowering._cache(generator, rows, 128) for rows in (8, made.ahead))
+        at = lowering._shape(generator, (), jnp.int32)
         found = hlo.collectives(made._admit.lower(cache, small, at, at).compile().as_text(), range(8))
         heads = generator.config.num_key_value_heads // mesh.shape["tensor"]  # of each device
         row = generator.config.num_hidden_layers * 2 * 128 * heads * generator.config.head_dim * 4
@@ -153,8 +156,8 @@ def collectives(name: str, axes: dict[str, int]) -> None:
     cache = rows * config.num_key_value_heads * slots * config.head_dim * 4
     table = config.vocab_size * config.hidden_size * 4
     for tokens, lowered in (
-        (rows * chunk, ahead.lower_prefill(generator, chunk, rows, slots, mode)[0]),
-        (rows, ahead.lower_decode(generator, rows, slots, mode)[0]),
+        (rows * chunk, lowering.lower_prefill(generator, chunk, rows, slots, mode)[0]),
+        (rows, lowering.lower_decode(generator, rows, slots, mode)[0]),
     ):
         found = hlo.collectives(lowered.compile().as_text(), range(8))
         assert found, "on a mesh something has to move"

@@ -6,8 +6,8 @@ import json
 import pytest
 
 from qwen2_jax.errors import UserError
-from qwen2_jax.infer import batch
-from qwen2_jax.infer.cli import _defaults
+from qwen2_jax.infer.cli import batch
+from qwen2_jax.infer.cli.main import _defaults
 
 
 def write(path, objects):

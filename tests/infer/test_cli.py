@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen2_jax.infer import cli
+from qwen2_jax.infer.cli import main
 
 INFER = Path(__file__).parents[2] / "infer.py"
 
@@ -17,11 +17,11 @@ INFER = Path(__file__).parents[2] / "infer.py"
 @pytest.fixture
 def command(lm, monkeypatch, capsys):
     """Runs the command line on the tiny model, in this process: (exit code, stdout, stderr)."""
-    monkeypatch.setattr(cli, "_load", lambda args: lm)
+    monkeypatch.setattr(main, "_load", lambda args: lm)
 
     def run(*argv, stdin=None):
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin or ""))
-        code = cli.main(list(argv))
+        code = main.main(list(argv))
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
@@ -111,7 +111,7 @@ def test_unknown_checkpoint_and_help_as_a_stranger_runs_them():
     assert run.stdout == ""
     assert run.stderr.splitlines()[-1].startswith("error: ")
     assert "Traceback" not in run.stderr
-    code = "import sys\nfrom qwen2_jax.infer.cli import parser\nprint(parser().format_help())\n"
+    code = "import sys\nfrom qwen2_jax.infer.cli.main import parser\nprint(parser().format_help())\n"
     code += "assert 'jax' not in sys.modules"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True).stdout
     assert "examples:" in shown

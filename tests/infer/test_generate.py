@@ -11,9 +11,9 @@ import pytest
 from qwen2_jax import model
 from qwen2_jax.config import DualChunk, ModelConfig, RopeScaling
 from qwen2_jax.errors import UserError
-from qwen2_jax.infer.buckets import Buckets, context_limit
-from qwen2_jax.infer.generate import Generator, Request
-from qwen2_jax.infer.settings import Settings
+from qwen2_jax.infer.engine.buckets import Buckets, context_limit
+from qwen2_jax.infer.engine.programs import Generator, Request
+from qwen2_jax.infer.engine.sampling_params import Settings
 from tiny import random_params
 
 from .conftest import TINY

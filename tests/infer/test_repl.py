@@ -4,7 +4,7 @@
 import types
 
 from qwen2_jax.errors import UserError
-from qwen2_jax.infer import repl
+from qwen2_jax.infer.cli import repl
 
 
 class Script:

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from qwen2_jax import logprob, model
+from qwen2_jax import model
 from qwen2_jax.config import ModelConfig
 from qwen2_jax.errors import UserError
-from qwen2_jax.infer.generate import Request
-from qwen2_jax.infer.rollouts import Rollouts
-from qwen2_jax.infer.settings import Settings
+from qwen2_jax.infer.engine.programs import Request
+from qwen2_jax.infer.engine.rollouts import Rollouts
+from qwen2_jax.infer.engine.sampling_params import Settings
+from qwen2_jax.model import cross_entropy
 from tiny import random_params
 from worker import Worker
 
@@ -77,7 +78,9 @@ def trainer(config, params, requests, completions, temperature, dtype=jnp.float3
     def score(params):
         qwen2 = nnx.merge(graphdef, params)
         hidden = qwen2(tokens, positions_BT=positions, segments_BT=segments).hidden_BTD
-        return logprob.token_logprobs(hidden, qwen2.head_weight(), np.roll(tokens, -1, 1), temperature=temperature)
+        return cross_entropy.token_logprobs(
+            hidden, qwen2.head_weight(), np.roll(tokens, -1, 1), temperature=temperature
+        )
 
     found, start = [], 0
     for request, whole in zip(requests, wholes, strict=True):

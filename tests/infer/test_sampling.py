@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qwen2_jax.infer import sampling
-from qwen2_jax.infer.settings import Settings
+from qwen2_jax.infer.engine import sampling
+from qwen2_jax.infer.engine.sampling_params import Settings
 
 V, REAL = 400, 390  # ids from REAL on are padding
 

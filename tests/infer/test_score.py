@@ -9,11 +9,12 @@ import pytest
 from flax import nnx
 
 import qwen2_jax
-from qwen2_jax import model, rope
+from qwen2_jax import model
 from qwen2_jax.config import DualChunk
 from qwen2_jax.errors import UserError
-from qwen2_jax.infer import cli
+from qwen2_jax.infer.cli import main
 from qwen2_jax.infer.lm import LM
+from qwen2_jax.model import rope
 from tiny import CONFIGS, random_params
 
 TALK = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
@@ -132,7 +133,7 @@ def test_the_command_line_says_what_to_do(reward, tmp_path, capsys):
     """Before it reads the weights, which here cannot be read."""
     reward.save(tmp_path / "hf")
     (tmp_path / "hf" / "model.safetensors").write_bytes(b"nothing")
-    assert cli.main(["--ckpt", str(tmp_path / "hf"), "Hello"]) == 2
+    assert main.main(["--ckpt", str(tmp_path / "hf"), "Hello"]) == 2
     said = capsys.readouterr().err
     assert "is a reward model" in said
     assert f"qwen2_jax.load('{tmp_path / 'hf'}').score([" in said

@@ -9,7 +9,7 @@ import pytest
 
 from ahead_of_time import GPU_COMPILER, TPU_COMPILER
 from qwen2_jax.config import ModelConfig
-from qwen2_jax.infer import ahead
+from qwen2_jax.infer.engine import lowering
 from qwen2_jax.plan import hlo, infer, machine
 
 CONFIG = ModelConfig(
@@ -37,8 +37,8 @@ def test_only_activations_move(name, rows, axes):
     generator = infer.make_generator(CONFIG, mesh, infer.Job(long_context="dca"))
     token = 3 * 4 * CONFIG.hidden_size  # bytes: three rotated queries or partial sums in float32
     for tokens, (lowered, _) in (
-        (rows * CHUNK, ahead.lower_prefill(generator, CHUNK, rows, SLOTS, "dca")),
-        (rows, ahead.lower_decode(generator, rows, SLOTS, "dca")),
+        (rows * CHUNK, lowering.lower_prefill(generator, CHUNK, rows, SLOTS, "dca")),
+        (rows, lowering.lower_decode(generator, rows, SLOTS, "dca")),
     ):
         text = lowered.compile().as_text()
         largest = max(hlo.collectives(text, range(where.devices)), key=lambda c: c.bytes)

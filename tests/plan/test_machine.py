@@ -8,8 +8,8 @@ import pytest
 from qwen2_jax.kernels.chips import CHIPS as KERNEL_CHIPS
 
 from ahead_of_time import GPU_COMPILER, TPU_COMPILER
-from qwen2_jax.chips import CHIPS, peak_of
 from qwen2_jax.errors import UserError
+from qwen2_jax.parallel.chips import CHIPS, peak_of
 from qwen2_jax.plan.machine import mesh_of, parse
 
 

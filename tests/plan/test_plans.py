@@ -14,16 +14,18 @@ from jax.sharding import AbstractMesh
 from rich.console import Console
 
 from ahead_of_time import GPU_COMPILER, TPU_COMPILER
-from qwen2_jax import PRESETS, flops, sharding
+from qwen2_jax import PRESETS
 from qwen2_jax.config import ModelConfig
 from qwen2_jax.data.spec import Data, Source
 from qwen2_jax.errors import UserError
-from qwen2_jax.infer import cli
-from qwen2_jax.plan import architecture, command, cost, estimate, infer, report, search, train
+from qwen2_jax.infer.cli import main
+from qwen2_jax.model import flops
+from qwen2_jax.parallel import sharding
+from qwen2_jax.plan import architecture, command, device_work, estimate, infer, report, search, train
 from qwen2_jax.plan.machine import parse
 from qwen2_jax.plan.program import Program, refused
 from qwen2_jax.plan.roofline import Seconds
-from qwen2_jax.train import Lora, Mesh, Optim, Pretrain, Start, reading
+from qwen2_jax.train import Lora, Mesh, Optim, Pretrain, Start, config_file
 
 ROOT = Path(__file__).parents[2]
 SMALL = ModelConfig(
@@ -108,16 +110,16 @@ def test_tokens_go_to_their_experts_five_times_a_step(machine):
 
 def test_experts_work_is_divided_by_their_axis_once():
     mesh = SimpleNamespace(shape={"fsdp": 2, "expert": 4, "tensor": 2}, axis_names=("fsdp", "expert", "tensor"))
-    assert cost.parts(SPARSE, mesh, 8)[:3] == (8, 16, 16)
-    assert cost.parts(SPARSE, mesh, 2)[:3] == (2, 4, 16)  # rows that the expert axis does not divide
+    assert device_work.parts(SPARSE, mesh, 8)[:3] == (8, 16, 16)
+    assert device_work.parts(SPARSE, mesh, 2)[:3] == (2, 4, 16)  # rows that the expert axis does not divide
 
 
 def test_tokens_over_context_and_heads_that_are_filled_up():
     mesh = AbstractMesh((2, 4, 8), ("fsdp", "context", "tensor"))
-    cut = cost.parts(PRESETS["qwen2-7b"], mesh, 8, 4096)
+    cut = device_work.parts(PRESETS["qwen2-7b"], mesh, 8, 4096)
     assert cut[:2] == (2, 64)
     assert cut.attention == 64 * 28 / 32
-    assert cost.parts(PRESETS["qwen2-72b"], mesh, 8).attention == 16  # 64 and 8 heads, tokens not divided
+    assert device_work.parts(PRESETS["qwen2-72b"], mesh, 8).attention == 16  # 64 and 8 heads, tokens not divided
 
 
 @pytest.mark.parametrize("_", [pytest.param(0, marks=GPU_COMPILER)])
@@ -201,11 +203,11 @@ def test_architectures_need_no_weights(tmp_path):
 
 def test_a_run_may_start_from_what_another_configuration_will_write():
     path = ROOT / "configs/long_32k_7b.py"
-    found = architecture.of_run(reading.load(path), path)
+    found = architecture.of_run(config_file.load(path), path)
     assert (found.rope_theta, found.max_position_embeddings) == (1e6, 32768)
     assert found.hidden_size == PRESETS["qwen2-7b"].hidden_size
     path = ROOT / "configs/moe_57b_a14b.py"
-    assert architecture.of_run(reading.load(path), path).num_experts == 64
+    assert architecture.of_run(config_file.load(path), path).num_experts == 64
 
 
 def test_lengths_beyond_the_model_s_are_refused():
@@ -272,7 +274,7 @@ def test_the_command_compiles_the_best_and_lists_the_rest(_, monkeypatch, capsys
 )
 def test_mistakes_on_the_command_line(arguments, says, capsys, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    assert cli.main(arguments, plan=command.infer) == 2
+    assert main.main(arguments, plan=command.infer) == 2
     assert says in capsys.readouterr().err
 
 
@@ -290,7 +292,7 @@ def test_train_py_takes_the_plan_s_flags_away():
 def test_upcycling_has_no_plan():
     path = ROOT / "configs/upcycle_57b_a14b.py"
     with pytest.raises(UserError, match="trains nothing"):
-        command.train(reading.load(path), "8xh100", path)
+        command.train(config_file.load(path), "8xh100", path)
 
 
 @pytest.mark.parametrize("_", [pytest.param(0, marks=GPU_COMPILER)])

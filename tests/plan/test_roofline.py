@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from qwen2_jax.chips import CHIPS
+from qwen2_jax.parallel.chips import CHIPS
 from qwen2_jax.plan.hlo import Collective
 from qwen2_jax.plan.machine import parse
 from qwen2_jax.plan.roofline import Network, Seconds, attention_rate, matmul_rate, traffic

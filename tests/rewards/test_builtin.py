@@ -4,7 +4,8 @@
 import pytest
 
 from qwen2_jax.errors import UserError
-from qwen2_jax.rewards import Reward, Scorer, builtin, sandbox
+from qwen2_jax.rewards import Reward, Scorer, builtin
+from qwen2_jax.rewards.sandbox import execute
 
 
 @pytest.mark.parametrize(
@@ -109,7 +110,7 @@ ANSWER = "Here it is:\n```python\ndef double(x):\n    return {body}\n```\nThat d
 @pytest.fixture
 def walls():
     try:
-        sandbox.run("")
+        execute.run("")
     except UserError as why:
         pytest.skip(str(why))
 

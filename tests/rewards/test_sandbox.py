@@ -10,8 +10,8 @@ import time
 import pytest
 
 from qwen2_jax.errors import UserError
-from qwen2_jax.rewards import sandbox
-from qwen2_jax.rewards.sandbox import Limits, passes, run
+from qwen2_jax.rewards.sandbox import execute
+from qwen2_jax.rewards.sandbox.execute import Limits, passes, run
 
 QUICK, PATIENT = Limits(seconds=1.0), Limits(seconds=30.0)  # for programs without end, and for those that end
 
@@ -46,7 +46,7 @@ def gone(mark: str) -> bool:
 
 def test_a_program_runs(walls):
     ran = run("import sys\nprint(input()[::-1])\nprint('oh', file=sys.stderr)\nsys.exit(3)", "abc\n")
-    assert ran == sandbox.Ran(3, "cba\n", "oh\n")
+    assert ran == execute.Ran(3, "cba\n", "oh\n")
 
 
 def test_packages_of_the_interpreter_are_there(walls):
@@ -160,7 +160,7 @@ for place in (os.path.dirname(os.__file__), sys.prefix, "/usr", "/usr/bin"):
 open("/tmp/written", "w")
 open("written", "w")
 """
-    assert run(program) == sandbox.Ran(0, "", "")
+    assert run(program) == execute.Ran(0, "", "")
 
 
 def test_no_rights(walls):
@@ -187,14 +187,14 @@ def test_nothing_is_left(walls, tmp_path, monkeypatch):
 
 def test_it_refuses_where_namespaces_are_forbidden(tmp_path, monkeypatch):
     """The jail as it is, but for a kernel that says no."""
-    text = sandbox.JAIL.read_text()
+    text = execute.JAIL.read_text()
     assert "os.unshare(NAMESPACES" in text
     no = "(_ for _ in ()).throw(PermissionError(1, 'Operation not permitted'))  # "
     (tmp_path / "jail.py").write_text(text.replace("os.unshare(NAMESPACES", no + "os.unshare(NAMESPACES"))
-    monkeypatch.setattr(sandbox, "JAIL", tmp_path / "jail.py")
+    monkeypatch.setattr(execute, "JAIL", tmp_path / "jail.py")
     with pytest.raises(UserError, match=r"no new namespaces \(Operation not permitted\).*unsandboxed"):
         run("print(1)")
-    assert run("print(1)", unsandboxed=True) == sandbox.Ran(0, "1\n", "")
+    assert run("print(1)", unsandboxed=True) == execute.Ran(0, "1\n", "")
 
 
 def test_it_refuses_on_other_systems(monkeypatch):

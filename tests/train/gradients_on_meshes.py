@@ -6,9 +6,10 @@ import dataclasses
 import jax
 from test_step import RUN, assert_close, random_batch
 
-from qwen2_jax import lora, sharding
 from qwen2_jax.config import DualChunk
-from qwen2_jax.lora import Lora
+from qwen2_jax.model import lora
+from qwen2_jax.model.lora import Lora
+from qwen2_jax.parallel import sharding
 from qwen2_jax.train import Start, step
 from tiny import CONFIGS, random_params
 

@@ -26,9 +26,9 @@ from rich.console import Console
 
 from few import FEW
 from qwen2_jax.errors import UserError
-from qwen2_jax.train import checkpoints
-from qwen2_jax.train.checkpoints import Checkpointing, Checkpoints
-from qwen2_jax.train.fingerprint import fingerprints
+from qwen2_jax.train.state import checkpoints
+from qwen2_jax.train.state.checkpoints import Checkpointing, Checkpoints
+from qwen2_jax.train.state.fingerprint import fingerprints
 
 IDENTITY = {"model": {"hidden_size": 48, "layers": (1, 2)}, "seed": 0}
 
@@ -522,9 +522,9 @@ import sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P, SingleDeviceSharding
 from rich.console import Console
-from qwen2_jax.sharding import make_mesh
-from qwen2_jax.train.checkpoints import Checkpointing, Checkpoints
-from qwen2_jax.train.fingerprint import fingerprints
+from qwen2_jax.parallel.sharding import make_mesh
+from qwen2_jax.train.state.checkpoints import Checkpointing, Checkpoints
+from qwen2_jax.train.state.fingerprint import fingerprints
 
 def places(a, b):
     mesh = make_mesh(fsdp=a, tensor=b)

@@ -8,8 +8,8 @@ import sys
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 from rich.console import Console
-from qwen2_jax.sharding import make_mesh
-from qwen2_jax.train.checkpoints import Checkpointing, Checkpoints
+from qwen2_jax.parallel.sharding import make_mesh
+from qwen2_jax.train.state.checkpoints import Checkpointing, Checkpoints
 
 rng = np.random.default_rng(0)
 host = {"w": rng.standard_normal((512, 1024), np.float32), "m": rng.standard_normal((3, 256, 512)).astype("bfloat16"),

@@ -10,7 +10,7 @@ import pytest
 
 from qwen2_jax.data.spec import Source
 from qwen2_jax.errors import UserError
-from qwen2_jax.train import Lora, Mesh, Muon, Optim, Pretrain, Sft, Start, reading
+from qwen2_jax.train import Lora, Mesh, Muon, Optim, Pretrain, Sft, Start, config_file
 
 ROOT = Path(__file__).parents[2]
 FILES = [f for f in sorted((ROOT / "configs").rglob("*.py")) if "config = " in f.read_text("utf-8")]
@@ -19,17 +19,17 @@ FINETUNE = ROOT / "configs" / "finetune.py"
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.relative_to(ROOT).as_posix())
 def test_every_config_loads_and_says_its_command(file):
-    assert isinstance(reading.load(file), reading.Recipe)
+    assert isinstance(config_file.load(file), config_file.Recipe)
     assert (
         f"python train.py {file.relative_to(ROOT).as_posix()}"
-        in reading.load.__globals__["runpy"].run_path(str(file))["__doc__"]
+        in config_file.load.__globals__["runpy"].run_path(str(file))["__doc__"]
     )
 
 
 def test_flags_override_and_nothing_else_changes():
-    plain = reading.load(FINETUNE)
+    plain = config_file.load(FINETUNE)
     flags = "--optim.lr 1e-3 --rows 2 --start.checkpoint other --no-resume --checkpoints.every-steps 7 --ema 0.9"
-    changed = reading.load(FINETUNE, flags.split())
+    changed = config_file.load(FINETUNE, flags.split())
     assert (changed.optim.lr, changed.rows, changed.start.checkpoint, changed.resume) == (1e-3, 2, "other", False)
     assert (changed.checkpoints.every_steps, changed.ema) == (7, 0.9)
     same = {"optim": plain.optim, "rows": plain.rows, "start": plain.start, "checkpoints": plain.checkpoints}
@@ -37,7 +37,9 @@ def test_flags_override_and_nothing_else_changes():
 
 
 def test_sources_are_words_on_the_command_line():
-    run = reading.load(FINETUNE, ["--data.sources", "a.jsonl,weight=0.7", "b/,weight=0.3,max_tokens=9,format=sharegpt"])
+    run = config_file.load(
+        FINETUNE, ["--data.sources", "a.jsonl,weight=0.7", "b/,weight=0.3,max_tokens=9,format=sharegpt"]
+    )
     assert run.data.sources == (
         Source(path="a.jsonl", weight=0.7),
         Source(path="b/", weight=0.3, max_tokens=9, format="sharegpt"),
@@ -45,7 +47,7 @@ def test_sources_are_words_on_the_command_line():
 
 
 def test_the_report_s_sft_numbers_are_the_defaults():
-    run = Sft(start=Start(checkpoint="x"), data=reading.load(FINETUNE).data, rows=8)
+    run = Sft(start=Start(checkpoint="x"), data=config_file.load(FINETUNE).data, rows=8)
     assert (run.epochs, run.length, run.optim.decay, run.optim.clip) == (2, 32768, 0.1, 1.0)
     assert (run.optim.lr, run.optim.lr * run.optim.final) == pytest.approx((7e-6, 7e-7))
     assert dataclasses.replace(run, steps=5).epochs is None  # steps replaces a default
@@ -68,7 +70,7 @@ def test_the_report_s_sft_numbers_are_the_defaults():
     ],
 )
 def test_contradictions_are_named(changes, message):
-    base = {f.name: getattr(reading.load(FINETUNE), f.name) for f in dataclasses.fields(Pretrain)}
+    base = {f.name: getattr(config_file.load(FINETUNE), f.name) for f in dataclasses.fields(Pretrain)}
     with pytest.raises(UserError, match=message):
         Pretrain(**base | changes)
 
@@ -104,7 +106,7 @@ def test_a_file_without_a_run_is_refused(tmp_path, text, message):
     file = tmp_path / "x.py"
     file.write_text(text + "\n")
     with pytest.raises(UserError, match=message):
-        reading.load(file)
+        config_file.load(file)
 
 
 @pytest.mark.parametrize(

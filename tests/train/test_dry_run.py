@@ -11,9 +11,10 @@ import optax
 import pytest
 from rich.console import Console
 
-from qwen2_jax import PRESETS, checkpoint, flops, model
-from qwen2_jax.data import plan
-from qwen2_jax.data.packing import pack_groups, pack_row, stack
+from qwen2_jax import PRESETS, checkpoint, model
+from qwen2_jax.data.tokens import packing_plan
+from qwen2_jax.data.tokens.packing import pack_groups, pack_row, stack
+from qwen2_jax.model import flops
 from qwen2_jax.tokenizer import Tokenizer
 from qwen2_jax.train import dry_run
 from tiny import CONFIGS
@@ -58,7 +59,7 @@ def test_the_mask_is_seen_without_colours(tokenizer):
 def test_a_groups_sequences_are_shown_apart(tokenizer):
     pairs = [[chat(tokenizer, question, answer) for answer in ("Hello", "Go")] for question in ("Hi?", "Hey?")]
     groups = [
-        plan.Document(
+        packing_plan.Document(
             np.concatenate([d.tokens for d in pair]),
             np.concatenate([d.is_target for d in pair]),
             np.concatenate([np.arange(len(d.tokens)) == 0 for d in pair]),

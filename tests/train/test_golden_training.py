@@ -16,10 +16,10 @@ import pytest
 
 import training_cases as cases
 from qwen2_jax import model
-from qwen2_jax.checkpoint import names
+from qwen2_jax.checkpoint.formats import names
 from qwen2_jax.config import ModelConfig
-from qwen2_jax.data.packing import Batch
 from qwen2_jax.data.spec import Data, Source
+from qwen2_jax.data.tokens.packing import Batch
 from qwen2_jax.train.config import Optim, Pretrain
 from qwen2_jax.train.step import State, Trainer
 

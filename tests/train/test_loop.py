@@ -21,16 +21,17 @@ from rich.console import Console
 import qwen2_jax
 import tiny
 from qwen2_jax import checkpoint
-from qwen2_jax.checkpoint import writing
+from qwen2_jax.checkpoint.transfer import write
 from qwen2_jax.config import ModelConfig
 from qwen2_jax.data.spec import Data, Source
 from qwen2_jax.errors import UserError
 from qwen2_jax.observe import Logging
 from qwen2_jax.observe.lines import read
-from qwen2_jax.train import Checkpointing, Evaluation, Guard, Lora, Optim, Pretrain, Sft, Start, lock, loop, step
-from qwen2_jax.train.checkpoints import Checkpoints
-from qwen2_jax.train.lock import alone
-from qwen2_jax.train.placing import Placing
+from qwen2_jax.train import Checkpointing, Evaluation, Guard, Lora, Optim, Pretrain, Sft, Start, loop, step
+from qwen2_jax.train.batch_sharding import Placing
+from qwen2_jax.train.state import lock
+from qwen2_jax.train.state.checkpoints import Checkpoints
+from qwen2_jax.train.state.lock import alone
 from small_run import config_file
 
 ROOT = Path(__file__).parents[2]
@@ -194,7 +195,7 @@ def test_a_failed_export_leaves_the_old_one(straight, corpus, tmp_path, monkeypa
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(writing, "_write_files", full)
+    monkeypatch.setattr(write, "_write_files", full)
     with pytest.raises(OSError, match="the disk became full"):
         run(pretrain(corpus, tmp_path / "out"))
     assert (tmp_path / "out" / "hf" / "model.safetensors").read_bytes() == before
@@ -483,9 +484,9 @@ def test_every_device_of_a_mesh_has_its_part(tmp_path):
     program = """
 import dataclasses, sys, jax, numpy as np
 from rich.console import Console
-from qwen2_jax import sharding
+from qwen2_jax.parallel import sharding
 from qwen2_jax.train import step
-from qwen2_jax.train.checkpoints import Checkpointing, Checkpoints
+from qwen2_jax.train.state.checkpoints import Checkpointing, Checkpoints
 from test_step import RUN, random_batch
 from tiny import random_params
 import tiny

@@ -37,11 +37,10 @@ from qwen2_jax.train import (
     RewardModel,
     Sampling,
     Start,
-    difficulty,
     job,
     loop,
-    online,
 )
+from qwen2_jax.train.online import prompt_selection, sampled_batches
 
 MODEL = ModelConfig(
     vocab_size=384,
@@ -175,7 +174,7 @@ def test_a_cached_reference_is_the_live_one(base, dpo_run, tmp_path):
 
 
 def test_dpo_goes_on_bit_for_bit_and_keeps_its_reference(base, dpo_run, tmp_path, monkeypatch):
-    monkeypatch.setattr("qwen2_jax.train.preemption.Preemption.requested", lambda self, done: done == 4)
+    monkeypatch.setattr("qwen2_jax.train.state.preemption.Preemption.requested", lambda self, done: done == 4)
     assert run(dpo(base, tmp_path))[0] is None
     monkeypatch.undo()
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "reference").rglob("*.f32")}
@@ -230,14 +229,14 @@ def test_grpo_earns_more(base, tmp_path):
     run(grpo(base, tmp_path, steps=24, sampling=Sampling(samples=8, max_new_tokens=2, rows=32)))
     rewards = [line["reward"] for line in lines_of(tmp_path)]
     assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.2
-    assert all(line["sampling/max"] < online.FLOAT32_BOUND for line in lines_of(tmp_path))
+    assert all(line["sampling/max"] < sampled_batches.FLOAT32_BOUND for line in lines_of(tmp_path))
     assert all(abs(line["loss"]) < 1e-6 for line in lines_of(tmp_path))  # advantages of a group add up to 0
 
 
 @pytest.mark.parametrize("stop", [4, 6], ids=["between", "in the middle"])
 def test_grpo_goes_on_bit_for_bit(base, grpo_run, tmp_path, monkeypatch, stop):
     """Also in the middle of an episode, whose answers came from weights that are gone."""
-    monkeypatch.setattr("qwen2_jax.train.preemption.Preemption.requested", lambda self, done: done == stop)
+    monkeypatch.setattr("qwen2_jax.train.state.preemption.Preemption.requested", lambda self, done: done == stop)
     config = grpo(base, tmp_path, updates=2, iterations=2, steps=8)
     assert run(config)[0] is None
     monkeypatch.undo()
@@ -257,7 +256,7 @@ def test_grpo_trains_adapters(base, tmp_path, lora_base):
     assert lines[0]["kl"] == pytest.approx(0, abs=1e-6)
     assert lines[-1]["kl"] > 1e-5
     if dtype == "float32":
-        assert max(line["sampling/max"] for line in lines) < online.FLOAT32_BOUND
+        assert max(line["sampling/max"] for line in lines) < sampled_batches.FLOAT32_BOUND
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
 
@@ -281,7 +280,7 @@ def test_online_dpo_learns_from_its_best_and_worst(base, tmp_path):
     )
     run(config)
     lines = lines_of(tmp_path)
-    assert all(line["sampling/max"] < online.FLOAT32_BOUND for line in lines)
+    assert all(line["sampling/max"] < sampled_batches.FLOAT32_BOUND for line in lines)
     assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert np.mean([line["reward"] for line in lines[-3:]]) > np.mean([line["reward"] for line in lines[:3]]) + 0.15
 
@@ -289,25 +288,27 @@ def test_online_dpo_learns_from_its_best_and_worst(base, tmp_path):
 def test_prompts_that_teach_most_come_first(base, tmp_path, monkeypatch):
     """And a run that goes on does not measure them again."""
     rewards = np.array([[1, 1, 1, 1], [0, 1, 0, 1], [0, 0, 0, 1], [math.nan] * 4, [0, 0, 0, 0]], float)
-    assert difficulty.chosen(rewards, "variance", None) == [1, 2, 0, 4]
-    assert difficulty.chosen(rewards, "shuffled", (0.25, 0.625)) == [1, 2]
+    assert prompt_selection.chosen(rewards, "variance", None) == [1, 2, 0, 4]
+    assert prompt_selection.chosen(rewards, "shuffled", (0.25, 0.625)) == [1, 2]
     config = grpo(base, tmp_path, steps=2, order="variance", keep=(0.01, 0.99))
     run(config)
     measured = json.loads((tmp_path / "difficulty.json").read_text())["rewards"]
     assert np.shape(measured) == (13, 4)
-    monkeypatch.setattr(online.Sampled, "measure", lambda *_: pytest.fail("measured twice"))
+    monkeypatch.setattr(sampled_batches.Sampled, "measure", lambda *_: pytest.fail("measured twice"))
     run(dataclasses.replace(config, steps=3))
     with pytest.raises(UserError, match="none has a mean reward from 2 to 3"):
         run(dataclasses.replace(config, steps=4, keep=(2.0, 3.0)))
 
 
 def test_groups_of_both_stages(base, tmp_path):
-    answers = [[online.Answer([1], np.array([g]), np.zeros(1), truncated=g == 2) for g in range(3)] for _ in range(2)]
+    answers = [
+        [sampled_batches.Answer([1], np.array([g]), np.zeros(1), truncated=g == 2) for g in range(3)] for _ in range(2)
+    ]
     rewards = np.array([[0.5, math.nan, 2.0], [1.0, 1.0, 1.0]])
-    found = online.groups(OnlineDpo(**online_settings(base, tmp_path)), answers, rewards)
+    found = sampled_batches.groups(OnlineDpo(**online_settings(base, tmp_path)), answers, rewards)
     assert [[a.completion[0] for a in group] for group in found[0]] == [[2, 0]]
     assert found[1] == []  # nothing to choose
-    found = online.groups(Grpo(**online_settings(base, tmp_path), mask_truncated=True), answers, rewards)
+    found = sampled_batches.groups(Grpo(**online_settings(base, tmp_path), mask_truncated=True), answers, rewards)
     weighed = [[group[0].advantage for group in groups] for groups in found]
     np.testing.assert_allclose(weighed[0], [-1 / math.sqrt(2), 0, 1 / math.sqrt(2)], atol=1e-4)
     assert weighed[1] == [0, 0, 0]
@@ -419,4 +420,4 @@ def test_eight_devices_do_what_one_does(base, tmp_path):
         for a, b in zip(lines_of(config.out), many[stage], strict=True):
             for name in {"loss", "gradient_norm", "rewards/margins", "reward", "kl"} & a.keys():
                 assert a[name] == pytest.approx(b[name], rel=2e-3, abs=2e-6), (stage, name)
-            assert b.get("sampling/max", 0) < online.FLOAT32_BOUND
+            assert b.get("sampling/max", 0) < sampled_batches.FLOAT32_BOUND

@@ -9,7 +9,8 @@ import pytest
 from qwen2_jax.data.spec import Data, PromptData, Source
 from qwen2_jax.errors import UserError
 from qwen2_jax.rewards import Reward as RewardFunction
-from qwen2_jax.train import Dpo, Grpo, OnlineDpo, Optim, Sampling, Sft, Start, episodes, reading
+from qwen2_jax.train import Dpo, Grpo, OnlineDpo, Optim, Sampling, Sft, Start, config_file
+from qwen2_jax.train.online import episodes
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = PromptData(sources=("prompts.jsonl",), max_tokens=16)
@@ -51,16 +52,16 @@ def test_flags_change_what_rows_and_length_follow_from():
         "--data.sources",
         "a.jsonl",
     ]
-    run = reading.load(ROOT / "configs/grpo.py", [*flags, "--policy.kl", "0.01"])
+    run = config_file.load(ROOT / "configs/grpo.py", [*flags, "--policy.kl", "0.01"])
     assert (run.rows, run.length, run.policy.kl, run.data.sources) == (8, 128 + 10, 0.01, ("a.jsonl",))
-    assert reading.load(ROOT / "configs/grpo.py", ["--rows", "100"]).rows == 100
+    assert config_file.load(ROOT / "configs/grpo.py", ["--rows", "100"]).rows == 100
 
 
 def test_reward_functions_as_words():
-    run = reading.load(ROOT / "configs/grpo.py", ["--rewards", "number", "r.py:brief,weight=0.5,on-error=skip"])
+    run = config_file.load(ROOT / "configs/grpo.py", ["--rewards", "number", "r.py:brief,weight=0.5,on-error=skip"])
     brief = RewardFunction(function="r.py:brief", weight=0.5, on_error="skip")
     assert run.rewards == (RewardFunction(function="number"), brief)
-    assert reading.load(ROOT / "configs/grpo.py").rewards == (RewardFunction(function="number"),)
+    assert config_file.load(ROOT / "configs/grpo.py").rewards == (RewardFunction(function="number"),)
 
 
 @pytest.mark.parametrize(
@@ -90,4 +91,4 @@ def test_the_line_of_a_mistake(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text("from qwen2_jax.train import Reward\n\nconfig = Reward(function='number')\n")
     with pytest.raises(UserError, match=r"mine\.py line 3: .*'function'; the Reward .* qwen2_jax\.rewards"):
-        reading.load(file)
+        config_file.load(file)

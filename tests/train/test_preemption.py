@@ -16,8 +16,8 @@ from rich.console import Console
 
 import tiny
 from qwen2_jax import checkpoint
-from qwen2_jax.train.checkpoints import Checkpointing, Checkpoints
-from qwen2_jax.train.preemption import Preemption
+from qwen2_jax.train.state.checkpoints import Checkpointing, Checkpoints
+from qwen2_jax.train.state.preemption import Preemption
 
 
 def test_sigterm_is_a_request():
@@ -52,9 +52,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 from rich.console import Console
-from qwen2_jax.sharding import make_mesh
-from qwen2_jax.train.checkpoints import Checkpointing, Checkpoints
-from qwen2_jax.train.preemption import Preemption
+from qwen2_jax.parallel.sharding import make_mesh
+from qwen2_jax.train.state.checkpoints import Checkpointing, Checkpoints
+from qwen2_jax.train.state.preemption import Preemption
 
 mesh = make_mesh(fsdp=2)
 where = {"w": NamedSharding(mesh, P("fsdp")), "n": NamedSharding(mesh, P())}
@@ -79,10 +79,11 @@ print(first, n, int(state["n"]), float(state["w"].addressable_data(0).sum()))
 
 # An export of weights whose parts both processes hold: each writes its share of the tensors.
 import tiny
-from qwen2_jax import checkpoint, sharding
+from qwen2_jax import checkpoint
+from qwen2_jax.parallel import sharding
 from qwen2_jax.model import declare
-from qwen2_jax.params import leaves
-from qwen2_jax.checkpoint.names import get, nested
+from qwen2_jax.weights.params import leaves
+from qwen2_jax.checkpoint.formats.names import get, nested
 model = tiny.CONFIGS["dense"]
 specs, params = declare(model)[1], tiny.random_params(model)
 def spread(path, spec):

@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qwen2_jax import model, moe
-from qwen2_jax.data.packing import Batch, stack
+from qwen2_jax import model
 from qwen2_jax.data.spec import Data, Source
-from qwen2_jax.train import Guard, Moe, Optim, Pretrain, optimizer, step
+from qwen2_jax.data.tokens.packing import Batch, stack
+from qwen2_jax.model import mlp
+from qwen2_jax.train import Guard, Moe, Optim, Pretrain, step
+from qwen2_jax.train.optim import optimizer
 from tiny import CONFIGS, random_params
 
 LENGTH = 16
@@ -199,7 +201,7 @@ def test_the_balancing_loss_reaches_the_router_with_the_right_gradient():
             jnp.asarray(batch.tokens_BT), positions_BT=jnp.asarray(batch.positions_BT),
             segments_BT=jnp.asarray(batch.segments_BT),
         )  # fmt: skip
-        return moe.load_balancing_loss(out.router)
+        return mlp.load_balancing_loss(out.router)
 
     loss = jax.jit(loss)
     router = np.asarray(get(params, path))

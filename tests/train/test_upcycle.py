@@ -18,11 +18,12 @@ from flax import nnx
 from rich.console import Console
 
 import tiny
-from qwen2_jax import PRESETS, checkpoint, model, params
+from qwen2_jax import PRESETS, checkpoint, model
 from qwen2_jax.config import ModelConfig
 from qwen2_jax.errors import UserError
 from qwen2_jax.train import Upcycle, recipes
-from qwen2_jax.train.upcycle import Upcycling, report, sparse_config, upcycle, write
+from qwen2_jax.train.upcycle.upcycle import Upcycling, report, sparse_config, upcycle, write
+from qwen2_jax.weights import params
 
 DENSE = tiny.CONFIGS["dense"]  # width 48, 64 neurons, 3 layers
 # 8 experts of 24: three whole copies of 64, nothing left over, experts span copies.
@@ -263,9 +264,10 @@ import dataclasses, sys
 sys.path.insert(0, sys.argv[1])
 import jax, numpy as np
 import tiny
-from qwen2_jax import model, params
-from qwen2_jax.sharding import make_mesh, sharding
-from qwen2_jax.train.upcycle import Upcycling, upcycle
+from qwen2_jax.model import decoder as model
+from qwen2_jax.weights import params
+from qwen2_jax.parallel.sharding import make_mesh, sharding
+from qwen2_jax.train.upcycle.upcycle import Upcycling, upcycle
 config = tiny.CONFIGS["dense"]
 options = Upcycling(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=24, shared_expert_intermediate_size=80)
 weights = tiny.random_params(config)

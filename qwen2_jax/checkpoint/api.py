@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Opening, saving and converting whole checkpoints: weights, config, tokenizer files, generation settings, manifest."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+
+from qwen2_jax.checkpoint.formats import hf_folder, names
+from qwen2_jax.checkpoint.formats.hf_folder import SHARD_BYTES, HfFolder, Layout, Progress, Tensors
+from qwen2_jax.checkpoint.formats.in_memory import TreeTensors, recast
+from qwen2_jax.checkpoint.formats.names import Tree
+from qwen2_jax.checkpoint.formats.safetensors import CheckpointError
+from qwen2_jax.checkpoint.manifest import Manifest, Report, compare
+from qwen2_jax.checkpoint.sources import LAYOUT, Source, locate, read_config
+from qwen2_jax.checkpoint.transfer import load, multihost
+from qwen2_jax.checkpoint.transfer.write import Writing, small_files, write_hf, write_orbax
+from qwen2_jax.config.model_config import DTYPES, ModelConfig
+from qwen2_jax.model.decoder import declare
+from qwen2_jax.parallel.sharding import RULES
+from qwen2_jax.weights.params import count, leaves
+
+if TYPE_CHECKING:  # Orbax takes a second to import, and most runs do without it
+    from qwen2_jax.checkpoint.formats.orbax_folder import OrbaxFolder
+
+FORMATS = ("hf", "orbax")
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A checked checkpoint. layout: how the Hugging Face files were, where that is known."""
+
+    source: Source
+    config: ModelConfig
+    specs: Tree
+    tensors: "HfFolder | OrbaxFolder"
+    layout: Layout | None
+
+
+def open_checkpoint(name: str | Path | Source, config: ModelConfig | None = None) -> Opened:
+    """Opens a checkpoint and holds its names, shapes and dtypes against its config; reads no weights.
+
+    Raises CheckpointError that lists everything missing, unexpected, misshapen, truncated or of an unsupported dtype.
+    """
+    source = locate(name)
+    config = config or read_config(source)
+    specs = declare(config)[1]
+    table = names.table(specs)
+    if source.kind == "hf":
+        folder = HfFolder(source.path).check(table, tied=config.tie_word_embeddings)
+        return Opened(source, config, specs, folder, folder.layout())
+    from qwen2_jax.checkpoint.formats.orbax_folder import OrbaxFolder
+
+    manifest = Manifest.read(source)
+    tensors = OrbaxFolder(source.path, manifest.infos if manifest else None).check(table, names.orbax_leaves(specs))
+    recorded = source.read_json(LAYOUT)
+    try:
+        layout = None if recorded is None else Layout.from_json(recorded)
+    except (KeyError, TypeError, ValueError) as why:
+        raise CheckpointError(
+            f"{source.path / LAYOUT} is damaged ({why!r}); remove it to have the files laid out anew"
+        ) from None
+    return Opened(source, config, specs, tensors, layout)
+
+
+def load_params(
+    source: str | Path | Source,
+    config: ModelConfig | None = None,
+    *,
+    dtype=None,
+    unroll: bool = False,
+    mesh: jax.sharding.Mesh | None = None,
+    rules: Mapping = RULES,
+    progress: Progress | None = None,
+) -> Tree:
+    """The parameters of a checkpoint as a nested dict of arrays, born sharded: each device gets only its own bytes.
+
+    dtype: of all parameters, e.g. "bfloat16"; default: the config's. unroll: one array per layer. mesh: devices to
+    spread over by `rules` (of parallel/sharding.py: RULES to train, SERVING to generate); default: the first device.
+    progress(bytes done, bytes in all).
+    """
+    opened = open_checkpoint(source, config)
+    wanted = jnp.dtype(dtype or opened.config.dtype)
+    specs = names.unrolled(opened.specs) if unroll else opened.specs
+    specs = names.nested({path: dataclasses.replace(spec, dtype=wanted) for path, spec in leaves(specs)})
+    place = load.places(mesh, rules)
+    if isinstance(opened.tensors, HfFolder):
+        return load.read_params(opened.tensors, specs, place, progress=progress)
+    return opened.tensors.read_params(specs, place, progress=progress)
+
+
+def model_bytes(source: str | Path | Source | ModelConfig, dtype=None) -> int:
+    """Bytes the parameters will take on the devices, known before any weight is read. dtype: default the config's."""
+    config = source if isinstance(source, ModelConfig) else read_config(locate(source))
+    return count(declare(config)[1]) * jnp.dtype(dtype or config.dtype).itemsize
+
+
+def save_hf(
+    path: str | Path,
+    config: ModelConfig,
+    params: Tree,
+    *,
+    dtype: str | None = None,
+    tokenizer_files_from: str | Path | Source | None = None,
+    max_shard_bytes: int = SHARD_BYTES,
+    replace: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """Writes a Hugging Face folder that transformers loads, one tensor at a time. Returns its path.
+
+    params: stacked or unrolled, on any devices. dtype: to write them in, one layer cast at a time; default: their own.
+    tokenizer_files_from: a checkpoint whose tokenizer, generation settings and other small files are copied.
+    max_shard_bytes: size above which weights go to a new file. replace: a folder that is there gives its place to the
+    new one when that is complete. Where several processes run, all of them call this with one path on a shared disk;
+    each writes its share of the tensors, of which it holds one layer's at a time.
+    """
+    tree = TreeTensors(config, params)
+    tensors = tree if dtype is None else recast(tree, dtype)
+    with multihost.together(f"reading {tokenizer_files_from}"):
+        files = small_files(config, tensors.infos, tokenizer_files_from)
+    layout = hf_folder.new_layout(tensors.infos, max_shard_bytes)
+    return write_hf(path, Writing(tensors, tree.table, progress), layout, files, replace=replace)
+
+
+def save_orbax(
+    path: str | Path,
+    config: ModelConfig,
+    params: Tree,
+    *,
+    tokenizer_files_from: str | Path | Source | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Writes an Orbax folder (see orbax_folder.py) with config, tokenizer files and manifest. Returns its path.
+
+    Where several processes run, all of them call this with one path on a shared disk; each writes its devices' parts.
+    """
+    tensors = TreeTensors(config, params)
+    with multihost.together(f"reading {tokenizer_files_from}"):
+        files = small_files(config, tensors.infos, tokenizer_files_from)
+    return write_orbax(path, Writing(tensors, tensors.table, progress), tensors.specs, None, files)
+
+
+def convert(
+    src: str | Path | Source,
+    dst: str | Path,
+    to: str,
+    *,
+    dtype: str | None = None,
+    max_shard_bytes: int | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Copies a checkpoint into the other format, or the same one in another dtype, holding one array at a time.
+
+    Without dtype every tensor keeps its own, and a folder that was converted from Hugging Face format is written back
+    with the very same files, unless max_shard_bytes asks for other ones (default 5 GB where they are not known).
+    Where several processes run, all of them call this with one `dst` on a shared disk; each reads and writes its share.
+    Raises CheckpointError for a source that cannot be used and a `dst` that exists.
+    """
+    if to not in FORMATS:
+        raise CheckpointError(f"to is {to!r}; choose from {', '.join(FORMATS)}")
+    if dtype is not None and dtype not in DTYPES:
+        raise CheckpointError(f"dtype is {dtype!r}; choose from {', '.join(DTYPES)}")
+    with multihost.together(f"opening {src}"):
+        source = locate(src)
+        if isinstance(source.path, Path) and Path(dst).expanduser().resolve() == source.path.resolve():
+            raise CheckpointError(f"{dst} is the source itself; choose a new folder")
+        opened = open_checkpoint(source)
+        tensors: Tensors = opened.tensors
+        layout, config = opened.layout, opened.config
+        if dtype is not None:
+            tensors, layout, config = recast(tensors, dtype), None, dataclasses.replace(config, dtype=dtype)
+        if layout is not None and not layout.serves(tensors.infos):
+            layout = None  # the weights were changed since
+        files = small_files(config, tensors.infos, source, keep_dtype=dtype is None)
+    writing = Writing(tensors, names.table(opened.specs), progress)
+    if to == "orbax":
+        return write_orbax(dst, writing, opened.specs, layout, files)
+    if layout is None or max_shard_bytes is not None:
+        layout = hf_folder.new_layout(tensors.infos, SHARD_BYTES if max_shard_bytes is None else max_shard_bytes)
+    return write_hf(dst, writing, layout, files)
+
+
+def verify(name: str | Path | Source, *, progress: Progress | None = None) -> Report:
+    """Reads a whole checkpoint and compares every tensor and file with its manifest; checks the structure anyway."""
+    opened = open_checkpoint(name)
+    return compare(opened.source, opened.tensors, opened.layout, progress=progress)

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parameters in memory, on any devices of any hosts, as the tensors of a Hugging Face folder."""
+
+import dataclasses
+from collections.abc import Container, Iterator, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qwen2_jax.checkpoint.formats import names
+from qwen2_jax.checkpoint.formats.hf_folder import Tensors
+from qwen2_jax.checkpoint.formats.names import Tree
+from qwen2_jax.checkpoint.formats.safetensors import CODES, CheckpointError, TensorInfo
+from qwen2_jax.checkpoint.transfer.gather import collect, layer
+from qwen2_jax.config.model_config import DTYPES, ModelConfig
+from qwen2_jax.model.decoder import declare
+from qwen2_jax.weights.params import leaves
+
+
+class TreeTensors:
+    """Parameters in memory, stacked or unrolled and on any devices, as the tensors of a Hugging Face folder."""
+
+    def __init__(self, config: ModelConfig, params: Tree):
+        self.params = params
+        self.specs = _specs_like(config, params)
+        self.table = names.table(self.specs)
+        shapes = {name: slot.shape for name, slot in self.table.items()}
+        self.infos = {
+            n: TensorInfo(np.dtype(names.get(params, self.table[n].path).dtype), shapes[n]) for n in self.table
+        }
+        for name, info in self.infos.items():
+            if info.dtype not in CODES:
+                raise CheckpointError(
+                    f"{name} is {info.dtype}; a checkpoint holds {', '.join(DTYPES)}: cast the parameters first"
+                )
+
+    def stream(self, wanted: Sequence[str], mine: Container[str] | None = None) -> Iterator[tuple[str, np.ndarray]]:
+        """See Tensors. Of arrays with parts on several hosts, a process is given as many together as there are
+        processes: when it gets its one to write, the others have theirs, and all of them write at the same time."""
+        at: tuple | None = None
+        held: list[list[tuple[str, np.ndarray]]] = []  # per layer of a parameter: experts of one layer come together
+        turn = 0
+        for name in wanted:
+            slot = self.table[name]
+            if at != (slot.path, slot.repeat):
+                if turn % jax.process_count() == 0:
+                    yield from _emptied(held)
+                turn += 1
+                at = (slot.path, slot.repeat)
+                array = collect(layer(names.get(self.params, slot.path), slot.repeat), mine is None or name in mine)
+                held.append([])
+            if array is not None:
+                held[-1].append((name, (array if slot.expert is None else array[slot.expert]).reshape(slot.shape)))
+        del array
+        yield from _emptied(held)
+
+
+def _emptied(held: list[list[tuple[str, np.ndarray]]]) -> Iterator[tuple[str, np.ndarray]]:
+    """What is in the lists, each of which is forgotten when it was yielded."""
+    while held:
+        yield from held.pop(0)
+
+
+def _specs_like(config: ModelConfig, params: Tree) -> Tree:
+    """The declarations that these parameters follow: stacked or unrolled."""
+    stacked = declare(config)[1]
+    have = {path: tuple(value.shape) for path, value in leaves(params)}
+    candidates = (stacked, names.unrolled(stacked))
+    for specs in candidates:
+        if have == {path: spec.shape for path, spec in leaves(specs)}:
+            return specs
+    want = {path: spec.shape for path, spec in leaves(candidates[0])}
+    wrong = sorted(
+        ".".join(map(str, path)) for path in have.keys() ^ want.keys() or {p for p in want if have[p] != want[p]}
+    )
+    raise CheckpointError(
+        f"the parameters do not fit the config: {', '.join(wrong[:10])}" + (" ..." if len(wrong) > 10 else "")
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Recast:
+    """Tensors that are to be written in another dtype; the writer casts."""
+
+    tensors: Tensors
+    infos: Mapping[str, TensorInfo]
+
+    def stream(self, wanted: Sequence[str], mine: Container[str] | None = None) -> Iterator[tuple[str, np.ndarray]]:
+        return self.tensors.stream(wanted, mine)
+
+
+def recast(tensors: Tensors, dtype: str) -> Recast:
+    return Recast(tensors, {name: TensorInfo(jnp.dtype(dtype), info.shape) for name, info in tensors.infos.items()})

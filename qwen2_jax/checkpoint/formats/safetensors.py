@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One safetensors file: a checked header, reads of exactly the bytes asked for, and a header to write.
+
+The layout (https://github.com/huggingface/safetensors): 8 bytes with the header's length, a JSON header that maps names
+to dtype, shape and byte range, then the tensors, without gaps. No byte of a file is trusted before it is checked.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import mmap
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from qwen2_jax.checkpoint.formats.casting import cast_into
+from qwen2_jax.errors import UserError
+
+DTYPES: dict[str, np.dtype] = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+MAX_HEADER_BYTES = 100_000_000  # the bound of the official reader
+MAX_SIZE = 2**62
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be used; the message says what is wrong with which tensor or file, and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorInfo:
+    """dtype and shape of one tensor as a Hugging Face file holds it."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorInFile(TensorInfo):
+    """A TensorInfo and where its bytes are: from byte `start` of `file` on, row-major, little-endian."""
+
+    file: Path
+    start: int
+
+    def read_into(self, out: np.ndarray, index: tuple[slice, ...], shape: tuple[int, ...]) -> int:
+        """Fills `out` with self.reshape(shape)[index], cast to out's dtype. Returns the number of file bytes asked for.
+
+        Reads only the bytes of the slice: one read where they are consecutive, else through a mapping that is closed
+        again, so that no more than this tensor is ever resident.
+        """
+        counts = [len(range(*s.indices(n))) for s, n in zip(index, shape, strict=True)]
+        nbytes = math.prod(counts) * self.dtype.itemsize
+        if nbytes == 0:
+            return 0
+        if (
+            out.dtype == self.dtype
+            and out.flags.c_contiguous
+            and (first := _offset_if_consecutive(index, shape)) is not None
+        ):
+            _read_exactly(self.file, self.start + first * self.dtype.itemsize, out)
+        else:
+            with self.mapped() as tensor:
+                cast_into(out, tensor.reshape(shape)[index])
+        return nbytes
+
+    @contextlib.contextmanager
+    def mapped(self) -> Iterator[np.ndarray]:
+        """The tensor as a read-only view of the file, valid inside the `with` only."""
+        if self.nbytes == 0:
+            yield np.empty(self.shape, self.dtype)
+            return
+        skip = self.start % mmap.ALLOCATIONGRANULARITY
+        with open(self.file, "rb") as f:
+            if os.fstat(f.fileno()).st_size < self.start + self.nbytes:  # a page beyond the end would kill the process
+                raise CheckpointError(f"{self.file} became shorter while it was read; fetch it again")
+            view = mmap.mmap(f.fileno(), self.nbytes + skip, access=mmap.ACCESS_READ, offset=self.start - skip)
+        array = np.frombuffer(view, self.dtype, math.prod(self.shape), skip).reshape(self.shape)
+        try:
+            yield array
+        finally:
+            del array
+            with contextlib.suppress(BufferError):  # an array made from it is still held, by a traceback perhaps
+                view.close()
+
+
+def _offset_if_consecutive(index: tuple[slice, ...], shape: tuple[int, ...]) -> int | None:
+    """The first element's offset if the selected elements follow each other in memory, else None."""
+    offset, stride, whole = 0, 1, True
+    for s, size in zip(reversed(index), reversed(shape), strict=True):
+        start, stop, step = s.indices(size)
+        if step != 1 or (not whole and stop - start != 1):
+            return None
+        whole = whole and stop - start == size
+        offset += start * stride
+        stride *= size
+    return offset
+
+
+def _read_exactly(path: Path, offset: int, out: np.ndarray) -> None:
+    rest = memoryview(out.reshape(-1).view(np.uint8))
+    with open(path, "rb", buffering=0) as f:
+        f.seek(offset)
+        while rest:
+            n = f.readinto(rest)
+            if not n:
+                raise CheckpointError(f"{path} became shorter while it was read; fetch it again")
+            rest = rest[n:]
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """A checked header: `text` as it stands in the file, the usable tensors, one line for each thing that is wrong, and
+    the names of the tensors that these lines are about."""
+
+    text: str
+    tensors: Mapping[str, TensorInFile]
+    problems: tuple[str, ...] = ()
+    broken: frozenset[str] = frozenset()
+
+
+def read_header(path: Path) -> Header:
+    """Reads and checks the header of one file; never raises for what the file holds, see Header.problems.
+
+    Checked here: length bound, JSON, names given twice, dtype, shape times item size against the byte range, ranges
+    inside the file. The official reader then checks that the ranges cover the file without gap or overlap.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as f:
+        (length,) = struct.unpack("<Q", f.read(8).ljust(8, b"\0"))
+        if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+            what = (
+                "is shorter than its header" if length <= MAX_HEADER_BYTES else "does not begin like a safetensors file"
+            )
+            return Header("", {}, (f"{path.name} ({size} bytes) {what}: truncated or not a safetensors file",))
+        raw = f.read(length)
+    repeated: list[str] = []
+    try:
+        text = raw.decode()
+        entries = json.loads(text, object_pairs_hook=lambda pairs: _pairs(pairs, repeated))
+    except (ValueError, RecursionError) as why:
+        return Header("", {}, (f"{path.name} has a header that cannot be read: {_one_line(why)}",))
+    if not isinstance(entries, dict):
+        return Header("", {}, (f"{path.name} has a header that is not a JSON object",))
+
+    tensors, problems, broken = {}, [f"{path.name} holds {name} twice" for name in repeated], set()
+    for name, entry in entries.items():
+        if name == "__metadata__":
+            continue
+        found = _entry(entry, size - 8 - length)
+        if isinstance(found, str):
+            problems.append(f"{name} in {path.name} {found}")
+            broken.add(name)
+        else:
+            dtype, shape, start = found
+            tensors[name] = TensorInFile(dtype, shape, path, 8 + length + start)
+    if not problems:
+        try:
+            with safe_open(path, framework="np"):
+                pass
+        except SafetensorError as why:
+            problems.append(f"{path.name} is damaged: {_one_line(why)}")
+    return Header(text, tensors, tuple(problems), frozenset(broken))
+
+
+def _pairs(pairs: list[tuple[str, Any]], repeated: list[str]) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in out:
+            repeated.append(key)
+        out[key] = value
+    return out
+
+
+def _entry(entry: Any, data_bytes: int) -> tuple[np.dtype, tuple[int, ...], int] | str:
+    """(dtype, shape, start) of one header entry, or what is wrong with it."""
+    if not isinstance(entry, dict):
+        return f"is described by {type(entry).__name__} instead of an object"
+    code, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(code, str) or code not in DTYPES:
+        return f"has the dtype {code!r}; supported: {', '.join(DTYPES)}"
+    if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < MAX_SIZE for n in shape):
+        return f"has the shape {shape!r}"
+    if not (
+        isinstance(offsets, list) and len(offsets) == 2 and all(type(n) is int and 0 <= n < MAX_SIZE for n in offsets)
+    ):
+        return f"has the data_offsets {offsets!r}"
+    need, given = math.prod(shape) * DTYPES[code].itemsize, offsets[1] - offsets[0]
+    if need != given:
+        return f"has {given} bytes; {code} of shape {shape} needs {need}"
+    if offsets[1] > data_bytes:
+        return f"is truncated: its last {min(need, offsets[1] - data_bytes)} of {need} bytes are not in the file"
+    return DTYPES[code], tuple(shape), offsets[0]
+
+
+def _one_line(why: Exception) -> str:
+    return " ".join(str(why).split())[:200]
+
+
+def header_text(infos: Mapping[str, TensorInfo]) -> str:
+    """The header of a file with these tensors in this order, padded so that the data begin at a multiple of 8 bytes."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses files that do not say it
+    start = 0
+    for name, info in infos.items():
+        entries[name] = {
+            "dtype": CODES[info.dtype],
+            "shape": list(info.shape),
+            "data_offsets": [start, start + info.nbytes],
+        }
+        start += info.nbytes
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False)
+    return text + " " * (-len(text.encode()) % 8)
+
+
+def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Uninitialised memory at a 64-byte boundary, which jax on CPU takes over without a copy."""
+    nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = np.empty(nbytes + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + nbytes].view(dtype).reshape(shape)

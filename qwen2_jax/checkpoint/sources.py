@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From what a user types to a folder: presets, Hugging Face Hub ids, local folders, gs:// paths, the bundled demo."""
+
+import dataclasses
+import difflib
+import importlib.resources
+import json
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from qwen2_jax.checkpoint.formats.hf_folder import MAX_JSON_BYTES
+from qwen2_jax.checkpoint.formats.safetensors import CheckpointError
+from qwen2_jax.config.model_config import HUB_IDS, ModelConfig
+
+DEMO = "demo"
+CONFIG, GENERATION, MANIFEST, LAYOUT = (
+    "config.json",
+    "generation_config.json",
+    "manifest.json",
+    "safetensors_layout.json",
+)
+UNFINISHED = ".unfinished"  # suffix of the folder that a conversion works in until the result gets its name
+MARKER = "UNFINISHED"  # file in that folder
+WANTED = [
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.json",
+    "*.txt",
+    "*.jinja",
+]  # of a Hub repository; never pickles
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+TRAVELLERS = (".json", ".txt", ".jinja", ".model", ".md")
+TRAVELLER_BYTES = 100_000_000
+NO_TRAVELLERS = (MANIFEST, LAYOUT, "commit_success.txt")  # written anew; the last is Orbax's
+
+
+class NotFound(CheckpointError, FileNotFoundError):
+    """No checkpoint is there under this name."""
+
+    __str__ = CheckpointError.__str__  # FileNotFoundError would print its arguments instead
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A folder with a checkpoint. kind: "hf" (safetensors) or "orbax". path: a Path, or an epath.Path for gs://."""
+
+    kind: Literal["hf", "orbax"]
+    path: Any
+
+    def read_bytes(self, name: str) -> bytes | None:
+        """The file `name` of the folder, None where there is none."""
+        file = self.path / name
+        return file.read_bytes() if file.exists() else None
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """The JSON object in the file `name`, None where there is none."""
+        file = self.path / name
+        if not file.exists():
+            return None
+        if file.stat().st_size > MAX_JSON_BYTES if isinstance(file, Path) else False:
+            raise CheckpointError(f"{file} is larger than {MAX_JSON_BYTES} bytes; that is no {name}")
+        try:
+            data = json.loads(file.read_bytes().decode("utf-8"))
+        except (ValueError, RecursionError) as why:
+            raise CheckpointError(f"{file} is not valid JSON: {' '.join(str(why).split())[:200]}") from None
+        if not isinstance(data, dict):
+            raise CheckpointError(f"{file} holds a JSON {type(data).__name__} instead of an object")
+        return data
+
+    def travellers(self) -> list[str]:
+        """Names of the files beside the weights that go along when the checkpoint is converted or saved."""
+        names = []
+        for file in sorted(self.path.iterdir(), key=lambda f: f.name):
+            if file.is_dir():
+                if file.name == "additional_chat_templates":
+                    names += sorted(f"{file.name}/{f.name}" for f in file.iterdir() if f.name.endswith(".jinja"))
+            elif (file.name.endswith(TRAVELLERS) or file.name.upper().startswith(("LICENSE", "NOTICE"))) and not (
+                file.name in NO_TRAVELLERS or file.name.endswith((".safetensors.index.json", ".bin.index.json"))
+            ):
+                if file.stat().st_size <= TRAVELLER_BYTES if isinstance(file, Path) else True:
+                    names.append(file.name)
+        return names
+
+
+def read_config(source: Source) -> ModelConfig:
+    """The model's architecture from the folder's config.json."""
+    data = source.read_json(CONFIG)
+    if data is None:
+        raise NotFound(f"{source.path} has no {CONFIG}; a checkpoint folder holds one beside its weights")
+    return ModelConfig.from_hf(data)
+
+
+def locate(name: str | Path | Source) -> Source:
+    """Finds a checkpoint, downloading it if it is on the Hugging Face Hub.
+
+    name: "demo" (bundled), a folder, a gs:// path, a preset ("qwen2-7b-instruct") or a Hub id ("Qwen/Qwen2-7B").
+    Raises CheckpointError that says what was looked for and what to give instead.
+    """
+    if isinstance(name, Source):
+        return name
+    text = str(name).strip()
+    if not text:
+        raise NotFound("the checkpoint's name is empty; give a folder, a preset such as qwen2-0.5b, a Hub id or 'demo'")
+    if text == DEMO:
+        with importlib.resources.as_file(importlib.resources.files("qwen2_jax.demo")) as folder:
+            return _in_folder(Path(folder))
+    if text.startswith("gs://"):
+        return _in_bucket(text)
+    folder = Path(text).expanduser()
+    if folder.is_dir():
+        return _in_folder(folder)
+    if folder.with_name(folder.name + UNFINISHED).is_dir():
+        raise NotFound(f"{folder} is an unfinished conversion; run the conversion again")
+    if folder.is_file():
+        raise CheckpointError(f"{folder} is a file; give the folder that holds it: {folder.parent}")
+    hub_id = HUB_IDS.get(text.lower())
+    if hub_id is None and HUB_ID.fullmatch(text) and not text.endswith(PICKLES):
+        hub_id = text
+    if hub_id is None or isinstance(name, Path):
+        raise NotFound(f"there is no folder {text!r} and no model of that name{_hint(text)}")
+    return _in_folder(download(hub_id, asked=text))
+
+
+def _hint(text: str) -> str:
+    """The nearest names, and beside a path the nearest folders."""
+    known = [DEMO, *HUB_IDS, *HUB_IDS.values()]
+    near = difflib.get_close_matches(text.lower(), known, 3, 0.6)
+    folder = Path(text).expanduser()
+    if not near and len(folder.parts) > 1 and folder.parent.is_dir():
+        near = [
+            str(folder.parent / n)
+            for n in difflib.get_close_matches(folder.name, [p.name for p in folder.parent.iterdir()], 3)
+        ]
+    if near:
+        return f"; did you mean {' or '.join(near)}?"
+    if HUB_ID.fullmatch(text):
+        return ""
+    return "; give a folder, a Hub id such as Qwen/Qwen2-7B, 'demo' or a preset: " + ", ".join(sorted(HUB_IDS))
+
+
+def _in_folder(folder: Path) -> Source:
+    """Tells the two kinds of folders apart, and why a folder is neither."""
+    names = {file.name for file in folder.iterdir()}
+    if MARKER in names or (folder.absolute().parent / MARKER).exists():
+        raise CheckpointError(f"{folder} is an unfinished conversion; run the conversion again")
+    for state in (folder, folder.absolute().parent):
+        if (state / "about" / "data.json").exists() and (state / "state").is_dir():
+            run = state.absolute().parent.parent
+            raise CheckpointError(
+                f"{folder} is the state of a training run, from which only that run continues; give the model that it "
+                f"wrote: {run / 'hf'}, which is there when the run is done, or one that checkpoints.export_every made"
+            )
+    if {"orbax.checkpoint", "_CHECKPOINT_METADATA"} & names:
+        if CONFIG not in names:
+            raise CheckpointError(f"{folder} is an Orbax checkpoint without {CONFIG}; put the model's {CONFIG} into it")
+        return Source("orbax", folder)
+    if any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names):
+        return Source("hf", folder)
+    if pickles := sorted(name for name in names if name.endswith(PICKLES)):
+        raise CheckpointError(
+            f"{folder} has its weights as pickle ({pickles[0]}), which can run code when read and is not supported; "
+            "give a folder with .safetensors files (transformers' save_pretrained writes them)"
+        )
+    raise NotFound(f"{folder} holds no checkpoint: neither .safetensors files nor an Orbax checkpoint are in it")
+
+
+def _in_bucket(text: str) -> Source:
+    from etils import epath
+
+    path = epath.Path(text)
+    try:
+        found = (path / CONFIG).exists()
+    except (ImportError, OSError, ValueError) as why:
+        raise CheckpointError(
+            f"{text} cannot be opened ({why}); `pip install gcsfs` and `gcloud auth login` may be missing"
+        ) from None
+    if not found:
+        raise NotFound(
+            f"{text} has no {CONFIG}; give the folder of an Orbax checkpoint that `convert --to orbax` wrote"
+        )
+    return Source("orbax", path)
+
+
+def download(hub_id: str, *, asked: str) -> Path:
+    """The repository's weights and text files in the Hub's cache; resumes, shows progress, works offline if cached."""
+    from huggingface_hub import errors, snapshot_download
+
+    instead = "give a local folder with its config.json and .safetensors files instead"
+    offline = f"no complete copy of {hub_id} is on this machine; {instead}"
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=WANTED))
+    except errors.GatedRepoError:
+        raise CheckpointError(
+            f"{hub_id} asks for consent: accept its terms on the Hub, then run `hf auth login`"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise NotFound(
+            f"there is no folder {asked!r} and {hub_id} is not on the Hugging Face Hub (or is private: `hf auth login`)"
+            + _hint(hub_id)
+        ) from None
+    except errors.HFValidationError as why:
+        raise NotFound(f"{hub_id!r} is no Hub id: {why}") from None
+    except errors.LocalEntryNotFoundError:
+        hint = "" if hub_id in HUB_IDS.values() else _hint(hub_id)
+        raise NotFound(
+            f"there is no folder {asked!r}, the Hugging Face Hub cannot be reached and {offline}{hint}"
+        ) from None
+    except (errors.HTTPError, errors.XetDownloadError, OSError) as why:
+        reason = " ".join(str(why).split())[:200]
+        raise CheckpointError(f"downloading {hub_id} failed ({reason}); run again to resume, or: {offline}") from None

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a record means: a text, a conversation, or ranked responses. Mistakes are named with place, field and remedy.
+
+    text               {"text": "..."}
+    messages           {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
+    sharegpt           {"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", ...}], "system": "..."}
+    alpaca             {"instruction": "...", "input": "...", "output": "...", "system": "...", "history": [["q", "a"]]}
+    prompt_completion  {"prompt": "...", "completion": "..."}, each a text or a list of messages
+
+and the formats of rankings.py. A field that is null counts as absent, since Parquet writes it so.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from qwen2_jax import validate
+from qwen2_jax.data.formats import messages, rankings
+from qwen2_jax.data.formats.messages import Chat
+from qwen2_jax.data.formats.rankings import Ranking
+from qwen2_jax.errors import UserError
+
+Format = Literal[
+    "text", "messages", "sharegpt", "alpaca", "prompt_completion",
+    "preference", "ranked", "sharegpt_ranking", "alpaca_ranking",
+]  # fmt: skip
+FORMATS: tuple[str, ...] = get_args(Format)
+
+# The fields that tell a format, in the order in which they are looked for: UltraChat has a prompt beside its messages,
+# UltraFeedback a pair as well, Alpaca a text beside its instruction.
+TELLING = (
+    ("messages", ("messages",)),
+    ("sharegpt_ranking", ("conversations", "chosen", "rejected")),
+    ("sharegpt", ("conversations",)),
+    ("alpaca", ("instruction", "output")),
+    ("prompt_completion", ("prompt", "completion")),
+    ("text", ("text",)),
+    ("alpaca_ranking", ("instruction", "chosen", "rejected")),
+    ("preference", ("chosen", "rejected")),
+    ("ranked", ("prompt", "responses")),
+)
+
+
+@dataclass(frozen=True)
+class Text:
+    """A document to be learnt as it stands."""
+
+    text: str
+
+
+Document = Text | Chat | Ranking
+
+
+def detect(record: Mapping[str, Any], where: str = "the first record") -> str:
+    """The format whose fields the record has. Alpaca's output is a ranking if it is a list."""
+    for format, fields in TELLING:
+        if all(record.get(field) is not None for field in fields):
+            return "alpaca_ranking" if format == "alpaca" and isinstance(record["output"], list) else format
+    needs = "; ".join(f"{format} needs {' and '.join(fields)}" for format, fields in TELLING)
+    raise UserError(f"{where} has the fields {messages.fields(record)}, which fit no format: {needs}")
+
+
+def read(record: Mapping[str, Any], format: str, where: str) -> Document:
+    """The record in this format ("auto": the one its fields tell). where: its place, for messages."""
+    if format == "auto":
+        format = detect(record, where)
+    validate.choice("format", format, FORMATS)
+    if format == "text":
+        return Text(messages.text(record, "text", where))
+    messages.refuse_tools(record, where)
+    if format in rankings.READERS:
+        return rankings.READERS[format](record, where)
+    chat = {
+        "messages": _messages,
+        "sharegpt": _sharegpt,
+        "alpaca": _alpaca,
+        "prompt_completion": _prompt_completion,
+    }[format](record, where)
+    messages.check_conversation(chat, where)
+    return chat
+
+
+def _messages(record: Mapping[str, Any], where: str) -> Chat:
+    return messages.messages(record, "messages", where)
+
+
+def _sharegpt(record: Mapping[str, Any], where: str) -> Chat:
+    return messages.system(record, where) + messages.turns(record, "conversations", where)
+
+
+def _alpaca(record: Mapping[str, Any], where: str) -> Chat:
+    answer = {"role": "assistant", "content": messages.text(record, "output", where)}
+    return messages.question(record, where) + Chat([answer], [True])
+
+
+def _prompt_completion(record: Mapping[str, Any], where: str) -> Chat:
+    """Answers within the prompt are not trained; a text is one message."""
+    prompt = messages.side(record, "prompt", "user", where)
+    asked = [message["role"] != "assistant" for message in prompt.messages]
+    return Chat(prompt.messages, asked) + messages.side(record, "completion", "assistant", where)

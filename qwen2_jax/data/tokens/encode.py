@@ -1,0 +1,320 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Documents as token ids, each with a flag: is it a prediction target?
+
+A conversation's ids are exactly `tokenizer.chat_ids(messages, add_generation_prompt=False)`. Where the answers lie in
+them is found out from what the chat template writes, in one of two ways:
+
+ChatML, Qwen2's template and its like. If the rendered text is <|im_start|>ROLE, newline, CONTENT, <|im_end|>, newline
+for every message, the pieces between the special tokens are encoded one by one: which are targets is then known.
+
+Any other template. The conversation up to an answer, with the generation prompt, and the conversation up to the
+answer's end are rendered too: what the second has more than the first is the answer. Both must be beginnings of the
+whole, or the template is refused.
+
+Text that spells a special token stays text everywhere, in plain documents too.
+
+A ranking is one document: its conversations one after another, the best response's first, each with the prompt.
+"""
+
+import functools
+import itertools
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+from tokenizers import models
+
+from qwen2_jax import validate
+from qwen2_jax.data.formats.record_formats import Chat, Document, Ranking, Text
+from qwen2_jax.errors import UserError
+from qwen2_jax.tokenizer import END_OF_TEXT, IM_END, IM_START, ROLES, Tokenizer, pipeline
+
+Targets = Literal[
+    "assistant",  # every answer and the <|im_end|> behind it
+    "assistant_newline",  # and the newline behind that, as LLaMA-Factory has it
+    "last_assistant",  # the last answer and its <|im_end|>
+    "turns_qwen1",  # every answer; of every turn <|im_start|>, <|im_end|> and the newline, as Qwen-1's script has it
+    "all",  # every token, as Qwen2's finetune.py has it
+]
+
+PIECE = 1 << 17  # characters of a long text that are encoded in one piece
+TOGETHER = 8  # pieces encoded at once: the library needs more than 100 bytes a character meanwhile
+# Qwen2's pre-tokenisation ends a word behind each run of newlines, whatever follows, so ids do not change if a text is
+# cut there: before a character that is no white space and neither combines with anything (NFC) before it.
+CUT = re.compile(r"\n(?=\S)")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A document's token ids and, for each, whether it is a target. Its length is the number of tokens.
+
+    begins: of a ranking, for each token whether one of its sequences begins there.
+    """
+
+    tokens: list[int]
+    is_target: list[bool]
+    begins: list[bool] | None = None
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+class Encoder:
+    """Encodes documents. A message whose `train` flag is off has no targets, whatever `targets` says.
+
+    A text ends with <|endoftext|>, and all of it is target. A conversation without an answer has no targets under
+    "assistant", "assistant_newline" and "last_assistant"; the caller leaves it out. Of a ranking only responses have
+    targets, so "turns_qwen1" and "all" are refused for it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, targets: Targets = "assistant"):
+        validate.choice("targets", targets, get_args(Targets))
+        self.tokenizer = tokenizer
+        self.targets = targets
+
+    def encode(self, document: Document) -> Encoded:
+        return self.encode_batch([document])[0]
+
+    def encode_batch(self, documents: Sequence[Document]) -> list[Encoded]:
+        """`encode` of many documents on all cores."""
+        parts: list[list[Text | Chat]] = [
+            self._chats(document) if isinstance(document, Ranking) else [document] for document in documents
+        ]
+        encoded = iter(self._encode_parts(list(itertools.chain.from_iterable(parts))))
+        return [
+            _laid_out(list(itertools.islice(encoded, len(some)))) if isinstance(document, Ranking) else next(encoded)
+            for document, some in zip(documents, parts, strict=True)
+        ]
+
+    def _chats(self, ranking: Ranking) -> list[Text | Chat]:
+        if self.targets in ("turns_qwen1", "all"):
+            raise UserError(
+                f"targets {self.targets!r} are also tokens of the prompt, and of a ranking only responses are targets; "
+                "give 'assistant', 'assistant_newline' or 'last_assistant'"
+            )
+        return [*ranking.chats]
+
+    def _encode_parts(self, documents: Sequence[Text | Chat]) -> list[Encoded]:
+        turns = [None if isinstance(document, Text) else self._turns(document) for document in documents]
+        texts: list[str] = []
+        for document, parts in zip(documents, turns, strict=True):
+            if isinstance(document, Text):
+                if not self._in_pieces(document):
+                    texts.append(document.text)
+            elif parts is not None:
+                texts += map(_body, parts.messages)
+        ids = iter(self.tokenizer.encode_batch(texts, allow_special=False))
+        encoded = []
+        for document, parts in zip(documents, turns, strict=True):
+            if isinstance(document, Text):
+                tokens = self._long(document.text) if self._in_pieces(document) else next(ids)
+                tokens = [*tokens, self._end_of_text]
+                encoded.append(Encoded(tokens, [True] * len(tokens)))
+            elif parts is not None:
+                encoded.append(self._join(parts, ids))
+            else:
+                encoded.append(self._by_prefixes(document))
+        return encoded
+
+    def _in_pieces(self, document: Text) -> bool:
+        return len(document.text) > PIECE * TOGETHER and self._may_cut
+
+    def _long(self, text: str) -> list[int]:
+        """Ids of a long text, a few pieces at a time."""
+        ids: list[int] = []
+        for some in itertools.batched(_pieces(text), TOGETHER):
+            ids += itertools.chain.from_iterable(self.tokenizer.encode_batch(some, allow_special=False))
+        return ids
+
+    @functools.cached_property
+    def _may_cut(self) -> bool:
+        """Whether this tokenizer splits as Qwen2's, and has no token of its own that reaches over a newline."""
+        ours, theirs = (json.loads(backend.to_str()) for backend in (pipeline(models.BPE()), self.tokenizer._backend))
+        for settings in (ours, theirs):  # how offsets are counted does not change ids
+            for part in (settings["pre_tokenizer"] or {}).get("pretokenizers", []):
+                part.pop("trim_offsets", None)
+        added = [token for token in theirs["added_tokens"] if not token["special"]]
+        greedy = any(token["lstrip"] or token["rstrip"] or "\n" in token["content"] for token in added)
+        same = all(ours[name] == theirs[name] for name in ("normalizer", "pre_tokenizer"))
+        return same and not greedy
+
+    @functools.cached_property
+    def _end_of_text(self) -> int:
+        return self._special(END_OF_TEXT)
+
+    def _special(self, name: str) -> int:
+        found = self.tokenizer.token_id(name)
+        if found is None or found not in self.tokenizer.special_ids:
+            raise UserError(f"this tokenizer has no special token {name}; use one made for Qwen2")
+        return found
+
+    # ChatML
+
+    @functools.cached_property
+    def _default_system(self) -> list[dict[str, Any]] | None:
+        """The system message that a ChatML template adds to a conversation without one, or []; None: not ChatML."""
+        if not {IM_START, IM_END} <= {self.tokenizer.decode([i], False) for i in self.tokenizer.special_ids}:
+            return None
+        probe = [{"role": "user", "content": " a \n"}, {"role": "assistant", "content": "\n b"}]
+        try:
+            rendered = self.tokenizer.render_chat(probe, add_generation_prompt=False)
+            prompt = self.tokenizer.render_chat(probe, add_generation_prompt=True)
+        except UserError:
+            return None
+        before, turns, after = rendered.partition(_chatml(probe))
+        if not turns or after or prompt != f"{rendered}{IM_START}assistant\n":
+            return None
+        content = before.removeprefix(f"{IM_START}system\n").removesuffix(f"{IM_END}\n")
+        system = [{"role": "system", "content": content}] if before else []
+        if _chatml(system) != before or IM_START in content or IM_END in content:
+            return None
+        bodies = self.tokenizer.encode_batch([*map(_body, [*system, *probe])], allow_special=False)
+        joined = self._join(Chat([*system, *probe], [True] * (len(system) + len(probe))), iter(bodies))
+        # A special token that swallows the white space beside it would make a difference here.
+        return system if joined.tokens == self.tokenizer.chat_ids(probe, add_generation_prompt=False) else None
+
+    def _turns(self, chat: Chat) -> Chat | None:
+        """The conversation with the template's system message, if the template writes this one as ChatML."""
+        _check_tool_calls(self.tokenizer, chat.messages)
+        if self._default_system is None:
+            return None
+        added = self._default_system if chat.messages[0]["role"] != "system" else []
+        messages = [*added, *chat.messages]
+        if self.tokenizer.render_chat(chat.messages, add_generation_prompt=False) != _chatml(messages):
+            return None
+        return Chat(messages, [*[True] * len(added), *chat.train])
+
+    def _join(self, chat: Chat, bodies: Iterator[list[int]]) -> Encoded:
+        """bodies: ids of each turn's role, newline and content."""
+        start, end, newline = self._frame
+        last = max((i for i, message in enumerate(chat.messages) if message["role"] == "assistant"), default=-1)
+        frame = self.targets in ("turns_qwen1", "all")
+        tokens: list[int] = []
+        is_target: list[bool] = []
+        for i, (message, train) in enumerate(zip(chat.messages, chat.train, strict=True)):
+            body = next(bodies)
+            head = self._head(message["role"], body)
+            answer = message["role"] == "assistant" and (i == last or self.targets != "last_assistant")
+            tokens += [start, *body, end, *newline]
+            is_target.append(train and frame)
+            is_target += [train and self.targets == "all"] * head
+            is_target += [train and (answer or self.targets == "all")] * (len(body) - head)
+            is_target.append(train and (answer or frame))
+            is_target += [train and (frame or (answer and self.targets == "assistant_newline"))] * len(newline)
+        return Encoded(tokens, is_target)
+
+    def _head(self, role: str, body: list[int]) -> int:
+        """How many tokens at the start of a turn hold its role and the newline.
+
+        A content that begins with newlines shares a token with that one. It belongs to the head: after a generation
+        prompt, which ends with a newline of its own, that token never comes.
+        """
+        head = self._heads[role]
+        if body[: len(head)] == head:
+            return len(head)
+        ends = itertools.accumulate(len(self.tokenizer.token_bytes(token, False)) for token in body)
+        return 1 + next(k for k, end in enumerate(ends) if end > len(role))
+
+    @functools.cached_property
+    def _frame(self) -> tuple[int, int, list[int]]:
+        return self._special(IM_START), self._special(IM_END), self.tokenizer.encode("\n")
+
+    @functools.cached_property
+    def _heads(self) -> dict[str, list[int]]:
+        return {role: self.tokenizer.encode(f"{role}\n") for role in ROLES}
+
+    # Any template
+
+    def _by_prefixes(self, chat: Chat) -> Encoded:
+        if self.targets == "turns_qwen1":
+            raise UserError(
+                "targets 'turns_qwen1' needs a ChatML template, and this tokenizer's is another; use 'assistant'"
+            )
+        tokens = self.tokenizer.chat_ids(chat.messages, add_generation_prompt=False)
+        is_target = np.full(len(tokens), self.targets == "all")
+        answers = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
+        if self.targets == "all":
+            for i in (i for i, train in enumerate(chat.train) if not train):
+                is_target[self._span(tokens, chat.messages, i, prompt=False)] = False
+            return Encoded(tokens, is_target.tolist())
+        for i in answers if self.targets != "last_assistant" else answers[-1:]:
+            if chat.train[i]:
+                span = self._span(tokens, chat.messages, i, prompt=True)
+                special = [k for k in range(span.start, span.stop) if tokens[k] in self.tokenizer.special_ids]
+                if special and self.targets != "assistant_newline":
+                    span = slice(span.start, special[-1] + 1)  # up to the token that ends the turn
+                is_target[span] = True
+        return Encoded(tokens, is_target.tolist())
+
+    def _span(self, tokens: list[int], messages: list[dict[str, Any]], i: int, prompt: bool) -> slice:
+        """The tokens that lie wholly in message i; prompt: without the generation prompt that an answer begins with."""
+        ends = np.cumsum([len(self.tokenizer.token_bytes(token, False)) for token in tokens])
+        start = self._bytes_before(tokens, messages, i, prompt)
+        stop = self._bytes_before(tokens, messages, i + 1, prompt=False)
+        return slice(
+            int(np.searchsorted(ends, start)) + 1 if start else 0, int(np.searchsorted(ends, stop, side="right"))
+        )
+
+    def _bytes_before(self, tokens: list[int], messages: list[dict[str, Any]], i: int, prompt: bool) -> int:
+        """Length in bytes of messages[:i] as the template writes them, which must be how it begins the whole."""
+        if i == 0 and not prompt:
+            return 0
+        if i == 0:
+            raise UserError(
+                "messages[0] is the assistant's, but this chat template does not show where it begins; let a user begin"
+            )
+        whole = self._bytes(tokens)
+        part = self._bytes(self.tokenizer.chat_ids(messages[:i], add_generation_prompt=prompt))
+        if not whole.startswith(part):
+            what = "its generation prompt is not how an answer begins" if prompt else "it changes them when more follow"
+            raise UserError(
+                f"the chat template does not write messages[:{i}] as the beginning of the whole ({what}), so it cannot "
+                f"be told which tokens are answers; use targets='last_assistant' or 'all', or a ChatML template"
+            )
+        return len(part)
+
+    def _bytes(self, tokens: list[int]) -> bytes:
+        return b"".join(self.tokenizer.token_bytes(token, False) for token in tokens)
+
+
+def _laid_out(sequences: Sequence[Encoded]) -> Encoded:
+    """A ranking's sequences one after another."""
+    flat = itertools.chain.from_iterable
+    return Encoded(
+        [*flat(one.tokens for one in sequences)],
+        [*flat(one.is_target for one in sequences)],
+        [*flat((i == 0 for i in range(len(one))) for one in sequences)],
+    )
+
+
+def _body(message: dict[str, Any]) -> str:
+    return f"{message['role']}\n{message['content']}"
+
+
+def _pieces(text: str) -> Iterable[str]:
+    """The text in parts of about PIECE characters, cut where CUT allows it."""
+    start = 0
+    while found := CUT.search(text, start + PIECE):
+        yield text[start : found.end()]
+        start = found.end()
+    yield text[start:]
+
+
+def _chatml(messages: Sequence[dict[str, Any]]) -> str:
+    return "".join(f"{IM_START}{_body(message)}{IM_END}\n" for message in messages)
+
+
+def _check_tool_calls(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> None:
+    """Refuses tool calls that the template would silently leave out."""
+    for i, message in enumerate(messages):
+        if message.get("tool_calls"):
+            without = {key: value for key, value in message.items() if key != "tool_calls"}
+            others = [*messages[:i], without, *messages[i + 1 :]]
+            if tokenizer.render_chat(others, False) == tokenizer.render_chat(messages, False):
+                raise UserError(
+                    f"messages[{i}] has tool_calls, which this tokenizer's chat template leaves out; write them into "
+                    f"its content, or use a tokenizer whose template has them"
+                )

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A folder appears whole or not at all: it is made under another name and renamed when everything is on the disk."""
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # not on Windows: two writers of one folder then go unnoticed
+    fcntl = None  # type: ignore[assignment]
+
+from qwen2_jax.checkpoint.formats.safetensors import CheckpointError
+from qwen2_jax.checkpoint.sources import MARKER, UNFINISHED
+
+REPLACED = "replaced"  # in the folder that is worked in: what was at the target until the new one took its place
+
+
+@contextlib.contextmanager
+def new_folder(path: str | os.PathLike, nbytes: int, *, replace: bool = False) -> Iterator[Path]:
+    """Yields an empty folder that becomes `path` when the block ends, and is removed when it fails.
+
+    nbytes: what will be written; checked against the free space first. What an earlier run left when it was killed is
+    removed. replace: a folder that is at `path` stays there until the new one is complete, gives its place to it by
+    two renames and is removed then; a kill between the renames is repaired by the next call. Raises CheckpointError if
+    `path` holds something that may not be replaced, OSError if the disk is too small.
+    """
+    if str(path).startswith("gs://"):
+        raise CheckpointError(f"{path}: write to a local folder first, then copy it whole with `gcloud storage cp -r`")
+    target = Path(path).expanduser().absolute()
+    if target.exists() and (not target.is_dir() or (not replace and any(target.iterdir()))):
+        raise CheckpointError(f"{path} exists already; choose a new folder or remove that one first")
+    folder = unfinished(path)
+    work = folder.parent
+    if work.exists() and not (work / MARKER).exists() and (not work.is_dir() or any(work.iterdir())):
+        raise CheckpointError(f"{work} is in the way and was not made by a conversion; move it elsewhere")
+    work.mkdir(parents=True, exist_ok=True)
+    with open(work / MARKER, "w") as marker:
+        try:
+            if fcntl is not None:
+                fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(f"{path} is being written by another process") from None
+        try:
+            _put_back(work, target)
+            for left in work.iterdir():  # of a run that was killed
+                if left.name != MARKER:
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+            _need_space(target.parent, nbytes)
+            folder.mkdir()
+            yield folder
+            for inside, _, _ in os.walk(folder):  # the names of its files; what is in them was written by write_file
+                _sync(Path(inside))
+            if target.exists() and any(target.iterdir()):
+                os.replace(target, work / REPLACED)
+            os.replace(folder, target)
+            _sync(target.parent)
+        except OSError as why:
+            if why.errno == errno.ENOSPC:
+                raise OSError(
+                    errno.ENOSPC,
+                    f"the disk became full; nothing was left behind. Free some space and run again: {path}",
+                ) from None
+            raise
+        finally:
+            _put_back(work, target)
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def unfinished(path: str | os.PathLike) -> Path:
+    """Where `new_folder` works until the folder gets its name."""
+    target = Path(path).expanduser().absolute()
+    return target.with_name(target.name + UNFINISHED) / "checkpoint"
+
+
+def _put_back(work: Path, target: Path) -> None:
+    """Undoes a replacement that was stopped between its two renames."""
+    if (work / REPLACED).exists() and not target.exists():
+        os.replace(work / REPLACED, target)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Writes a small file that is on the disk when this returns."""
+    path.parent.mkdir(exist_ok=True)
+    with open(path, "xb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def _need_space(folder: Path, nbytes: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < nbytes:
+        need, have = f"{nbytes / 1e9:.2f} GB", f"{free / 1e9:.2f} GB"
+        raise OSError(f"{folder} needs {need} of disk and has {have} free; free some or choose another disk")
+
+
+def _sync(folder: Path) -> None:
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A file of prompts to a file of answers, JSON lines both, that can be interrupted at any byte and goes on.
+
+Every answer names the input line it belongs to and a digest of that line. A second run keeps the complete answers,
+cuts off a half-written last one, and computes the rest: no line is lost and none is doubled.
+"""
+
+import functools
+import hashlib
+import itertools
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwen2_jax.errors import UserError
+from qwen2_jax.infer.cli.prompts_and_answers import phrase
+from qwen2_jax.parallel.hosts import Group
+
+if TYPE_CHECKING:
+    from qwen2_jax.infer.engine.programs import Request
+    from qwen2_jax.infer.lm import LM
+
+OWN_SETTINGS = (
+    "max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop", "ignore_eos",
+)  # fmt: skip
+
+
+class Lines:
+    """The input, and the output with what an earlier run left there.
+
+    output None: answers go to standard output, and nothing can be resumed.
+    Raises UserError or OSError when the input cannot be read, or the output cannot be written or holds something else.
+    """
+
+    def __init__(self, source: Path, output: Path | None):
+        self.source, self.output = source, output
+        check_paths(source, output)
+        self.done: dict[int, str] = {}  # input line -> digest of the line that was answered
+        if output is not None:
+            self._resume(output)
+        for _ in self.todo() if self.done else ():  # every earlier answer belongs to the line it names
+            pass
+
+    def todo(self) -> Iterator[tuple[int, bytes]]:
+        """(number from 1, bytes) of the input's lines that have no answer yet; blank lines are passed over."""
+        with self.source.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                answered = self.done.get(number)
+                if answered is not None and answered != digest(line):
+                    raise UserError(
+                        f"{self.output} holds an answer to another line {number} than {self.source} has; "
+                        "choose another --output, or remove that file to start over"
+                    )
+                if answered is None and line.strip():
+                    yield number, line
+
+    def write(self, records: list[dict[str, Any]]) -> None:
+        """Appends answers and returns when they are on disk."""
+        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        if self.output is None:
+            print(text, end="", flush=True)
+            return
+        with self.output.open("ab") as file:
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _resume(self, output: Path) -> None:
+        with output.open("ab"):  # makes the file, and fails here if it cannot
+            pass
+        if not output.is_file():  # a pipe or a device: there is nothing to go on from
+            return
+        whole = 0
+        for first, size, number, found in read_answers(output):
+            self.done[number] = found
+            whole = first + size
+        with output.open("r+b") as file:
+            file.truncate(whole)  # an answer cut in half by an interruption is computed again
+
+
+def check_paths(source: Path, output: Path | None) -> None:
+    """Raises UserError or OSError when the input cannot be read or is the output."""
+    if not source.exists():
+        raise UserError(f"--input {source} does not exist")
+    if source.is_dir():
+        raise UserError(f"--input {source} is a folder; give a file of JSON lines")
+    if output is not None and output.exists() and output.samefile(source):
+        raise UserError(f"--input and --output are the same file, {source}")
+    source.open("rb").close()
+
+
+def read_answers(path: Path) -> Iterator[tuple[int, int, int, str]]:
+    """(first byte, bytes, input line, digest of that line) of each complete answer in a file.
+
+    Raises UserError where a line is something else.
+    """
+    with path.open("rb") as file:
+        first = 0
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                record = json.loads(line)
+                answered, found = int(record["line"]), str(record["digest"])
+            except (ValueError, TypeError, KeyError) as error:
+                raise UserError(
+                    f"line {number} of {path} is not an answer of an earlier run; choose another --output"
+                ) from error
+            yield first, len(line), answered, found
+            first += len(line)
+
+
+def answer(
+    lm: "LM",
+    lines: Lines,
+    given: Mapping[str, Any],
+    defaults: Callable[..., dict[str, Any]],
+    *,
+    system: str | None = None,
+    raw: bool = False,
+    group: Group | None = None,
+) -> int:
+    """Answers every line that has no answer yet, a batch at a time. Returns the exit code: 1 if any line failed.
+
+    defaults: from (lm, settings, chat=) to the settings of a line that does not give its own. group: the processes
+    that answer together, of which the first one tells how far it is.
+    """
+    group = group or Group()
+    say = functools.partial(print, file=sys.stderr) if group.first else lambda text: None
+    if lines.done:
+        say(f"{len(lines.done)} answers are there already; going on")
+    failed, answered, tokens, begin = 0, 0, 0, time.perf_counter()
+    for some in itertools.batched(lines.todo(), lm.max_rows):
+        group.at(f"answering line {some[0][0]}")
+        requests: list[Request] = []
+        heads: list[dict[str, Any]] = []
+        for number, line in some:
+            try:
+                head, request = _request(lm, line, given, defaults, system, raw)
+            except UserError as error:
+                failed += 1
+                print(f"error: line {number} of {lines.source}: {error}", file=sys.stderr)
+                continue
+            requests.append(request)
+            heads.append({**head, "line": number, "digest": digest(line)})
+        if not requests:
+            continue
+        start = time.perf_counter()
+        generations = lm.run(requests)
+        seconds = time.perf_counter() - start
+        lines.write([
+            {
+                **head,
+                "text": generation.text,
+                "token_ids": generation.token_ids,
+                "finish_reason": generation.finish_reason,
+                "prompt_tokens": len(request.tokens),
+                "timings": {"batch_s": round(seconds, 4), "batch_rows": len(requests)},
+            }
+            for head, request, generation in zip(heads, requests, generations, strict=True)
+        ])  # fmt: skip
+        answered += len(requests)
+        tokens += sum(len(g.token_ids) for g in generations)
+        say(f"{answered} answered, {tokens / (time.perf_counter() - begin):.1f} tokens/s")
+    say(f"done: {answered} answered, {len(lines.done)} were there, {failed} failed")
+    return 1 if failed else 0
+
+
+def digest(line: bytes) -> str:
+    """Ties an answer to the line it answers."""
+    return hashlib.sha256(line.strip()).hexdigest()[:16]
+
+
+def _request(lm, line: bytes, given, defaults, system: str | None, raw: bool) -> tuple[dict[str, Any], "Request"]:
+    """({"id": ...} or nothing, the request) of one input line. Raises UserError that says what is wrong with it."""
+
+    try:
+        data = json.loads(line)
+    except ValueError as error:  # UnicodeDecodeError is one too
+        raise UserError(f"not JSON: {error}") from error
+    if not isinstance(data, dict) or ("prompt" in data) == ("messages" in data):
+        raise UserError('it must be an object with either "prompt" or "messages"')
+    allowed = ("prompt", "messages", "id", *OWN_SETTINGS)
+    if unknown := data.keys() - set(allowed):
+        raise UserError(f"unknown {', '.join(sorted(unknown))}; allowed are {', '.join(allowed)}")
+    own = {name: data[name] for name in OWN_SETTINGS if name in data}
+    head = {"id": data["id"]} if "id" in data else {}
+    if "messages" in data:
+        messages = data["messages"]
+        if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
+            raise UserError('"messages" must be a list of objects with "role" and "content"')
+        if system and messages[0].get("role") != "system":
+            messages = [{"role": "system", "content": system}, *messages]
+        return head, lm.request(messages, **{**defaults(lm, dict(given), chat=True), **own})
+    prompt = data["prompt"]
+    if isinstance(prompt, str) and prompt:
+        prompt = phrase(lm, prompt, system=system, raw=raw)
+    chat = isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], dict)
+    if chat and not isinstance(data["prompt"], str):
+        raise UserError('"prompt" must be text or token ids; conversations go into "messages"')
+    return head, lm.request(prompt, **{**defaults(lm, dict(given), chat=chat), **own})

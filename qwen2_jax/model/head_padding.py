@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Heads that the tensor axis does not divide: the same model with key heads repeated and query heads filled up.
+
+Of 28 query and 4 key heads on tensor=8, each key head is held twice, each copy for half of its 7 queries:
+
+    keys     0  0 | 1  1 | 2  2 | 3  3                      8 heads, one per device
+    queries  0 1 2 3 | 4 5 6 . | 7 8 9 10 | 11 12 13 . ...  32 heads, four per device; "." has no weights
+
+The wider model is a ModelConfig like any other. A head without weights adds nothing (its rows of the output projection
+are zero), so the result is that of the model itself. Parameters, optimizer and checkpoints keep the model's own heads:
+training widens the copy that a step computes with, generation what it loaded.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+
+from qwen2_jax.config.model_config import ModelConfig
+from qwen2_jax.parallel import sharding
+from qwen2_jax.weights.linear import Weight, along
+from qwen2_jax.weights.params import ParamSpec, Tree
+
+# N query heads  K key heads  G = N / K queries of a key head
+
+
+@dataclasses.dataclass(frozen=True)
+class Heads:
+    """From a model's heads to those of the wider one.
+
+    config: of the wider model. keys, group: K and G of the model. copies: of each key head; each has `share` of its
+    queries, the last perhaps fewer. Key heads beyond keys * copies have no weights.
+    """
+
+    config: ModelConfig
+    keys: int
+    group: int
+    copies: int
+    share: int
+
+    def widen(self, params: Tree, specs: Tree) -> Tree:
+        """The wider model's parameters; to be called inside jit. specs: declarations of `params`. Differentiable."""
+        return self._each(params, specs, self._wider_queries, self._wider_keys)
+
+    def narrow(self, params: Tree, specs: Tree) -> Tree:
+        """The model's parameters from the wider one's: undoes `widen`. specs: declarations of the result."""
+        return self._each(params, specs, self._own_queries, self._own_keys)
+
+    def changes(self, spec: ParamSpec) -> bool:
+        """Whether a declared weight has heads."""
+        return "heads" in spec.axes or "kv_heads" in spec.axes
+
+    def _each(self, params: Tree, specs: Tree, queries: Callable, keys: Callable) -> Tree:
+        def one(spec: ParamSpec, w: Weight) -> Weight:
+            for name, change in (("heads", queries), ("kv_heads", keys)):
+                if name in spec.axes:
+                    return along(w, spec, spec.axes.index(name), change)
+            return w
+
+        return jax.tree.map(one, specs, params, is_leaf=lambda leaf: isinstance(leaf, ParamSpec))
+
+    def _wider_queries(self, x: jax.Array) -> jax.Array:
+        """[N, ...] -> [N of the wider model, ...]."""
+        x = x.reshape(self.keys, self.group, *x.shape[1:])
+        x = _padded(x, 1, self.copies * self.share)
+        x = x.reshape(-1, *x.shape[2:])
+        return _split("heads", _padded(x, 0, self.config.num_attention_heads))
+
+    def _wider_keys(self, x: jax.Array) -> jax.Array:
+        x = jnp.repeat(x, self.copies, axis=0)
+        return _split("kv_heads", _padded(x, 0, self.config.num_key_value_heads))
+
+    def _own_queries(self, x: jax.Array) -> jax.Array:
+        x = x[: self.keys * self.copies * self.share].reshape(self.keys, -1, *x.shape[1:])
+        return x[:, : self.group].reshape(-1, *x.shape[2:])
+
+    def _own_keys(self, x: jax.Array) -> jax.Array:
+        return x[: self.keys * self.copies : self.copies]
+
+
+def spread(config: ModelConfig, mesh: Mesh | AbstractMesh | None) -> Heads | None:
+    """How the heads of a model are spread over the mesh's tensor axis; None where they divide as they are.
+
+    Key heads are repeated or filled up until they divide, whichever leaves fewer query heads.
+    """
+    parts = 1 if mesh is None else sharding.parts(sharding.axes_of("kv_heads", mesh), mesh)
+    K, G = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads
+    if K % parts == 0:
+        return None
+
+    def wider(copies: int) -> tuple[int, int]:
+        """(query heads, key heads)."""
+        keys = math.ceil(K * copies / parts) * parts
+        return keys * math.ceil(G / copies), keys
+
+    copies = min((1, math.lcm(K, parts) // K), key=wider)
+    queries, keys = wider(copies)
+    changed = dataclasses.replace(
+        config, num_attention_heads=queries, num_key_value_heads=keys, head_dim=config.head_dim
+    )
+    return Heads(changed, K, G, copies, math.ceil(G / copies))
+
+
+def place(params: Tree, specs: Tree, heads: Heads, mesh: Mesh) -> Tree:
+    """The wider model's parameters on a mesh. Empties `params` weight by weight, so that no two copies of all exist."""
+    wide: Tree = {}
+    for name in list(params):
+        leaf, spec = params.pop(name), specs[name]
+        if isinstance(leaf, dict):
+            wide[name] = place(leaf, spec, heads, mesh)
+        elif heads.changes(spec):
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                wide[name] = _wider(leaf, dataclasses.replace(spec, hf="", layers=spec.layers[:1]), heads)
+        else:
+            wide[name] = leaf
+    return wide
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _wider(w: Weight, spec: ParamSpec, heads: Heads) -> Weight:
+    """One weight; compiled once for all layers, whose declarations differ in names alone."""
+    return heads.widen({"": w}, {"": spec})[""]
+
+
+def _padded(x: jax.Array, axis: int, size: int) -> jax.Array:
+    """x with zeros behind it up to `size` along an axis."""
+    return jnp.pad(x, [(0, size - x.shape[i] if i == axis else 0) for i in range(x.ndim)])
+
+
+def _split(name: str, x: jax.Array) -> jax.Array:
+    """x, in whose first dimension the heads are, with that dimension split over the mesh, where there is one.
+
+    XLA would else keep the stored split, of the heads' width, and move the projections' outputs instead.
+    """
+    mesh = sharding.current_mesh()
+    if mesh is None:
+        return x
+    free = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(sharding.axes_of(name, mesh), *free))

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoRA: fine-tuning a low-rank correction b a of the weight matrices, whose base is frozen (Hu et al. 2021).
+
+y = W x + alpha / rank * b (a x), with a random and b zero at the start, so that training begins at the base model
+(arXiv:2106.09685, sec. 4.1). What is trained are the adapters: a nested dict like the parameters', in which each
+adapted weight is {"a": [R, rank, *in], "b": [R, *out, rank]} in float32. `attach` puts them beside the weights inside
+the jitted step; the base may be float32, bfloat16 or Int8 (as in QLoRA, Dettmers et al. 2023, arXiv:2305.14314).
+"""
+
+import dataclasses
+import functools
+import math
+import zlib
+
+import jax
+import jax.numpy as jnp
+
+from qwen2_jax import validate
+from qwen2_jax.config.model_config import ModelConfig
+from qwen2_jax.errors import UserError
+from qwen2_jax.model import decoder
+from qwen2_jax.weights.linear import Adapted, Int8, is_matrix, merged, summed
+from qwen2_jax.weights.params import ParamSpec, Tree, leaves
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lora:
+    """Which weights get an adapter, and how large it is."""
+
+    rank: int = 16  # of the correction; parameters and cost grow with it
+    alpha: float = 32.0  # the correction is multiplied by alpha / rank
+    # Names of Hugging Face modules, or the last parts of their names. In a layer of experts gate_proj, up_proj and
+    # down_proj are those of the shared expert.
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    rslora: bool = False  # alpha / sqrt(rank) instead: stable at large ranks (Kalajdzievski 2023, arXiv:2312.03732)
+
+    def __post_init__(self):
+        validate.number(self, "lora", ("rank",), int, 1)
+        validate.number(self, "lora", ("alpha",), float, 0)
+        validate.number(self, "lora", ("rslora",), bool)
+        if self.alpha == 0:
+            raise UserError("lora: alpha is 0, which switches the adapters off; give a positive number")
+        if not (isinstance(self.targets, tuple) and self.targets and all(isinstance(t, str) for t in self.targets)):
+            raise UserError(f"lora: targets is {validate.short(self.targets)}; give names of modules such as q_proj")
+
+    @property
+    def scale(self) -> float:
+        """What the correction is multiplied by."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+def modules(config: ModelConfig, target: str) -> tuple[str, ...]:
+    """The modules of a layer that one of Lora.targets means, by Hugging Face's names, such as self_attn.q_proj.
+
+    Raises UserError with what can be adapted where there are none.
+    """
+    can = _adaptable(config)
+    found = tuple(name for name in can if f".{name}".endswith(f".{target}"))  # PEFT's rule
+    if not found:
+        hint = "; routed experts and routers take no adapters" if config.num_experts else ""
+        raise UserError(f"lora: targets has {target!r}; this model can adapt {', '.join(can)}{hint}")
+    return found
+
+
+def all_modules(config: ModelConfig, lora: Lora) -> tuple[str, ...]:
+    """The modules of a layer that all targets together mean, sorted: equal for settings that adapt the same."""
+    return tuple(sorted({name for target in lora.targets for name in modules(config, target)}))
+
+
+def declare(config: ModelConfig, lora: Lora, *, unroll: bool = False) -> Tree:
+    """The adapters' declarations: a nested dict of ParamSpec, as model.declare gives them for the parameters.
+
+    Like those they serve optimizer, sharding and checkpoints. unroll: for parameters that are one array per layer.
+    """
+    chosen = all_modules(config, lora)
+
+    def below(specs: Tree) -> Tree:
+        tree: Tree = {}
+        for name, spec in specs.items():
+            if isinstance(spec, dict):
+                tree |= {name: inside} if (inside := below(spec)) else {}
+            elif _can_adapt(spec) and _module(spec) in chosen:
+                tree[name] = _adapter(spec, lora.rank)
+        return tree
+
+    return below(decoder.declare(config, unroll=unroll)[1])
+
+
+def init(config: ModelConfig, lora: Lora, key: jax.Array, *, unroll: bool = False) -> Tree:
+    """Adapters that change nothing yet: b is zero, a uniform in +-1 / sqrt(inputs), as in PEFT.
+
+    Values depend on the key, the module's name and the layer's index alone. To be called inside jit.
+    """
+
+    def values(spec: ParamSpec) -> jax.Array:
+        if spec.hf.endswith(_B):
+            return jnp.zeros(spec.shape, spec.dtype)
+        mine, bound = jax.random.fold_in(key, zlib.crc32(spec.hf.encode())), spec.hf_shape[1] ** -0.5
+
+        def draw(layer):
+            return jax.random.uniform(jax.random.fold_in(mine, layer), spec.shape[1:], spec.dtype, -bound, bound)
+
+        return jax.vmap(draw)(jnp.asarray(spec.layers))
+
+    return jax.tree.map(values, declare(config, lora, unroll=unroll))
+
+
+def attach(params: Tree, adapters: Tree, lora: Lora) -> Tree:
+    """The parameters with adapters beside the weights they belong to: no copies, no work, made to be used inside jit.
+
+    To train, differentiate with respect to the adapters, not to what this returns.
+    """
+    if absent := [name for name in adapters if name not in params]:
+        raise ValueError(
+            f"adapters for {absent[0]!r}, which the parameters lack: is one of them stacked, one unrolled?"
+        )
+    return params | {name: _attach(params[name], adapter, lora) for name, adapter in adapters.items()}
+
+
+def merge(params: Tree, adapters: Tree, lora: Lora) -> Tree:
+    """The parameters with the corrections added, W + scale * b a in float32, in the dtypes they had. Copies.
+
+    Weights without an adapter are those of `params`. Raises UserError where the base is int8.
+    """
+
+    def one(leaf):
+        if not isinstance(leaf, Adapted):
+            return leaf
+        if isinstance(leaf.base, Int8):
+            raise UserError("adapters cannot be merged into int8 weights, which would round them away: load bfloat16")
+        return _merged_layers(leaf)
+
+    return jax.tree.map(one, attach(params, adapters, lora), is_leaf=lambda x: isinstance(x, Adapted | Int8))
+
+
+_A, _B = ".lora_A.weight", ".lora_B.weight"  # PEFT's names of a and b
+
+
+def _adapter(spec: ParamSpec, rank: int) -> Tree:
+    """Declarations of one weight's adapter."""
+    split = len(spec.shape) - summed(spec)
+    outputs, inputs = spec.hf_shape
+
+    def declared(dims: list[tuple[str | None, int]], suffix: str, hf_shape: tuple[int, int]) -> ParamSpec:
+        axes, shape = zip(*dims, strict=True)
+        hf = _module(spec) + suffix
+        return ParamSpec(shape, jnp.dtype(jnp.float32), axes, hf, hf_shape, spec.layers, decay=True)
+
+    dims = list(zip(spec.axes, spec.shape, strict=True))
+    a = declared([dims[0], (None, rank), *dims[split:]], _A, (rank, inputs))
+    b = declared([*dims[:split], (None, rank)], _B, (outputs, rank))
+    return {"a": a, "b": b}
+
+
+def _attach(leaf, adapter: Tree, lora: Lora):
+    if isinstance(leaf, dict):
+        return attach(leaf, adapter, lora)
+    a, b = adapter["a"], adapter["b"]
+    if (*b.shape[:-1], *a.shape[2:]) != leaf.shape or not a.shape[1] == b.shape[-1] == lora.rank:
+        raise ValueError(f"adapter a {a.shape}, b {b.shape} of rank {lora.rank} does not fit a weight of {leaf.shape}")
+    return Adapted(leaf, a, b, lora.scale)
+
+
+@jax.jit
+def _merged_layers(w: Adapted) -> jax.Array:
+    return jax.lax.map(merged, w)  # one by one: a float32 copy of all layers of a weight is a third of a model
+
+
+@functools.lru_cache(maxsize=8)
+def _adaptable(config: ModelConfig) -> tuple[str, ...]:
+    """The modules of a layer that may be adapted."""
+    return tuple(dict.fromkeys(_module(spec) for _, spec in leaves(decoder.declare(config)[1]) if _can_adapt(spec)))
+
+
+def _can_adapt(spec: ParamSpec) -> bool:
+    return bool(spec.layers) and is_matrix(spec)
+
+
+def _module(spec: ParamSpec) -> str:
+    return spec.hf.removesuffix(".weight")

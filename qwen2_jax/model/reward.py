@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The beginning of a reward model: a chat model whose word head gives its place to a score head."""
+
+import dataclasses
+from typing import cast
+
+import jax
+from flax import nnx
+
+from qwen2_jax.config.architectures import HeadKind
+from qwen2_jax.config.model_config import ModelConfig
+from qwen2_jax.model.decoder import ScoreHead, check_head, declare
+from qwen2_jax.parallel import sharding
+from qwen2_jax.weights.params import Declare, ParamSpec, Tree
+
+
+def from_words(params: Tree, config: ModelConfig, head: HeadKind, seed: int = 0) -> tuple[Tree, ModelConfig]:
+    """(params, config) of a reward model that reads as this model of words does, and scores at random.
+
+    params: stacked or unrolled; everything but the word head is shared with the result, not copied. The new head's
+    weights are normal and small, its biases zero: those that `model.init` would give for the seed. Where the parameters
+    are on a mesh, it is born there, split as declared; inside jit, where out_shardings say.
+    """
+    check_head(config, scores=False)
+    scoring = dataclasses.replace(config, score_head=head)
+    like = params["final_norm_D"]
+
+    def place(spec: ParamSpec) -> jax.sharding.Sharding:
+        where = like.sharding
+        on_mesh = isinstance(where, jax.sharding.NamedSharding)
+        return sharding.sharding(spec.axes, spec.shape, cast(jax.sharding.Mesh, where.mesh)) if on_mesh else where
+
+    def fresh() -> Tree:
+        declared = Declare(nnx.Rngs(seed).params(), dtype=like.dtype, std=config.initializer_range)
+        return nnx.to_pure_dict(nnx.state(ScoreHead(scoring, declared)))
+
+    if not isinstance(like, jax.core.Tracer):
+        fresh = jax.jit(fresh, out_shardings=jax.tree.map(place, declare(scoring)[1]["score_head"]))
+    kept = {name: value for name, value in params.items() if name != "head_VD"}
+    return kept | {"score_head": fresh()}, scoring

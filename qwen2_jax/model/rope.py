@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rotary positions: plain RoPE, YaRN and Dual Chunk Attention, all as run-time arrays.
+
+One compiled program serves every kind of request, because what distinguishes them are numbers, not code: the
+frequencies (YaRN stretches the slow ones), the chunk length (plain attention is one endless chunk) and the factor on
+the logits. Each row of a batch carries its own.
+
+Dual Chunk Attention (An et al. 2024, arXiv:2402.17463; positions as in the Qwen authors' code) cuts a sequence every
+s = chunk_size - local_size tokens. A key at position j is always rotated by j mod s. A query at position i is rotated
+three ways, and the chunk of the key decides which one meets it:
+
+    key in the query's own chunk     i mod s                      exact distance i - j
+    key in the chunk before          min(i mod s + s, chunk_size)  exact for the nearest local_size keys
+    key in an older chunk            min(2s - 1, chunk_size)       one constant, larger than any distance above
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qwen2_jax.config.model_config import FULL, DualChunk, ModelConfig, RopeScaling
+from qwen2_jax.errors import UserError
+
+# A rotations  B batch (1 serves every row)  T query  N heads  H head width  F = H / 2 frequencies
+LongContext = Literal["auto", "off", "yarn", "dca"]
+MODES: tuple[LongContext, ...] = ("auto", "off", "yarn", "dca")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """How positions enter attention, one entry per row of the batch or one for all rows.
+
+    inv_freq_BF: float32 [B, H/2], radians per token.
+    amplitude_B: float32 [B], factor on the attention logits (the square of YaRN's factor on cos and sin; 1 without).
+        It multiplies logits and not cached keys, so that a cache does not depend on it.
+    chunk_len_B: int32 [B], s of Dual Chunk Attention; FULL is one endless chunk, ordinary attention.
+        None says so at compile time: the two extra query rotations are then not even traced.
+    chunk_size_B: int32 [B], the largest distance that Dual Chunk Attention uses.
+    original_length_B: float32 [B], tokens of context the model was trained on, where Dual Chunk Attention starts to
+        sharpen the softmax with growing length; 0 turns that off.
+    """
+
+    inv_freq_BF: jax.Array
+    amplitude_B: jax.Array
+    chunk_len_B: jax.Array | None
+    chunk_size_B: jax.Array
+    original_length_B: jax.Array
+
+    def logit_scale(self, context_B: jax.Array) -> jax.Array:
+        """Factor on the logits of rows that hold context_B tokens: amplitude * f(n)^2, float32 [B].
+
+        f(n) = max(1, 0.1 ln(n / original_length) + 1) (Qwen2.5-1M report, arXiv:2501.15383, sec. 5.1, eq. 1).
+        """
+        ratio_B = context_B / jnp.maximum(self.original_length_B, 1.0)
+        f_B = jnp.maximum(1.0, 0.1 * jnp.log(jnp.maximum(ratio_B, 1.0)) + 1.0)
+        return self.amplitude_B * jnp.where(self.original_length_B > 0, f_B * f_B, 1.0)
+
+    def angles(self, positions_BT: jax.Array) -> "Angles":
+        """The rotations of this call's tokens. Negative positions (padding) give finite angles that nobody uses."""
+        if self.chunk_len_B is None:
+            index_ABT = positions_BT[None]
+        else:
+            s_B1, c_B1 = self.chunk_len_B[:, None], self.chunk_size_B[:, None]
+            own_BT = positions_BT % s_B1
+            inter_BT = jnp.broadcast_to(jnp.minimum(2 * s_B1 - 1, c_B1), own_BT.shape)
+            index_ABT = jnp.stack([own_BT, jnp.minimum(own_BT + s_B1, c_B1), inter_BT])
+        angle_ABTF = index_ABT.astype(jnp.float32)[..., None] * self.inv_freq_BF[:, None, :]
+        return Angles(jnp.cos(angle_ABTF), jnp.sin(angle_ABTF))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Angles:
+    """cos and sin of the rotations, float32 [A, B, T, H/2]: A = 1, or 3 with chunks (own, one before, older)."""
+
+    cos_ABTF: jax.Array
+    sin_ABTF: jax.Array
+
+    def queries(self, q_BTNH: jax.Array) -> tuple[jax.Array, ...]:
+        """The query in all A rotations."""
+        return tuple(_rotate(q_BTNH, self.cos_ABTF, self.sin_ABTF))
+
+    def keys(self, k_BTKH: jax.Array) -> jax.Array:
+        """The key in the one rotation it has, that of its position in its own chunk."""
+        return _rotate(k_BTKH, self.cos_ABTF[0], self.sin_ABTF[0])
+
+
+def _rotate(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates dimension i against i + H/2, as Qwen2's weights expect. Computed in float32, returned in x's dtype."""
+    a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[..., None, :], sin[..., None, :]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
+
+
+def plain_frequencies(head_dim: int, *, theta: float) -> np.ndarray:
+    """theta^(-2i / head_dim), float32 [H/2], radians per token (Su et al. 2021, arXiv:2104.09864)."""
+    return (theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)).astype(np.float32)
+
+
+def yarn_frequencies(
+    head_dim: int,
+    *,
+    theta: float,
+    factor: float,
+    original_length: int,
+    beta_fast: float = 32.0,
+    beta_slow: float = 1.0,
+    truncate: bool = True,
+) -> np.ndarray:
+    """Frequencies under YaRN (Peng et al. 2023, arXiv:2309.00071, sec. 3.2), float32 [H/2], radians per token.
+
+    Dimensions that turn more than beta_fast times within original_length stay, those that turn less than beta_slow
+    times are slowed by `factor`, a linear ramp joins them. factor=1 gives plain frequencies exactly.
+    """
+    plain = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+
+    def dimension(turns: float) -> float:
+        return head_dim * math.log(original_length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = dimension(beta_fast), dimension(beta_slow)
+    if truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    if low == high:
+        high += 0.001
+    ramp = np.clip((np.arange(head_dim // 2) - low) / (high - low), 0, 1)
+    return (plain * (1 - ramp) + plain / factor * ramp).astype(np.float32)
+
+
+def yarn_attention_factor(scaling: RopeScaling, factor: float) -> float:
+    """YaRN's factor on cos and sin: the file's own, else the ratio of two mscales, else 0.1 ln(factor) + 1."""
+
+    def mscale(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    if scaling.mscale and scaling.mscale_all_dim:
+        return mscale(scaling.mscale) / mscale(scaling.mscale_all_dim)
+    return mscale(1.0)
+
+
+def dual_chunk_defaults(trained_length: int) -> DualChunk:
+    """What Qwen2 uses where its config says nothing: chunk 32768, local 512, trained 32768, or in that proportion."""
+    return DualChunk(
+        chunk_size=trained_length,
+        local_size=max(1, trained_length * 512 // 32768),
+        original_max_position_embeddings=trained_length,
+    )
+
+
+def plain(config: ModelConfig) -> Rope:
+    """Ordinary attention for every row, known at compile time. The default of training."""
+    return dataclasses.replace(_stack([_plain_row(config)]), chunk_len_B=None)
+
+
+def choose(config: ModelConfig, lengths: int | Sequence[int], mode: LongContext = "auto") -> Rope:
+    """The rotary arrays for rows that will hold `lengths` tokens (prompt and answer together).
+
+    mode "auto": plain up to config.trained_length; beyond it what the config says (dual_chunk_attention_config, else
+    rope_scaling of type yarn), and Dual Chunk Attention with Qwen2's sizes where it says nothing.
+    "off": plain at any length. "yarn": YaRN at any length with the config's factor, as transformers applies it; where
+    the config has none, with the factor length / trained_length. "dca": Dual Chunk Attention at any length.
+    A length of at most the chunk size is plain attention under "dca" too.
+    """
+    if mode not in MODES:
+        raise UserError(f"long_context={mode!r}; choose one of {', '.join(map(repr, MODES))}")
+    rows = np.atleast_1d(np.asarray(lengths)).tolist()
+    return _stack([_row(config, int(n), mode) for n in rows])
+
+
+def _row(config: ModelConfig, length: int, mode: LongContext) -> tuple:
+    scaling = config.rope_scaling
+    has_yarn = scaling is not None and scaling.type == "yarn"
+    if mode == "auto":
+        if length <= config.trained_length:
+            mode = "off"
+        elif has_yarn and config.dual_chunk_attention_config is None:
+            mode = "yarn"
+        else:
+            mode = "dca"
+    if mode == "off":
+        return _plain_row(config)
+    if mode == "yarn":
+        return _yarn_row(config, yarn_scaling(config, length))
+    chunk = config.dual_chunk_attention_config or dual_chunk_defaults(config.trained_length)
+    inv_freq = _plain_row(config)[0]
+    return (
+        inv_freq,
+        1.0,
+        chunk.chunk_size - chunk.local_size,
+        chunk.chunk_size,
+        chunk.original_max_position_embeddings or 0,
+    )
+
+
+def _plain_row(config: ModelConfig) -> tuple:
+    inv_freq = plain_frequencies(config.head_dim, theta=config.rope_theta)
+    if config.rope_scaling is not None and config.rope_scaling.type == "linear":
+        inv_freq = inv_freq / np.float32(config.rope_scaling.factor)  # trained with it: part of the model at any length
+    return inv_freq, 1.0, FULL, FULL, 0
+
+
+def yarn_scaling(config: ModelConfig, length: int) -> RopeScaling:
+    """The YaRN that rows of `length` tokens get: the config's, else one of factor length / trained_length."""
+    if config.rope_scaling is not None and config.rope_scaling.type == "yarn":
+        return config.rope_scaling
+    factor = max(1.0, length / config.trained_length)
+    return RopeScaling(type="yarn", factor=factor, original_max_position_embeddings=config.trained_length)
+
+
+def _yarn_row(config: ModelConfig, scaling: RopeScaling) -> tuple:
+    inv_freq = yarn_frequencies(
+        config.head_dim,
+        theta=config.rope_theta,
+        factor=scaling.factor,
+        original_length=scaling.original_max_position_embeddings or config.max_position_embeddings,
+        beta_fast=scaling.beta_fast,
+        beta_slow=scaling.beta_slow,
+        truncate=scaling.truncate,
+    )
+    return inv_freq, yarn_attention_factor(scaling, scaling.factor) ** 2, FULL, FULL, 0
+
+
+def _stack(rows: list[tuple]) -> Rope:
+    inv_freq, amplitude, chunk_len, chunk_size, original = zip(*rows, strict=True)
+    return Rope(
+        inv_freq_BF=jnp.asarray(np.stack(inv_freq)),
+        amplitude_B=jnp.asarray(amplitude, jnp.float32),
+        chunk_len_B=jnp.asarray(chunk_len, jnp.int32),
+        chunk_size_B=jnp.asarray(chunk_size, jnp.int32),
+        original_length_B=jnp.asarray(original, jnp.float32),
+    )

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention over given keys and over a cache, and what is written to the cache, on each device's share."""
+
+import jax
+import jax.numpy as jnp
+
+from qwen2_jax.kernels import decode_attention as _decode
+from qwen2_jax.kernels import flash_attention as _flash
+from qwen2_jax.kernels.dual_chunk_attention import dual_chunk_attention
+from qwen2_jax.ops.implementations import implementation_of
+from qwen2_jax.ops.per_device import CACHE, FEW_QUERIES, axes_of_names, before_weights, on_each_device, per_row
+
+# R layers of a cache  B batch  T query  S key  N query heads  K kv heads  H head width
+QUERY = ("batch", "length", "heads", None)
+KEY = ("batch", "length", "kv_heads", None)
+TOKENS = ("batch", "length")
+STEP = ("batch", None, "heads", None)  # the queries of a decode step
+ROW = ("batch",)
+
+
+def attention(
+    queries: tuple[jax.Array, ...],
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    *,
+    q_positions_BT: jax.Array,
+    kv_positions_BS: jax.Array,
+    q_segments_BT: jax.Array | None = None,
+    kv_segments_BS: jax.Array | None = None,
+    chunk_len=None,
+    window=None,
+    scale=None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Attention over keys given with their positions: one query rotation (ordinary) or three (dual chunk).
+
+    queries: (q_BTNH,) or (q_BTNH, q_succ_BTNH, q_inter_BTNH); chunk_len belongs to the three. window, chunk_len and
+    scale are numbers or [B]. Returns [B, T, N, H].
+    """
+
+    masks = (q_positions_BT, kv_positions_BS, q_segments_BT, kv_segments_BS)
+    numbers = (window, scale, None if len(queries) == 1 else chunk_len)
+    args = (queries, k_BSKH, v_BSKH, masks, per_row(numbers, len(k_BSKH)))
+    names = (QUERY, KEY, KEY, TOKENS, ROW)
+    pieces = axes_of_names(args, names).get("length", ())
+    name = implementation_of("attention", implementation)
+
+    def run(queries, k_BSKH, v_BSKH, masks, numbers):
+        if pieces:
+            # Grouped heads make the keys of a whole row small: with 7 or 8 queries to a key, less than its activations.
+            whole = lambda x: jax.lax.all_gather(x, pieces, axis=1, tiled=True)  # noqa: E731
+            q_at, kv_at, q_in, kv_in = masks
+            k_BSKH, v_BSKH, kv_at, kv_in = jax.tree.map(whole, (k_BSKH, v_BSKH, kv_at, kv_in))
+            masks = q_at, kv_at, q_in, kv_in
+        masks = dict(zip(("q_positions_BT", "kv_positions_BS", "q_segments_BT", "kv_segments_BS"), masks, strict=True))
+        window, scale, chunk_len = numbers
+        common = {**masks, "window": window, "scale": scale, "implementation": name}
+        if len(queries) == 1:
+            return _flash.flash_attention(*queries, k_BSKH, v_BSKH, **common)
+        return dual_chunk_attention(*queries, k_BSKH, v_BSKH, chunk_len=chunk_len, **common)
+
+    return on_each_device(run, args, names, QUERY, name)
+
+
+def cached_attention(
+    queries: tuple[jax.Array, ...],
+    k_RBKSH: jax.Array,
+    v_RBKSH: jax.Array,
+    repeat,
+    *,
+    q_positions_BT: jax.Array,
+    chunk_len=None,
+    window=None,
+    scale=None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Attention over layer `repeat` of a cache whose slot index is the position: a decode step, or a prefill chunk.
+
+    Which of the two is decided by T. Everything else is as in `attention`.
+    """
+    few = q_positions_BT.shape[1] <= FEW_QUERIES
+    queries = jax.tree.map(before_weights, queries)
+    name = implementation_of("decode" if few else "attention", implementation)
+    numbers = per_row((window, scale, None if len(queries) == 1 else chunk_len), k_RBKSH.shape[1])
+    args = (queries, k_RBKSH, v_RBKSH, q_positions_BT, numbers, jnp.asarray(repeat, jnp.int32))
+    new, at = (STEP, ("batch", None)) if few else (QUERY, TOKENS)
+    names = (new, CACHE, CACHE, at, ROW, ())
+    axes = axes_of_names(args, names)
+    # Slots are divided in the order of their positions. So what a prompt's chunk costs is what the fullest share costs,
+    # and until the last share fills up that is more than the mean: over a whole prompt up to twice as much, as is a
+    # step of a cache that is half full. Taking turns by blocks of slots would even that out, but the kernels would then
+    # have to know of it, and a cache is never less than half as long as what is asked for needs.
+    shares, apart = axes.get("slots", ()), axes.get("length", ())
+
+    def run(queries, k_RBKSH, v_RBKSH, q_positions_BT, numbers, repeat):
+        if not shares:
+            return _attend_to_cache(name, queries, k_RBKSH, v_RBKSH, repeat, q_positions_BT, *numbers)
+        if apart:  # every device has some of the slots that each query sees
+            gather = lambda x: jax.lax.all_gather(x, apart, axis=1, tiled=True)  # noqa: E731
+            queries, q_positions_BT = jax.tree.map(gather, (queries, q_positions_BT))
+        first = jax.lax.axis_index(shares) * k_RBKSH.shape[3]
+        cache = (k_RBKSH, v_RBKSH, repeat)
+        out, lse_BTN = _attend_to_cache(name, queries, *cache, q_positions_BT, *numbers, first=first, return_lse=True)
+        return _merge(out, lse_BTN, shares, apart)
+
+    out_BTNH = on_each_device(run, args, names, new, name)
+    return before_weights(out_BTNH)
+
+
+def write_cache(
+    caches_RBKSH: tuple[jax.Array, ...],
+    repeat,
+    new_BTKH: tuple[jax.Array, ...],
+    positions_BT: jax.Array,
+) -> tuple[jax.Array, ...]:
+    """Each cache with its new tokens of layer `repeat` in the slots of their positions.
+
+    A token whose position is negative (padding) or not below S is dropped, never written elsewhere. On a mesh every
+    device writes what belongs in its own slots, so no part of a cache moves.
+    """
+    args = (caches_RBKSH, jax.tree.map(before_weights, new_BTKH), positions_BT, jnp.asarray(repeat, jnp.int32))
+    names = (CACHE, ("batch", None, "kv_heads", None), ("batch", None), ())
+    shares = axes_of_names(args, names).get("slots", ())
+
+    def run(caches_RBKSH, new_BTKH, positions_BT, repeat):
+        S = caches_RBKSH[0].shape[3]
+        slots_BT = positions_BT - jax.lax.axis_index(shares) * S if shares else positions_BT
+        slots_BT = jnp.where(slots_BT < 0, S, slots_BT)
+        where = (repeat, jnp.arange(len(positions_BT))[:, None], slice(None), slots_BT)
+        write = lambda cache, new: cache.at[where].set(new.astype(cache.dtype), mode="drop")  # noqa: E731
+        return jax.tree.map(write, caches_RBKSH, new_BTKH)
+
+    return on_each_device(run, args, names, CACHE, None)
+
+
+def _attend_to_cache(
+    name, queries, k_RBKSH, v_RBKSH, repeat, q_positions_BT, window, scale, chunk_len, first=0, return_lse=False
+):
+    """One device's part of cached_attention: slot 0 holds the position `first`."""
+    R, B, _, S, _ = k_RBKSH.shape
+    common = {"window": window, "scale": scale, "return_lse": return_lse, "implementation": name}
+    if q_positions_BT.shape[1] > FEW_QUERIES:
+        k_BSKH, v_BSKH = (x[repeat].swapaxes(1, 2) for x in (k_RBKSH, v_RBKSH))
+        slots_BS = jnp.broadcast_to(first + jnp.arange(S, dtype=jnp.int32), (B, S))
+        common |= {"q_positions_BT": q_positions_BT, "kv_positions_BS": slots_BS}
+        if len(queries) == 1:
+            return _flash.flash_attention(*queries, k_BSKH, v_BSKH, **common)
+        return dual_chunk_attention(*queries, k_BSKH, v_BSKH, chunk_len=chunk_len, **common)
+    q, succ, inter = queries if len(queries) == 3 else (*queries, None, None)
+    # A kernel's input is a whole array: a slice of the cache would be copied at every step. So the layers' rows are
+    # handed over as pages of S slots, of which each row has one.
+    k, v = (x.reshape(-1, *x.shape[2:]) for x in (k_RBKSH, v_RBKSH))
+    pages_B1 = None if R == 1 else (repeat * B + jnp.arange(B, dtype=jnp.int32))[:, None]
+    return _decode.decode_attention(
+        q, succ, inter, k, v,
+        q_positions_BT=q_positions_BT, block_table_BP=pages_B1, chunk_len=chunk_len, first=first, **common,
+    )  # fmt: skip
+
+
+def _merge(out_BTNH: jax.Array, lse_BTN: jax.Array, axes: tuple[str, ...], scatter: tuple[str, ...]) -> jax.Array:
+    """One softmax of the devices along `axes`, each of which saw other keys; zeros where none saw any.
+
+    Over the axes `scatter`, each device is left with its part of the queries.
+    """
+    top_BTN = jax.lax.pmax(jax.lax.stop_gradient(lse_BTN), axes)
+    weight_BTN = jnp.exp(lse_BTN - jnp.where(top_BTN == -jnp.inf, 0, top_BTN))
+    sums = out_BTNH.astype(jnp.float32) * weight_BTN[..., None], weight_BTN
+    if scatter:
+        sums = jax.tree.map(lambda x: jax.lax.psum_scatter(x, axes, scatter_dimension=1, tiled=True), sums)
+    else:
+        sums = jax.lax.psum(sums, axes)
+    total_BTNH, total_BTN = sums
+    return (total_BTNH / jnp.where(total_BTN > 0, total_BTN, 1)[..., None]).astype(out_BTNH.dtype)

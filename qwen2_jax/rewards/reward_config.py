@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run's config says of a reward: which function, its weight, its limits."""
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from qwen2_jax import validate
+from qwen2_jax.errors import UserError
+
+BUILTINS = ("number", "maths", "format", "length", "code")  # functions of builtin.py
+BY_PATH = "<run_path>"  # the module's name in which runpy, which loads configs, defines functions
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reward:
+    """A reward function and how it is called. call.py says what a function gets and gives."""
+
+    function: Any  # "number", "file.py:name", "package.module:name", or the function itself
+    weight: float = 1.0  # of its scores in the sum
+    name: str | None = None  # in metrics and messages; None: the function's
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)  # further keywords of every call
+    batch: int | None = None  # completions per call, calls run side by side; None: one call gets them all
+    timeout: float = 60.0  # seconds that a call may take
+    on_error: Literal["stop", "skip"] = "stop"  # a call that fails ends the run, or its completions have no score
+
+    def __post_init__(self):
+        if isinstance(self.function, str):
+            if self.function not in BUILTINS and not all(self.function.rpartition(":")):
+                raise UserError(
+                    f"reward function {validate.short(self.function)}: give one of {', '.join(BUILTINS)}, or "
+                    '"path/to/file.py:name", or "package.module:name"'
+                )
+        elif not callable(self.function):
+            raise UserError(
+                f"reward function {validate.short(self.function)} is neither a function nor the place of one"
+            )
+        where = f"reward {self.title}"
+        validate.number(self, where, ("weight",), float)
+        validate.number(self, where, ("timeout",), float, 0.0)
+        validate.number(self, where, ("batch",), int, 1, none=True)
+        validate.choice(f"{where}: on_error", self.on_error, ("stop", "skip"))
+
+    @property
+    def title(self) -> str:
+        """What the reward is called in metrics and messages."""
+        named = self.function if isinstance(self.function, str) else getattr(self.function, "__name__", "function")
+        return self.name or named.rpartition(":")[2]
+
+    @property
+    def reference(self) -> str | None:
+        """Where another process finds the function: a text as for `function`. None: it cannot.
+
+        It finds functions at the top level of a module or of a config file. It does not find lambdas, functions inside
+        functions, objects, and what a script or notebook defines (`__main__`), which would have to run again for it.
+        """
+        if isinstance(self.function, str):
+            return self.function
+        module, name = getattr(self.function, "__module__", None), getattr(self.function, "__qualname__", "<none>")
+        if module == BY_PATH and name.isidentifier():
+            return f"{Path(self.function.__code__.co_filename).resolve()}:{name}"
+        known = sys.modules.get(module) if module and module != "__main__" else None
+        found = known is not None and known.__spec__ is not None and getattr(known, name, None) is self.function
+        return f"{module}:{name}" if found else None
+
+
+Function = Callable[..., Any]

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The speedrun's corpus, made from nothing but Python's standard library: a tokenizer and JSON Lines files.
+
+python -m qwen2_jax.speedrun.corpus runs/speedrun/data
+
+tokenizer/                a byte-level BPE built as Qwen2's, learned from the training text
+text/{prose,code}.jsonl   {"text": ...}: docstrings and language reference, and sources
+text/stories.jsonl        {"text": ...}: short tales from sentence patterns
+sums.jsonl                {"prompt": ..., "completion": ...}: worksheets of sums, one line each
+chats.jsonl               {"messages": [...]}: short questions of every skill
+recall.jsonl              {"messages": [...]}: codes hidden in texts of up to LONG characters
+held_out/*.jsonl          the same kinds, of other documents, sums, strings and codes: a hash decides where each goes.
+                          Not all text in them is new: one topic of the language reference, about 2% of the prose,
+                          is repeated inside a longer one, and a string of four digits may equal a code
+"""
+
+import dataclasses
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+from qwen2_jax.errors import UserError, run_and_exit
+from qwen2_jax.speedrun import bpe, skills, stdlib_text
+
+SENTENCE = re.compile(r"[A-Z][a-z]+(?: [a-z,'-]+){4,18}\.")
+WORD = re.compile(r"\b[a-z]{3,9}\b")
+MIXED = ("sums", "sums", "sums", "copy", "copy", "compare", "small_talk")  # how often each skill is asked in a chat
+LONG = 3000  # characters: about 1000 tokens of such prose
+Record = dict[str, object]
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """How much is made. The defaults are the speedrun's; tests take less."""
+
+    vocabulary: int = 2000  # learned tokens; three special ones follow
+    stories: int = 3000
+    sums: int = 60_000
+    chats: int = 24_000  # conversations of one to ten questions
+    recall: int = 8_000  # conversations about a text
+    held_out: int = 200  # of each kind
+
+
+def write(out: Path, size: Size = Size(), *, seed: int = 0, documents: Mapping[str, tuple[str, bool]] | None = None):
+    """Makes the corpus in the folder `out`, which appears whole or not at all.
+
+    documents: name -> (text, is_prose), by default the standard library's (stdlib_text.py).
+    """
+    if out.exists():
+        raise UserError(f"{out} exists already; choose a new folder or remove that one first")
+    documents = stdlib_text.stdlib_documents() if documents is None else documents
+    work = out.with_name(out.name + ".unfinished")
+    shutil.rmtree(work, ignore_errors=True)
+    train, unseen = (stdlib_text.split(dict(documents), held_out=h) for h in (False, True))
+    tokenizer = bpe.train(tokenizer_texts(train), vocab_size=size.vocabulary)
+    bpe.save(tokenizer, work / "tokenizer", max_length=32768)
+    draw = Skills.of(train, unseen, tokenizer.get_vocab())
+
+    def put(name: str, records: Iterable[Record]) -> None:
+        file = work / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), "utf-8")
+
+    def rng(number: int) -> np.random.Generator:
+        return np.random.default_rng([seed, number])
+
+    put("text/prose.jsonl", ({"text": t} for t, is_prose in train.values() if is_prose))
+    put("text/code.jsonl", ({"text": t} for t, is_prose in train.values() if not is_prose))
+    put("text/stories.jsonl", ({"text": t} for t in draw.stories(rng(0), size.stories)))
+    put("sums.jsonl", draw.worksheets(rng(1), size.sums))
+    put("chats.jsonl", draw.chats(rng(2), size.chats, MIXED))
+    put("recall.jsonl", draw.recalls(rng(3), size.recall))
+    put("held_out/prose.jsonl", ({"text": t} for t, is_prose in unseen.values() if is_prose))
+    put("held_out/code.jsonl", ({"text": t} for t, is_prose in unseen.values() if not is_prose))
+    for i, kind in enumerate(("sums", "copy", "compare")):
+        put(f"held_out/{kind}.jsonl", draw.chats(rng(4 + i), size.held_out, (kind,), held_out=True))
+    put("held_out/recall.jsonl", draw.recalls(rng(9), size.held_out, held_out=True))
+    work.rename(out)
+
+
+def tokenizer_texts(documents: Mapping[str, tuple[str, bool]]) -> list[str]:
+    """What the tokenizer learns from: the prose twice, the code once, and the words of the chat format often enough."""
+    questions = (*skills.SUM_QUESTIONS, *skills.COPY_QUESTIONS, *skills.RECALL_QUESTIONS, *skills.NAMED_QUESTIONS)
+    talk = (*skills.COMPARE_QUESTIONS, *skills.SMALL_TALK, *skills.SMALL_TALK.values(), *skills.NAMES)
+    chat = f"system\n{bpe.SYSTEM}\nuser\nassistant\n" + "\n".join((*questions, *talk))
+    return [t for t, is_prose in documents.values() for _ in range(1 + is_prose)] + [chat] * 500
+
+
+@dataclasses.dataclass(frozen=True)
+class Skills:
+    """Draws items and conversations. sentences, unseen: filler of training and of held-out texts. words, pieces: of
+    the strings to be copied."""
+
+    sentences: list[str]
+    unseen: list[str]
+    words: list[str]
+    pieces: list[str]
+
+    @classmethod
+    def of(cls, train: Mapping, unseen: Mapping, vocabulary: Iterable[str]) -> "Skills":
+        """From documents of both splits and the tokenizer's tokens."""
+        sentences, words = pools(train)
+        return cls(sentences, pools(unseen)[0], words, pieces(vocabulary))
+
+    def item(self, rng: np.random.Generator, kind: str, *, held_out: bool = False) -> skills.Item:
+        """One short item of a skill from the wanted split."""
+        if kind == "small_talk":
+            return skills.small_talk(rng, self.words)
+        if kind == "sums" and not held_out and rng.random() < 0.12:
+            return skills.draw(rng, skills.small_sums, held_out=False)
+        make: dict[str, Callable[[np.random.Generator], skills.Item]] = {
+            "sums": skills.sums,
+            "compare": skills.compare,
+            "copy": partial(skills.copy, words=self.words, pieces=self.pieces),
+        }
+        return skills.draw(rng, make[kind], held_out=held_out)
+
+    def recall(
+        self, rng: np.random.Generator, characters: int, *, named: bool = False, held_out: bool = False
+    ) -> list[skills.Item]:
+        """A text with hidden codes and the questions about them, the text in front of the first."""
+        sentences = self.unseen if held_out else self.sentences
+        return skills.recall(rng, sentences, characters=characters, named=named, held_out=held_out)
+
+    def stories(self, rng: np.random.Generator, count: int) -> Iterator[str]:
+        return (skills.story(rng) for _ in range(count))
+
+    def worksheets(self, rng: np.random.Generator, count: int) -> Iterator[Record]:
+        return ({"prompt": task, "completion": f"{answer}\n"} for task, answer in skills.worksheet(rng, count))
+
+    def chats(
+        self, rng: np.random.Generator, count: int, kinds: tuple[str, ...], *, held_out: bool = False
+    ) -> Iterator[Record]:
+        """Conversations of one to ten short questions, each of a random one of `kinds`; held out: of one."""
+        for _ in range(count):
+            turns = 1 if held_out else int(rng.integers(1, 11))
+            yield messages(self.item(rng, skills.pick(rng, kinds), held_out=held_out) for _ in range(turns))
+
+    def recalls(self, rng: np.random.Generator, count: int, *, held_out: bool = False) -> Iterator[Record]:
+        """Conversations about texts of up to LONG characters. Short ones are more frequent: more to learn per token."""
+        for _ in range(count):
+            named = not held_out and rng.random() < 0.3
+            yield messages(self.recall(rng, int(rng.random() ** 2 * LONG), named=named, held_out=held_out))
+
+
+def messages(items: Iterable[skills.Item]) -> Record:
+    """Questions and answers as one conversation."""
+    turns = [({"role": "user", "content": i.question}, {"role": "assistant", "content": i.answer}) for i in items]
+    return {"messages": [message for turn in turns for message in turn]}
+
+
+def pools(documents: Mapping[str, tuple[str, bool]]) -> tuple[list[str], list[str]]:
+    """Plain sentences (filler) and words of the documents' prose, each sorted so that order means nothing."""
+    prose = [t for t, is_prose in documents.values() if is_prose]
+    sentences = sorted({re.sub(r"\s+", " ", s) for t in prose for s in SENTENCE.findall(re.sub(r"\s+", " ", t))})
+    counts: dict[str, int] = {}
+    for t in prose:
+        for word in WORD.findall(t):
+            counts[word] = counts.get(word, 0) + 1
+    return sentences, sorted(w for w, n in counts.items() if n >= 3)
+
+
+def pieces(vocabulary: Iterable[str]) -> list[str]:
+    """The tokens of two or more lower-case letters, without their leading space, sorted."""
+    tokens = {token.removeprefix("\u0120") for token in vocabulary}  # the byte-level sign of a space
+    return sorted(t for t in tokens if t.isascii() and t.isalpha() and t.islower() and len(t) > 1)
+
+
+def main(out: tyro.conf.Positional[Path], *, seed: int = 0, size: Size = Size()) -> int:
+    """Makes the speedrun's corpus in a new folder."""
+    write(out, size, seed=seed)
+    print(f"wrote {out}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    run_and_exit(lambda: tyro.cli(main))

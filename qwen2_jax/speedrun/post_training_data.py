@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Data of the speedrun's stages after fine-tuning: sums asked in words that the demo was never asked in.
+
+python -m qwen2_jax.speedrun.post_training_data runs/speedrun/tasks
+
+sums.jsonl           {"prompt": "What do 23 and 45 make?", "answer": "68"}
+pairs.jsonl          {"prompt": ..., "chosen": "68", "rejected": "78"}: the right sum and one near it
+ranked.jsonl         {"prompt": ..., "responses": ["68", "69", "88", "38"]}: the right sum, then ever farther from it
+prose.jsonl          {"text": ...}: docstrings and language reference, as the demo was pre-trained on
+held_out/*.jsonl     the same kinds, of other numbers and documents: a hash decides where they go, as it did for what
+                     the demo was trained on. No question is there twice.
+"""
+
+import dataclasses
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import tyro
+
+from qwen2_jax.errors import UserError, run_and_exit
+from qwen2_jax.speedrun import skills, stdlib_text
+
+# The demo adds two numbers nearly without fault in the words of skills.SUM_QUESTIONS. Asked like this, its likeliest
+# answer is right about every second time, and of eight that are drawn one nearly always: something to learn from.
+QUESTION = "What do {a} and {b} make?"
+NEAR = ((1, 2), (10, 20), (30, 40))  # how far the second, third and fourth response to a prompt are from the sum
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """How much is made."""
+
+    train: int = 3000  # questions
+    held_out: int = 200
+
+
+class Sum(NamedTuple):
+    """A question, responses to it, the best (right) one first, and one of the two that come next."""
+
+    prompt: str
+    ranked: list[str]
+    near: str
+
+
+def sums(rng: np.random.Generator, count: int, *, held_out: bool) -> Iterator[Sum]:
+    """`count` different questions of one split."""
+    seen: set[str] = set()
+    while len(seen) < count:
+        item = skills.draw(rng, _asked, held_out=held_out)
+        if item.question not in seen:
+            seen.add(item.question)
+            ranked = responses(rng, int(item.answer))
+            yield Sum(item.question, ranked, ranked[int(rng.integers(1, 3))])
+
+
+def _asked(rng: np.random.Generator) -> skills.Item:
+    item = skills.sums(rng)
+    a, b = item.key.split()[1:]
+    a, b = (a, b) if rng.random() < 0.5 else (b, a)
+    return dataclasses.replace(item, question=QUESTION.format(a=a, b=b))
+
+
+def responses(rng: np.random.Generator, total: int) -> list[str]:
+    """The sum and one answer for each distance of NEAR, the best first."""
+    off = [int(rng.choice(far)) for far in NEAR]
+    return [str(total), *(str(total - x if x <= total and rng.random() < 0.5 else total + x) for x in off)]
+
+
+def write(out: Path, size: Size = Size(), *, seed: int = 0) -> None:
+    """Makes the data in the folder `out`, which appears whole or not at all."""
+    if out.exists():
+        raise UserError(f"{out} exists already; choose a new folder or remove that one first")
+    work = out.with_name(out.name + ".unfinished")
+    shutil.rmtree(work, ignore_errors=True)
+    documents = stdlib_text.stdlib_documents()
+    for folder, held_out in ((work, False), (work / "held_out", True)):
+        rng = np.random.default_rng([seed, held_out])
+        files: dict[str, list[dict[str, object]]] = {"sums": [], "pairs": [], "ranked": []}
+        files["prose"] = [
+            {"text": t} for t, is_prose in stdlib_text.split(documents, held_out=held_out).values() if is_prose
+        ]
+        for prompt, ranked, near in sums(rng, size.held_out if held_out else size.train, held_out=held_out):
+            files["sums"].append({"prompt": prompt, "answer": ranked[0]})
+            files["pairs"].append({"prompt": prompt, "chosen": ranked[0], "rejected": near})
+            files["ranked"].append({"prompt": prompt, "responses": ranked})
+        folder.mkdir(parents=True)
+        for name, records in files.items():
+            (folder / f"{name}.jsonl").write_text(
+                "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), "utf-8"
+            )
+    work.rename(out)
+
+
+def main(out: tyro.conf.Positional[Path], *, seed: int = 0, size: Size = Size()) -> int:
+    """Makes the data of the stages after fine-tuning in a new folder."""
+    write(out, size, seed=seed)
+    print(f"wrote {out}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    run_and_exit(lambda: tyro.cli(main))

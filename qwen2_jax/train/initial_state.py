@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The weights that a run begins with."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+
+import jax
+
+from qwen2_jax import checkpoint
+from qwen2_jax.checkpoint import peft
+from qwen2_jax.errors import UserError
+from qwen2_jax.model import lora, reward
+from qwen2_jax.train.job import Job
+from qwen2_jax.train.optim import online_merging
+from qwen2_jax.train.post_training_config import Reward
+from qwen2_jax.train.step import State, Trainer
+from qwen2_jax.weights import linear
+from qwen2_jax.weights.params import Tree
+
+
+def weights(job: Job, trainer: Trainer) -> tuple[Callable[[], State], Tree | None]:
+    """(function that makes the first state, frozen weights or None)."""
+    run = job.run
+    if job.source is None:
+        return trainer.init, None
+    dtype = "float32" if run.lora is None else "bfloat16" if run.lora_base == "int8" else run.lora_base
+    load = partial(params, job, dtype)
+    if run.optim.merging is not None:
+        return lambda: merging_from(job, trainer, load()), None
+    if run.lora is None:
+        return lambda: trainer.init(load()), None
+    made = adapters(job)
+    frozen = load()
+    if run.lora_base == "int8":
+        # The layers' matrices, as in QLoRA: embedding and head stay, they are what the loss goes through.
+        frozen["stacks"] = linear.quantize(frozen["stacks"], trainer.model_specs["stacks"])
+    return lambda: trainer.init(made()), frozen
+
+
+def merging_from(job: Job, trainer: Trainer, first: Tree) -> State:
+    """The first state of a run with online merging: these weights, given away, and the task vector."""
+    assert job.run.optim.merging is not None
+    tau = online_merging.load_tau(job.run.optim.merging, trainer.specs, job.config, first, job.mesh, seed=job.run.seed)
+    return online_merging.with_tau(trainer.init(first), tau)
+
+
+def adapters(job: Job) -> Callable[[], Tree]:
+    """The function that gives the adapters to train: new ones, or those of the folder the run starts from."""
+    run = job.run
+    assert run.lora is not None
+    assert run.start is not None
+    if run.start.adapter is None:
+        make = jax.jit(partial(lora.init, job.config, run.lora))
+        return lambda: make(jax.random.key(run.seed))
+    settings, found = peft.load_peft(run.start.adapter, job.config, mesh=job.mesh)
+    # A folder may name its modules in full or in part: what they mean is compared.
+    meant = [dataclasses.replace(s, targets=lora.all_modules(job.config, s)) for s in (settings, run.lora)]
+    if meant[0] != meant[1]:
+        raise UserError(f"start.adapter {run.start.adapter} is of {settings}, and the run asks for {run.lora}")
+    return lambda: found
+
+
+def params(job: Job, dtype: str) -> Tree:
+    """The weights of the checkpoint that the run starts from; a new score head where the run trains one for it."""
+    assert job.source is not None
+    load = partial(checkpoint.load_params, job.source, dtype=dtype, mesh=job.mesh)
+    if not isinstance(job.run, Reward) or checkpoint.read_config(job.source).score_head is not None:
+        return load(job.config)
+    words = dataclasses.replace(job.config, score_head=None)
+    return reward.from_words(load(words), words, job.run.head, seed=job.run.seed)[0]

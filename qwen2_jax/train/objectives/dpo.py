@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Losses from preferences: pairs of answers for a policy (DPO and its relatives), ranked answers for a reward model.
+
+    per token [B, T] -> sequence_sums -> per answer [B, G, K] -> loss per pair -> sums over pairs
+
+Sums add up over micro-batches and are divided by counts of the whole step.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from qwen2_jax import validate
+from qwen2_jax.errors import UserError
+from qwen2_jax.train.objectives.loss_sums import Ratios, counted
+
+# B batch  G groups of a row  K answers of a group, the best first; of a pair: 0 chosen, 1 rejected
+
+LOSSES = ("sigmoid", "sigmoid_norm", "ipo", "hinge")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Preference:
+    """How a policy learns from pairs; the default is DPO as published (Rafailov et al. 2023, arXiv:2305.18290).
+
+    loss: of h, the log-ratio of the chosen answer minus that of the rejected one, each the sum over its tokens of
+    log policy - log reference. "sigmoid": -log sigmoid(beta h). "hinge": max(0, 1 - beta h) (SLiC). "sigmoid_norm"
+    and "ipo" divide each log-ratio by its number of tokens first; "ipo" is (h - 1 / (2 beta))^2 (Azar et al. 2023,
+    arXiv:2310.12036; lengths as its authors confirmed to TRL).
+    """
+
+    loss: str = "sigmoid"
+    beta: float = 0.1
+    label_smoothing: float = 0.0  # e: the share of pairs that are thought to be the wrong way round
+    robust: bool = False  # corrects for e without bias (Chowdhury et al. 2024, arXiv:2403.00409) instead of cDPO
+    sft: float = 0.0  # coefficient of the chosen answers' mean cross-entropy per token
+
+    def __post_init__(self):
+        validate.choice("preference.loss", self.loss, LOSSES)
+        validate.number(self, "preference", ("beta", "label_smoothing", "sft"), float, 0.0)
+        validate.number(self, "preference", ("robust",), bool)
+        if not self.beta:
+            raise UserError("preference.beta is 0, which is no preference at all; usual: 0.01 to 0.5")
+        if not self.label_smoothing < 0.5:
+            raise UserError(
+                f"preference.label_smoothing is {self.label_smoothing}; below 0.5, or more pairs are wrong than right"
+            )
+        if self.label_smoothing and self.loss not in ("sigmoid", "sigmoid_norm"):
+            raise UserError(
+                f"preference.label_smoothing is for the losses sigmoid and sigmoid_norm; {self.loss!r} takes none"
+            )
+        if self.robust and not self.label_smoothing:
+            raise UserError(
+                "preference.robust needs the share of wrong pairs: set preference.label_smoothing between 0 and 0.5"
+            )
+
+
+class PairSums(NamedTuple):
+    """What the pairs of a micro-batch add up to, scalars. `loss` and `nll` are differentiable."""
+
+    loss: jax.Array  # over pairs
+    nll: jax.Array  # over the chosen answers' tokens, nats
+    metrics: Ratios
+
+
+class PairCounts(NamedTuple):
+    """What the sums are divided by, scalars: counts of the whole step, known from its batch."""
+
+    pairs: jax.Array
+    tokens: jax.Array  # of the chosen answers
+
+
+def pair_losses(
+    config: Preference,
+    chosen_logps: jax.Array,
+    rejected_logps: jax.Array,
+    ref_chosen: jax.Array,
+    ref_rejected: jax.Array,
+    chosen_tokens: jax.Array | float = 1.0,
+    rejected_tokens: jax.Array | float = 1.0,
+) -> jax.Array:
+    """The loss of each pair, in the shape of the arguments, without the SFT term.
+
+    The first four: sums of log-probabilities over an answer's tokens, under the policy and under the reference. The
+    last two: numbers of those tokens, read by "sigmoid_norm" and "ipo" alone.
+
+    label_smoothing e makes cDPO, (1 - e) l(h) + e l(-h), or, with robust, ((1 - e) l(h) - e l(-h)) / (1 - 2e).
+    Deviation: TRL from 0.29 on ignores e for "sigmoid"; here, as in earlier TRL and in Tunix, "sigmoid" reads it.
+    """
+    chosen, rejected = chosen_logps - ref_chosen, rejected_logps - ref_rejected
+    if config.loss in ("sigmoid_norm", "ipo"):
+        chosen, rejected = chosen / chosen_tokens, rejected / rejected_tokens
+    h, e = chosen - rejected, config.label_smoothing
+    if config.loss == "ipo":
+        return (h - 1 / (2 * config.beta)) ** 2
+    if config.loss == "hinge":
+        return jax.nn.relu(1 - config.beta * h)
+    right, wrong = jax.nn.softplus(-config.beta * h), jax.nn.softplus(config.beta * h)  # -log sigmoid(+-beta h)
+    if config.robust:
+        return ((1 - e) * right - e * wrong) / (1 - 2 * e)
+    return (1 - e) * right + e * wrong
+
+
+def pair_counts(tokens_BG2: jax.Array) -> PairCounts:
+    """Pairs, and tokens of their chosen answers. tokens: per answer, those that count; 0 for answers that are absent.
+
+    A pair counts if both of its answers do.
+    """
+    pairs_BG = (tokens_BG2 > 0).all(-1)
+    return PairCounts(jnp.sum(pairs_BG, dtype=float), jnp.sum(jnp.where(pairs_BG, tokens_BG2[..., 0], 0), dtype=float))
+
+
+def pair_sums(config: Preference, logps_BG2: jax.Array, reference_BG2: jax.Array, tokens_BG2: jax.Array) -> PairSums:
+    """Losses and metrics of the pairs in a micro-batch.
+
+    logps, reference: log-probabilities summed over an answer's tokens, under the policy and the reference.
+    tokens: number of those; pairs with an answer of 0 tokens are left out, whatever their other values.
+
+    Metrics, each a mean over pairs: rewards/chosen and rewards/rejected (beta times the log-ratio, not divided by
+    lengths), rewards/margins, rewards/accuracies (the chosen reward is strictly larger, so 0 before the first step),
+    logps/chosen, logps/rejected.
+    """
+    pairs_BG = (tokens_BG2 > 0).all(-1)
+    present = pairs_BG[..., None]
+    # Values of absent pairs are replaced before the loss, not masked after it: their gradient may not be finite.
+    logps_BG2, reference_BG2 = (jnp.where(present, x, 0) for x in (logps_BG2, reference_BG2))
+    tokens_BG2 = jnp.where(present, tokens_BG2, 1)
+    both = [x[..., rank] for x in (logps_BG2, reference_BG2, tokens_BG2) for rank in (0, 1)]
+    losses_BG = pair_losses(config, *both)
+    rewards_BG2 = jax.lax.stop_gradient(config.beta * (logps_BG2 - reference_BG2))
+    margins_BG = rewards_BG2[..., 0] - rewards_BG2[..., 1]
+    metrics = {
+        "rewards/chosen": rewards_BG2[..., 0],
+        "rewards/rejected": rewards_BG2[..., 1],
+        "rewards/accuracies": margins_BG > 0,
+        "rewards/margins": margins_BG,
+        "logps/chosen": jax.lax.stop_gradient(logps_BG2[..., 0]),
+        "logps/rejected": jax.lax.stop_gradient(logps_BG2[..., 1]),
+    }
+    return PairSums(
+        loss=jnp.sum(jnp.where(pairs_BG, losses_BG, 0)),
+        nll=-jnp.sum(logps_BG2[..., 0]),
+        metrics={name: counted(values, pairs_BG) for name, values in metrics.items()},
+    )
+
+
+def pair_objective(config: Preference, sums: PairSums, counts: PairCounts) -> jax.Array:
+    """What a micro-batch adds to what is minimised: loss per pair plus `sft` times the chosen answers' nll per token.
+
+    counts: of the whole step. Two conventions exist for the SFT term: the mean over the step's chosen tokens (TRL's
+    "sft" loss), taken here because it does not depend on how the step is cut, and the mean over answers of each
+    answer's mean (LLaMA-Factory's pref_ftx), which favours short answers.
+    """
+    value = sums.loss / jnp.maximum(counts.pairs, 1)
+    return value + config.sft * sums.nll / jnp.maximum(counts.tokens, 1) if config.sft else value
+
+
+class RankingSums(NamedTuple):
+    """What the groups of a micro-batch add up to, scalars. `loss` is differentiable."""
+
+    loss: jax.Array  # over groups, of the mean over their pairs
+    groups: jax.Array  # groups with a pair
+    metrics: Ratios
+
+
+def bradley_terry(
+    scores_BGK: jax.Array,
+    present_BGK: jax.Array,
+    margin: jax.Array | float = 0.0,
+    centring: float = 0.0,
+    ranks_BGK: jax.Array | None = None,
+) -> RankingSums:
+    """A reward model's loss over all pairs of ranked answers, the better one first in each pair (i, j):
+
+        mean over a group's pairs of -log sigmoid(r_i - r_j - margin) + centring * (r_i + r_j)^2
+
+    (Bradley and Terry 1952; all pairs of a prompt in one mean: Ouyang et al. 2022, arXiv:2203.02155, eq. 1; Qwen2.5-
+    Math, arXiv:2409.12122, eq. 1; centring: Eisenstein et al. 2023, arXiv:2312.09244.) Divided by the number of
+    groups, every prompt weighs the same, however many answers it has; TRL knows pairs only.
+
+    present: bool; absent answers may have any score, and a group with fewer than two answers counts for nothing.
+    margin: a number, or an array that broadcasts to [B, G, K, K], read where i is better than j.
+    ranks: smaller is better, and equals are not compared (Qwen2.5-Math: correct answers before wrong ones); by
+    default each answer is better than those after it.
+
+    Metrics: accuracy (share of the pairs with r_i > r_j) and margin (their mean r_i - r_j) over pairs; min_reward,
+    mean_reward and max_reward, of each group, averaged over groups.
+    """
+    K = scores_BGK.shape[-1]
+    ranks_BGK = jnp.arange(K) if ranks_BGK is None else ranks_BGK
+    scores_BGK = jnp.where(present_BGK, scores_BGK, 0)
+    better_BGKK = ranks_BGK[..., :, None] < ranks_BGK[..., None, :]
+    pairs_BGKK = better_BGKK & present_BGK[..., :, None] & present_BGK[..., None, :]
+    ahead_BGKK = scores_BGK[..., :, None] - scores_BGK[..., None, :]
+    losses_BGKK = jax.nn.softplus(margin - ahead_BGKK)  # -log sigmoid
+    if centring:
+        losses_BGKK += centring * (scores_BGK[..., :, None] + scores_BGK[..., None, :]) ** 2
+    n_BG = pairs_BGKK.sum((-2, -1))
+    means_BG = jnp.where(pairs_BGKK, losses_BGKK, 0).sum((-2, -1)) / jnp.maximum(n_BG, 1)
+
+    groups_BG = n_BG > 0
+    scores_BGK, ahead_BGKK = jax.lax.stop_gradient((scores_BGK, ahead_BGKK))
+    metrics = {
+        "accuracy": counted(ahead_BGKK > 0, pairs_BGKK),
+        "margin": counted(ahead_BGKK, pairs_BGKK),
+        "min_reward": counted(jnp.where(present_BGK, scores_BGK, jnp.inf).min(-1), groups_BG),
+        "mean_reward": counted(scores_BGK.sum(-1) / jnp.maximum(present_BGK.sum(-1), 1), groups_BG),
+        "max_reward": counted(jnp.where(present_BGK, scores_BGK, -jnp.inf).max(-1), groups_BG),
+    }
+    return RankingSums(jnp.sum(means_BG), jnp.sum(groups_BG, dtype=float), metrics)
+
+
+def ranking_groups(present_BGK: jax.Array, ranks_BGK: jax.Array | None = None) -> jax.Array:
+    """Number of groups that `bradley_terry` counts, known before any score is."""
+    return bradley_terry(jnp.zeros(present_BGK.shape), present_BGK, ranks_BGK=ranks_BGK).groups

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model that a policy is measured against: the weights that the run starts from."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from qwen2_jax.data.tokens.loader import Loaded, progress_bar
+from qwen2_jax.data.tokens.packing import empty_row, stack
+from qwen2_jax.data.tokens.packing_plan import Rows
+from qwen2_jax.errors import UserError
+from qwen2_jax.model import lora
+from qwen2_jax.train import initial_state
+from qwen2_jax.train.job import Job
+from qwen2_jax.train.state.fingerprint import digest
+from qwen2_jax.train.step import Trainer
+from qwen2_jax.weights.params import Tree
+
+ABOUT = "about.json"
+
+
+def weights(job: Job, trainer: Trainer, frozen: Tree | None) -> Tree:
+    """The weights that the run starts from, as a step meets them. Below adapters they are not copied."""
+    run = job.run
+    if frozen is None:
+        return jax.jit(lambda params: trainer.compute(params, None))(initial_state.params(job, "float32"))
+    if run.lora is None or run.start is None or run.start.adapter is None:
+        return frozen  # new adapters change nothing before they are trained
+    return lora.attach(frozen, initial_state.adapters(job)(), run.lora)
+
+
+def cached(job: Job, trainer: Trainer, done: int, frozen: Tree | None, console: Console) -> Job:
+    """The job with rows that carry reference_BT: computed once for all of them, and kept in the run's folder.
+
+    What is there is used again if it is of the same rows, weights and settings; a run that goes on (done > 0) takes the
+    weights to be its own, and does not load them again. Raises UserError where several processes train: each has part
+    of the rows only.
+    """
+    if jax.process_count() > 1:
+        raise UserError("reference 'cached' is for one process; give --reference live where several train together")
+    assert isinstance(job.data, Loaded)
+    held_out = {name: data for name, data in job.held_out.items() if isinstance(data, Loaded)}
+    settings = {name: getattr(job.run, name) for name in ("length", "dtype", "long_context")}
+    reference = None if done else weights(job, trainer, frozen)
+    known = None if reference is None else digest(reference)
+    found = {}
+    for name, data in {"": job.data, **held_out}.items():
+        place = job.run.out / "reference" / (name or "data")
+        there = _about(place)
+        about = {"tokens": data.identity, "rows": [len(plan) for plan in data.plans], **settings}
+        about["weights"] = known or there.get("weights")
+        if there != about:
+            reference = weights(job, trainer, frozen) if reference is None else reference
+            about["weights"] = digest(reference)
+            _write(place, data.plans, trainer, reference, job, console, about)
+        found[name] = data.with_reference([_open(place, i, plan, "r") for i, plan in enumerate(data.plans)])
+    return dataclasses.replace(job, data=found.pop(""), held_out=dict(found))
+
+
+def _write(
+    place: Path, plans: list[Rows], trainer: Trainer, reference: Tree, job: Job, console: Console, about: dict[str, Any]
+) -> None:
+    place.mkdir(parents=True, exist_ok=True)
+    (place / ABOUT).unlink(missing_ok=True)
+    rows = job.run.rows // job.run.accumulate
+    total, done = sum(map(len, plans)), 0
+    with progress_bar("log-probabilities of the reference", console) as progress:
+        for i, plan in enumerate(plans):
+            array = _open(place, i, plan, "w+")
+            for first in range(0, len(plan), rows):
+                here = min(rows, len(plan) - first)
+                batch = stack([plan[first + r] if r < here else empty_row(plan.length, plan.pad) for r in range(rows)])
+                found_BT = trainer.place.back(trainer.logprobs(reference, trainer.place(batch)))
+                array[first : first + here] = found_BT[:here]
+                progress(done := done + here, total)
+            array.flush()
+    work = place / (ABOUT + ".new")
+    work.write_text(json.dumps(about) + "\n", "utf-8")
+    os.replace(work, place / ABOUT)  # says that the arrays are whole
+
+
+def _open(place: Path, i: int, plan: Rows, mode: Any) -> np.memmap:
+    return np.memmap(place / f"{i}.f32", "<f4", mode, shape=(len(plan), plan.length))
+
+
+def _about(place: Path) -> dict[str, Any]:
+    try:
+        return json.loads((place / ABOUT).read_text("utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}

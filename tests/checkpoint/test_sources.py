@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From names to folders: presets, Hub ids, folders, the demo; and what is said when there is nothing."""
+
+import json
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from huggingface_hub import errors
+
+import checkpoint.hf_folders as hf
+from qwen2_jax import checkpoint
+from qwen2_jax.checkpoint import sources
+from qwen2_jax.config import HUB_IDS
+
+
+def test_local_folders(tmp_path, dense, monkeypatch):
+    checkpoint.convert(dense, tmp_path / "orbax", "orbax")
+    assert checkpoint.locate(dense) == checkpoint.Source("hf", dense)
+    assert checkpoint.locate(tmp_path / "orbax").kind == "orbax"
+    source = checkpoint.locate(str(dense))
+    assert checkpoint.locate(source) is source
+    assert checkpoint.read_config(source).num_hidden_layers == 3
+    assert source.read_json("generation_config.json") == {"eos_token_id": [1, 2], "top_p": 0.8}
+    assert source.read_json("nothing.json") is None
+    assert source.read_bytes("nothing.json") is None
+    monkeypatch.chdir(tmp_path)  # Orbax needs absolute paths, users do not
+    checkpoint.load_params("orbax")
+
+
+@pytest.mark.parametrize(
+    ("name", "hub_id"),
+    [*HUB_IDS.items(), ("QWEN2-72B", "Qwen/Qwen2-72B"), ("some-one/a.model_x", "some-one/a.model_x")],
+)
+def test_names_become_hub_ids(tmp_path, dense, monkeypatch, name, hub_id):
+    asked = []
+
+    def snapshot_download(repo_id, allow_patterns):
+        asked.append(repo_id)
+        assert not any(p.endswith((".bin", ".py", ".pt")) for p in allow_patterns)
+        return str(dense)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert checkpoint.locate(name).path == dense
+    assert asked == [hub_id]
+
+
+def test_a_folder_of_that_name_wins(tmp_path, dense, monkeypatch):
+    shutil.copytree(dense, tmp_path / "Qwen" / "Qwen2-7B")
+    monkeypatch.chdir(tmp_path)
+    assert checkpoint.locate("Qwen/Qwen2-7B").path == Path("Qwen/Qwen2-7B")
+
+
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [
+        (
+            errors.LocalEntryNotFoundError("offline"),
+            "cannot be reached and no complete copy of Qwen/Qwen2-7B is on this machine",
+        ),
+        (OSError("disk"), "downloading Qwen/Qwen2-7B failed (disk); run again to resume"),
+    ],
+)
+def test_no_download(monkeypatch, raised, said):
+    def snapshot_download(*_, **__):
+        raise raised
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.raises(checkpoint.CheckpointError) as error:
+        checkpoint.locate("qwen2-7b")
+    assert said in str(error.value)
+    assert "give a local folder" in str(error.value)
+
+
+def test_offline(tmp_path, monkeypatch):
+    """The real client, told to stay offline, with an empty cache."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="give a local folder"):
+        checkpoint.locate("qwen2-72b")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("qwen2-7b-instuct", "did you mean qwen2-7b-instruct"),
+        ("qwen2_0.5b", "did you mean qwen2-0.5b"),
+        ("", "is empty"),
+        ("llama-3", "a preset: qwen1.5-moe-a2.7b"),
+        ("/nowhere/at/all", "there is no folder '/nowhere/at/all'"),
+    ],
+)
+def test_misspelt(name, said):
+    with pytest.raises(FileNotFoundError) as error:
+        checkpoint.locate(name)
+    assert said in str(error.value)
+    assert isinstance(error.value, ValueError)
+
+
+def test_misspelt_folder(dense):
+    with pytest.raises(FileNotFoundError, match="did you mean .*dense"):
+        checkpoint.locate(str(dense) + "s")
+
+
+def test_folders_without_checkpoint(tmp_path, dense):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
+        checkpoint.locate(tmp_path / "empty")
+    with pytest.raises(checkpoint.CheckpointError, match=f"give the folder that holds it: {dense}"):
+        checkpoint.locate(dense / "config.json")
+    (dense / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
+        checkpoint.load_params(dense)
+
+
+def test_demo_is_in_the_package(monkeypatch, dense):
+    monkeypatch.setattr(
+        sources.importlib.resources, "files", lambda package: dense if package == "qwen2_jax.demo" else None
+    )
+    assert checkpoint.locate("demo") == checkpoint.Source("hf", dense)
+
+
+def test_code_does_not_travel(tmp_path, dense):
+    (dense / "modeling.py").write_text("print('never')")
+    (dense / "additional_chat_templates").mkdir()
+    (dense / "additional_chat_templates" / "rag.jinja").write_text("{{ x }}")
+    checkpoint.convert(dense, tmp_path / "a", "orbax")
+    checkpoint.convert(tmp_path / "a", tmp_path / "b", "hf")
+    assert not (tmp_path / "b" / "modeling.py").exists()
+    assert (tmp_path / "b" / "additional_chat_templates" / "rag.jinja").read_text() == "{{ x }}"
+    assert json.loads((tmp_path / "b" / "config.json").read_text()) == hf.DENSE
