@@ -1,19 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the checkpoint commands show: a progress bar in bytes and numbers that people can read."""
+"""Progress bars, and sizes in bytes that people can read."""
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from qwen2_jax.checkpoint.formats.hf_folder import Progress as Callback
-
 
 @contextlib.contextmanager
-def progress_bar(description: str, *, quiet: bool = False) -> Iterator[Callback]:
-    """Yields a function for the `progress` argument of this package; shows a bar on stderr if that is a terminal."""
+def progress_bar(description: str, *, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
+    """Yields a function of (bytes done, bytes in all) that shows a bar on stderr if that is a terminal."""
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one exception that command lines turn into a single line on stderr and exit code 2."""
+"""Errors that a user can fix: command lines print one as a single line on stderr and exit with code 2."""
 
 import sys
 from collections.abc import Callable
@@ -8,6 +8,10 @@ from typing import NoReturn
 
 class UserError(ValueError):
     """Something the user gave cannot be used: the message says what was given, what is allowed and what to do."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be used; the message says what is wrong with which tensor or file, and what to do."""
 
 
 def run_and_exit(main: Callable[[], int]) -> NoReturn:

@@ -152,7 +152,6 @@ def test_nobody_below_imports_the_root():
     assert not found, f"{found}: import the file that has the name"
 
 
-@pytest.mark.xfail(strict=True, reason="data/tokens/store.py brings in jax, flax and checkpoint/")
 def test_light_modules_bring_in_little():
     """Each in a process of its own, since a package's front door may import what nobody asked for."""
     heavy = []

@@ -7,8 +7,8 @@ from qwen2_jax.lazy_exports import lazy_exports
 
 if TYPE_CHECKING:
     from qwen2_jax.checkpoint.api import convert, load_params, model_bytes, open_checkpoint, save_hf, save_orbax, verify
-    from qwen2_jax.checkpoint.formats.safetensors import CheckpointError
     from qwen2_jax.checkpoint.sources import Source, locate, read_config
+    from qwen2_jax.errors import CheckpointError
 
 __all__ = [
     "CheckpointError",
@@ -37,6 +37,6 @@ __getattr__, __dir__ = lazy_exports(
             "save_orbax",
             "verify",
         ],
-        "qwen2_jax.checkpoint.formats.safetensors": ["CheckpointError"],
+        "qwen2_jax.errors": ["CheckpointError"],
     },
 )

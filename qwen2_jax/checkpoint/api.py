@@ -13,12 +13,12 @@ from qwen2_jax.checkpoint.formats import hf_folder, names
 from qwen2_jax.checkpoint.formats.hf_folder import SHARD_BYTES, HfFolder, Layout, Progress, Tensors
 from qwen2_jax.checkpoint.formats.in_memory import TreeTensors, recast
 from qwen2_jax.checkpoint.formats.names import Tree
-from qwen2_jax.checkpoint.formats.safetensors import CheckpointError
 from qwen2_jax.checkpoint.manifest import Manifest, Report, compare
 from qwen2_jax.checkpoint.sources import LAYOUT, Source, locate, read_config
 from qwen2_jax.checkpoint.transfer import load, multihost
 from qwen2_jax.checkpoint.transfer.write import Writing, small_files, write_hf, write_orbax
 from qwen2_jax.config.model_config import DTYPES, ModelConfig
+from qwen2_jax.errors import CheckpointError
 from qwen2_jax.model.decoder import declare
 from qwen2_jax.parallel.sharding import RULES
 from qwen2_jax.weights.params import count, leaves

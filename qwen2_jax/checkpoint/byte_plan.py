@@ -18,11 +18,12 @@ from jax.sharding import AbstractMesh
 from qwen2_jax.checkpoint.api import open_checkpoint
 from qwen2_jax.checkpoint.formats import names
 from qwen2_jax.checkpoint.formats.names import Leaf, Slot
-from qwen2_jax.checkpoint.formats.safetensors import CheckpointError, TensorInfo
+from qwen2_jax.checkpoint.formats.safetensors import TensorInfo
 from qwen2_jax.checkpoint.transfer import multihost
 from qwen2_jax.checkpoint.transfer.load import STAGE_BYTES
 from qwen2_jax.checkpoint.transfer.row_reads import axes_of
 from qwen2_jax.config.model_config import DTYPES, HUB_IDS, PRESETS
+from qwen2_jax.errors import CheckpointError
 from qwen2_jax.model.decoder import declare
 from qwen2_jax.parallel.sharding import sharding
 from qwen2_jax.weights.params import ParamSpec, Tree, leaves

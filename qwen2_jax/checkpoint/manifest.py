@@ -14,8 +14,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 
 from qwen2_jax.checkpoint.formats.hf_folder import Layout, Progress, Tensors
-from qwen2_jax.checkpoint.formats.safetensors import CODES, DTYPES, CheckpointError, TensorInfo
+from qwen2_jax.checkpoint.formats.safetensors import CODES, DTYPES, TensorInfo
 from qwen2_jax.checkpoint.sources import MANIFEST, Source
+from qwen2_jax.errors import CheckpointError
 
 VERSION = 1
 UNREADABLE = (CheckpointError, OSError, ValueError)  # what the readers of both formats raise for damaged bytes

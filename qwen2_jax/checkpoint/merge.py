@@ -26,11 +26,11 @@ from qwen2_jax.checkpoint.api import Opened, open_checkpoint
 from qwen2_jax.checkpoint.formats import hf_folder, names
 from qwen2_jax.checkpoint.formats.casting import cast_into
 from qwen2_jax.checkpoint.formats.hf_folder import SHARD_BYTES, HfFolder, Progress, as_dtype
-from qwen2_jax.checkpoint.formats.safetensors import CheckpointError, TensorInfo
+from qwen2_jax.checkpoint.formats.safetensors import TensorInfo
 from qwen2_jax.checkpoint.sources import Source
 from qwen2_jax.checkpoint.transfer.write import Writing, small_files, write_hf
 from qwen2_jax.config.model_config import DTYPES
-from qwen2_jax.errors import UserError
+from qwen2_jax.errors import CheckpointError, UserError
 
 METHODS = ("linear", "ties", "dare_linear", "dare_ties")
 KEEP = 0.2  # TIES' share

@@ -19,13 +19,13 @@ from qwen2_jax.checkpoint.formats.collected_errors import Problems
 from qwen2_jax.checkpoint.formats.hf_folder import HfFolder, Layout
 from qwen2_jax.checkpoint.formats.in_memory import TreeTensors
 from qwen2_jax.checkpoint.formats.names import Slot
-from qwen2_jax.checkpoint.formats.safetensors import CheckpointError, TensorInfo, header_text
+from qwen2_jax.checkpoint.formats.safetensors import TensorInfo, header_text
 from qwen2_jax.checkpoint.sources import NotFound, Source
 from qwen2_jax.checkpoint.transfer import load
 from qwen2_jax.checkpoint.transfer.multihost import shared_folder
 from qwen2_jax.checkpoint.transfer.write import MARGIN_BYTES, Writing, write_weights
 from qwen2_jax.config.model_config import ModelConfig
-from qwen2_jax.errors import UserError
+from qwen2_jax.errors import CheckpointError, UserError
 from qwen2_jax.files.atomic_folder import write_file
 from qwen2_jax.model import lora as low_rank
 from qwen2_jax.model.lora import Lora

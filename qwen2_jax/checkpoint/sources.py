@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qwen2_jax.checkpoint.formats.hf_folder import MAX_JSON_BYTES
-from qwen2_jax.checkpoint.formats.safetensors import CheckpointError
 from qwen2_jax.config.model_config import HUB_IDS, ModelConfig
+from qwen2_jax.errors import CheckpointError
+from qwen2_jax.files.atomic_folder import MARKER, UNFINISHED
 
 DEMO = "demo"
 CONFIG, GENERATION, MANIFEST, LAYOUT = (
@@ -20,8 +21,6 @@ CONFIG, GENERATION, MANIFEST, LAYOUT = (
     "manifest.json",
     "safetensors_layout.json",
 )
-UNFINISHED = ".unfinished"  # suffix of the folder that a conversion works in until the result gets its name
-MARKER = "UNFINISHED"  # file in that folder
 WANTED = [
     "*.safetensors",
     "*.safetensors.index.json",

@@ -13,9 +13,10 @@ try:
 except ModuleNotFoundError:  # not on Windows: two writers of one folder then go unnoticed
     fcntl = None  # type: ignore[assignment]
 
-from qwen2_jax.checkpoint.formats.safetensors import CheckpointError
-from qwen2_jax.checkpoint.sources import MARKER, UNFINISHED
+from qwen2_jax.errors import CheckpointError
 
+UNFINISHED = ".unfinished"  # suffix of the folder that a conversion works in until the result gets its name
+MARKER = "UNFINISHED"  # file in that folder
 REPLACED = "replaced"  # in the folder that is worked in: what was at the target until the new one took its place
 
 

@@ -5,7 +5,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 
 from qwen2_jax.checkpoint.formats.names import EMBEDDING, HEAD
-from qwen2_jax.checkpoint.formats.safetensors import CheckpointError
+from qwen2_jax.errors import CheckpointError
 
 SHOWN = 40  # per kind: a folder of another model would otherwise list thousands
 

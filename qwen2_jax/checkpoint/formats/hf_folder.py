@@ -16,13 +16,13 @@ from qwen2_jax.checkpoint.formats.collected_errors import Problems
 from qwen2_jax.checkpoint.formats.names import EMBEDDING, HEAD, Slot
 from qwen2_jax.checkpoint.formats.safetensors import (
     DTYPES,
-    CheckpointError,
     Header,
     TensorInFile,
     TensorInfo,
     header_text,
     read_header,
 )
+from qwen2_jax.errors import CheckpointError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 HARMLESS = re.compile(

@@ -11,9 +11,10 @@ import numpy as np
 from qwen2_jax.checkpoint.formats import names
 from qwen2_jax.checkpoint.formats.hf_folder import Tensors
 from qwen2_jax.checkpoint.formats.names import Tree
-from qwen2_jax.checkpoint.formats.safetensors import CODES, CheckpointError, TensorInfo
+from qwen2_jax.checkpoint.formats.safetensors import CODES, TensorInfo
 from qwen2_jax.checkpoint.transfer.gather import collect, layer
 from qwen2_jax.config.model_config import DTYPES, ModelConfig
+from qwen2_jax.errors import CheckpointError
 from qwen2_jax.model.decoder import declare
 from qwen2_jax.weights.params import leaves
 

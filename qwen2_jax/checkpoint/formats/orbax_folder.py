@@ -24,9 +24,10 @@ from orbax.checkpoint import v1 as ocp
 from qwen2_jax.checkpoint.formats.collected_errors import Problems
 from qwen2_jax.checkpoint.formats.hf_folder import Progress, as_dtype
 from qwen2_jax.checkpoint.formats.names import Leaf, Slot, Tree, get, leaf_path, nested, put
-from qwen2_jax.checkpoint.formats.safetensors import CheckpointError, TensorInfo
+from qwen2_jax.checkpoint.formats.safetensors import TensorInfo
 from qwen2_jax.checkpoint.transfer.load import DeviceStack, HostStack, Place, on_cpu
 from qwen2_jax.checkpoint.transfer.row_reads import by_rows, moved
+from qwen2_jax.errors import CheckpointError
 from qwen2_jax.weights.params import ParamSpec, leaves
 
 # glibc keeps what many threads have freed; its trim gives it back. None elsewhere.

@@ -21,7 +21,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from qwen2_jax.checkpoint.formats.casting import cast_into
-from qwen2_jax.errors import UserError
+from qwen2_jax.errors import CheckpointError
 
 DTYPES: dict[str, np.dtype] = {
     "F32": np.dtype(np.float32),
@@ -31,10 +31,6 @@ DTYPES: dict[str, np.dtype] = {
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 MAX_HEADER_BYTES = 100_000_000  # the bound of the official reader
 MAX_SIZE = 2**62
-
-
-class CheckpointError(UserError):
-    """A checkpoint that cannot be used; the message says what is wrong with which tensor or file, and what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
