@@ -5,6 +5,7 @@ import bisect
 import dataclasses
 from collections.abc import Sequence
 
+from qwen2_jax.infer.engine.programs import Decoding, reason
 from qwen2_jax.infer.engine.sampling_params import Settings
 from qwen2_jax.tokenizer import StreamDecoder, Tokenizer
 
@@ -79,6 +80,18 @@ class Answer:
         count = bisect.bisect_left(self._ends, length) + 1 if length else 0
         del self.token_ids[count:], self.logprobs[count:]
         self.reason = "stop"
+
+
+def advance(decoding: Decoding, answers: Sequence[Answer], steps: int) -> list[str]:
+    """One call of the device loop: adds its tokens to the answers and returns the text that each gained."""
+    cancel = [row for row, answer in enumerate(answers) if answer.reason and not decoding.finished[row]]
+    pieces = []
+    for row, (answer, new) in enumerate(zip(answers, decoding.advance(steps, cancel), strict=True)):
+        gained = [answer.add(token, value) for token, value in new if not answer.reason]
+        if decoding.finished[row] and not answer.reason:
+            gained.append(answer.finish(reason(answer.settings, answer.token_ids)))
+        pieces.append("".join(gained))
+    return pieces
 
 
 def held_back(text: str, stops: Sequence[str]) -> int:

@@ -17,12 +17,12 @@ import numpy as np
 from qwen2_jax import checkpoint, ops
 from qwen2_jax.config.model_config import DTYPES, ModelConfig
 from qwen2_jax.errors import UserError
-from qwen2_jax.infer.detokenize import Answer, Generation
+from qwen2_jax.infer.detokenize import Answer, Generation, advance
 from qwen2_jax.infer.engine import memory
 from qwen2_jax.infer.engine.buckets import context_limit
 from qwen2_jax.infer.engine.programs import STEPS, Generator, Progress, Request
 from qwen2_jax.infer.engine.sampling_params import Settings
-from qwen2_jax.infer.stream import Stream, advance
+from qwen2_jax.infer.stream import Stream
 from qwen2_jax.model import decoder, head_padding
 from qwen2_jax.model.decoder import check_head
 from qwen2_jax.model.rope import MODES, LongContext
@@ -216,7 +216,8 @@ class LM:
         The pieces add up to the text that `generate` returns. Nothing is computed before the first piece is asked for.
         """
         given = _given(max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, stop, ignore_eos)
-        return Stream(self, self.request(prompt, seed=seed, **given))
+        request = self.request(prompt, seed=seed, **given)
+        return Stream(self.generator, self.tokenizer, request, long_context=self.long_context)
 
     def save(self, path: str | Path, format: str = "hf") -> None:
         """Writes a folder that `load` reads: "hf" (config.json, safetensors, tokenizer files) or "orbax"."""

@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import qwen2_jax
 from qwen2_jax.parallel.hosts.barriers import Difference, differences
 from qwen2_jax.parallel.hosts.group import Group, HostError, processes_named
 
@@ -66,7 +65,7 @@ def _told(group: Group, one: Difference) -> str:
 
 def _code() -> Iterator[tuple[str, str]]:
     """A digest of every source file of the package."""
-    root = Path(next(iter(qwen2_jax.__path__)))
+    root = Path(__file__).parents[2]  # qwen2_jax/
     kernels = root / "kernels"
     for folder in (root, kernels if kernels.is_dir() else root.parent / "kernels"):  # in a clone it lies beside
         for path in sorted(folder.rglob("*.py")):

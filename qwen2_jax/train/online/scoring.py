@@ -8,9 +8,8 @@ from typing import Any
 
 from rich.console import Console
 
-import qwen2_jax
 from qwen2_jax.errors import UserError
-from qwen2_jax.infer.lm import LM
+from qwen2_jax.infer.lm import LM, load
 from qwen2_jax.rewards import Scorer, Scores, shaped
 from qwen2_jax.train.job import Job
 from qwen2_jax.train.post_training_config import Online, RewardModel
@@ -41,7 +40,7 @@ def opened(job: Job, stack: contextlib.ExitStack, console: Console) -> Judge:
 
 
 def _loaded(settings: RewardModel, job: Job) -> LM:
-    lm = qwen2_jax.load(settings.checkpoint, dtype=settings.dtype, mesh=job.mesh)
+    lm = load(settings.checkpoint, dtype=settings.dtype, mesh=job.mesh)
     if not lm.config.scores:
         raise UserError(
             f"reward_model.checkpoint {settings.checkpoint} is a model of words; give one that a run of Reward made, "
