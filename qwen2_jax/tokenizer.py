@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text to token ids and back: Qwen2's byte-level BPE, its chat template, and decoding while tokens arrive.
+"""Text to token ids and back: Qwen2's byte-level BPE, conversations (chat_template.py), decoding while tokens arrive.
 
-Everything is read from data files with the `tokenizers` library and a sandboxed Jinja; no code from a checkpoint runs.
+Everything is read from data files with the `tokenizers` library; no code from a checkpoint runs.
 """
 
 import codecs
@@ -10,15 +10,14 @@ import json
 import operator
 import re
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import datetime
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from qwen2_jax import validate
+from qwen2_jax import chat_template, validate
 from qwen2_jax.errors import UserError
 
 # Qwen2's pre-tokenisation: like GPT-4's, with every digit on its own.
@@ -26,18 +25,6 @@ PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-ROLES = ("system", "user", "assistant", "tool")
-
-# Qwen2's template, for folders that have its special tokens and no template of their own.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if loop.first and message['role'] != 'system' %}"
-    "{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}"
-    "{% endif %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
 
 
 def pipeline(model: models.Model) -> tokenizers.Tokenizer:
@@ -83,7 +70,7 @@ class Tokenizer:
         if isinstance(template, list):  # several named ones
             template = {entry["name"]: entry["template"] for entry in template}.get("default")
         if template is None and {IM_START, IM_END} <= self._special.keys():
-            template = CHAT_TEMPLATE
+            template = chat_template.CHATML
         self.chat_template: str | None = template
 
     @classmethod
@@ -178,7 +165,7 @@ class Tokenizer:
         messages: dicts with "role" (one of ROLES) and "content" (text). Raises UserError naming the message at fault.
         To get ids, use `chat_ids`: encoding this text would let a message forge special tokens.
         """
-        _check_messages(messages)
+        chat_template.check_messages(messages)
         return self._render(messages, add_generation_prompt)
 
     def chat_ids(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> list[int]:
@@ -186,16 +173,16 @@ class Tokenizer:
 
         A message that spells one gets the ids of its characters; otherwise the ids are those of transformers.
         """
-        _check_messages(messages)
+        chat_template.check_messages(messages)
         # A private-use character that occurs nowhere else is put inside every spelling of a special token, and taken
         # out again once the template's own special tokens have been found.
         texts = [self.chat_template or ""]
-        _map_text(list(messages), texts.append)
+        chat_template.map_text(list(messages), texts.append)
         mark = next((mark for mark in map(chr, range(0xE000, 0xF900)) if not any(mark in text for text in texts)), None)
         if mark is None:
             raise UserError("the messages contain every private-use character, U+E000 to U+F8FF; leave one out")
         split = functools.partial(self._special_pattern.sub, lambda match: match[0][:1] + mark + match[0][1:])
-        rendered = self._render(_map_text(list(messages), split), add_generation_prompt)
+        rendered = self._render(chat_template.map_text(list(messages), split), add_generation_prompt)
         if mark not in rendered:
             return self.encode(rendered)
         ids, start = [], 0
@@ -206,20 +193,9 @@ class Tokenizer:
         return ids + self.encode(rendered[start:].replace(mark, ""), allow_special=False)
 
     def _render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
-        import jinja2
-
         if self.chat_template is None:
             raise UserError("this checkpoint has no chat template and no <|im_start|> token; give a plain prompt")
-        try:
-            return _compiled(self.chat_template).render(
-                messages=list(messages),
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self._template_tokens,
-            )
-        except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
-            raise UserError(f"the checkpoint's chat template failed: {error}") from error
+        return chat_template.render(self.chat_template, messages, add_generation_prompt, self._template_tokens)
 
 
 class StreamDecoder:
@@ -250,52 +226,6 @@ def _byte_of_character() -> dict[str, int]:
     return {chr(byte): byte for byte in own} | {chr(256 + n): byte for n, byte in enumerate(others)}
 
 
-@functools.lru_cache(maxsize=8)
-def _compiled(source: str):
-    """The Jinja template under the settings and extra names that chat templates are written for."""
-    import jinja2.ext
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(jinja2.ext.Extension):
-        """{% generation %} marks the assistant's words for loss masks; the text is the same."""
-
-        tags = {"generation"}  # noqa: RUF012
-
-        def parse(self, parser):
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return jinja2.nodes.Scope(body).set_lineno(line)
-
-    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    def raise_exception(message):
-        raise jinja2.TemplateError(message)
-
-    extensions: list[Any] = [Generation, jinja2.ext.loopcontrols]
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment.from_string(source)
-
-
-def _check_messages(messages: Any) -> None:
-    if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
-        raise UserError(f"messages is {validate.short(messages)}; it must be a list of dicts with role and content")
-    if not messages:
-        raise UserError("messages is empty; give at least one message")
-    for index, message in enumerate(messages):
-        where = f"messages[{index}]"
-        if not isinstance(message, Mapping):
-            raise UserError(f"{where} is {validate.short(message)}; it must be a dict with role and content")
-        validate.choice(f"{where} role", message.get("role"), ROLES)
-        if "content" not in message:
-            raise UserError(f"{where} has no content; give the text of the message")
-        if not isinstance(message["content"], str):
-            raise UserError(f"{where} content is {validate.short(message['content'])}; it must be text")
-
-
 def _check_text(text: Any) -> None:
     if not isinstance(text, str):
         raise UserError(f"cannot encode {validate.short(text)}; it must be text")
@@ -303,15 +233,6 @@ def _check_text(text: Any) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise UserError(f"the text is not valid Unicode: {error.reason} at character {error.start}") from error
-
-
-def _map_text(value: Any, change: Callable[[str], Any]) -> Any:
-    """A copy of nested lists and dicts with every text changed, keys too."""
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {_map_text(key, change): _map_text(entry, change) for key, entry in value.items()}
-    return [_map_text(entry, change) for entry in value] if isinstance(value, list | tuple) else value
 
 
 def _content(token: Any) -> Any:

@@ -21,7 +21,7 @@ SETUPTOOLS = PYPROJECT["tool"]["setuptools"]
 # file's path begins with is the file's. docs/architecture.md draws the same table.
 LAYERS = [
     ["errors", "lazy_exports", "files", "parallel/chips", "parallel/hosts"],
-    ["validate", "console", "tokenizer"],
+    ["validate", "console", "chat_template", "tokenizer"],
     ["config"],
     ["parallel", "weights/params"],
     ["ops"],

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import models, trainers
 
+from qwen2_jax import chat_template
 from qwen2_jax import tokenizer as module
 from qwen2_jax.errors import UserError
 from qwen2_jax.tokenizer import IM_END, IM_START, StreamDecoder, Tokenizer
@@ -101,7 +102,7 @@ def hugging_face(folder: Path, template: str | None):
 
     return transformers.PreTrainedTokenizerFast(
         tokenizer_file=str(folder / "tokenizer.json"),
-        chat_template=template or module.CHAT_TEMPLATE,
+        chat_template=template or chat_template.CHATML,
         eos_token=IM_END,
         pad_token="<|endoftext|>",
     )
@@ -204,7 +205,7 @@ def test_threads_do_not_disturb_each_other(tiny):
 def test_names_of_tokens_come_from_the_folder(tiny):
     end_of_text, im_end = (tiny.token_id(name) for name in ("<|endoftext|>", IM_END))
     assert (tiny.bos_id, tiny.eos_id, tiny.pad_id, tiny.eos_ids) == (None, im_end, end_of_text, (im_end,))
-    assert tiny.chat_template == module.CHAT_TEMPLATE
+    assert tiny.chat_template == chat_template.CHATML
     assert tiny.token_id("no such token") is None
 
 

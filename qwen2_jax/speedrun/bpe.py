@@ -7,7 +7,8 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from qwen2_jax.tokenizer import CHAT_TEMPLATE, END_OF_TEXT, IM_END, IM_START, PATTERN
+from qwen2_jax.chat_template import CHATML
+from qwen2_jax.tokenizer import END_OF_TEXT, IM_END, IM_START, PATTERN
 
 SPECIALS = (END_OF_TEXT, IM_START, IM_END)  # appended after the learned vocabulary, in Qwen2's order
 SYSTEM = "You are a helpful assistant."  # what the chat template says where no system message is given
@@ -52,7 +53,7 @@ def save(tokenizer: Tokenizer, folder: Path, *, max_length: int) -> None:
         "added_tokens_decoder": {str(i): {"content": s, **special} for s, i in ids.items()},
         "additional_special_tokens": [IM_START, IM_END],
         "bos_token": None,
-        "chat_template": CHAT_TEMPLATE,
+        "chat_template": CHATML,
         "clean_up_tokenization_spaces": False,
         "eos_token": IM_END,
         "errors": "replace",

@@ -22,7 +22,7 @@ from qwen2_jax.tokenizer import END_OF_TEXT, IM_END, IM_START, Tokenizer
 QWEN = Path(__file__).parents[3] / "shared" / "data" / "qwen2_tokenizer"
 CORPUS = ["Hello world, this is a small tokenizer. It's 2024!\n\n\nuser assistant system", "für Häuser 你好 😀\n"] * 4
 
-# As in the released Qwen2-7B-Instruct; the spelling differs from tokenizer.CHAT_TEMPLATE, the output does not.
+# As in the released Qwen2-7B-Instruct; the spelling differs from chat_template.CHATML, the output does not.
 RELEASED = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
     "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"

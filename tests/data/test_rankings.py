@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import qwen2_jax.demo
+from qwen2_jax.chat_template import CHATML
 from qwen2_jax.data import __main__ as command
 from qwen2_jax.data.formats.record_formats import Chat, Ranking, detect, read
 from qwen2_jax.data.sources.records import open_records
@@ -20,7 +21,7 @@ from qwen2_jax.data.tokens import loader, packing_plan, store
 from qwen2_jax.data.tokens.encode import Encoded, Encoder
 from qwen2_jax.data.tokens.store import TokenStore
 from qwen2_jax.errors import UserError
-from qwen2_jax.tokenizer import CHAT_TEMPLATE, Tokenizer
+from qwen2_jax.tokenizer import Tokenizer
 from token_data import MemoryStore
 
 DEMO = Path(qwen2_jax.demo.__file__).parent
@@ -177,7 +178,7 @@ def tokenizer(request, tmp_path_factory):
         pytest.skip("no shared data: the released Qwen2 tokenizer is not here")
     folder = tmp_path_factory.mktemp("qwen")
     shutil.copy(QWEN / "tokenizer.json", folder)
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, "utf-8")
+    (folder / "chat_template.jinja").write_text(CHATML, "utf-8")
     return Tokenizer.from_folder(folder)
 
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwen2_jax import validate
+from qwen2_jax.chat_template import ROLES
 from qwen2_jax.errors import UserError
-from qwen2_jax.tokenizer import ROLES
 
 SHAREGPT_ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "function_call": "assistant",

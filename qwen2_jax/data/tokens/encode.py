@@ -28,9 +28,10 @@ import numpy as np
 from tokenizers import models
 
 from qwen2_jax import validate
+from qwen2_jax.chat_template import ROLES
 from qwen2_jax.data.formats.record_formats import Chat, Document, Ranking, Text
 from qwen2_jax.errors import UserError
-from qwen2_jax.tokenizer import END_OF_TEXT, IM_END, IM_START, ROLES, Tokenizer, pipeline
+from qwen2_jax.tokenizer import END_OF_TEXT, IM_END, IM_START, Tokenizer, pipeline
 
 Targets = Literal[
     "assistant",  # every answer and the <|im_end|> behind it
