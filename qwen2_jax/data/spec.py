@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from qwen2_jax import validate
 from qwen2_jax.data.formats import record_formats
-from qwen2_jax.data.tokens.encode import Targets
+from qwen2_jax.data.tokens.loss_mask import Targets
 from qwen2_jax.data.tokens.packing_plan import TooLong
 from qwen2_jax.errors import UserError
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one device of a mesh computes and moves through its memory, by formula: the compute and memory of a roofline.
+"""FLOPs of one device of a mesh and bytes through its memory, by formula: what roofline.py turns into seconds.
 
 Work that a mesh cannot divide is done on every device that shares it: dense layers on each part of the expert axis
 where too few rows are left for it. Heads that do not divide over tensor are padded (head_padding.py); those count too.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A training step's bytes and seconds by formula alone: what is cheap enough to ask for hundreds of settings.
+"""Estimate of a whole training step, memory and seconds, without compiling: cheap enough for hundreds of settings.
 
 A search ranks by it before it compiles, and advice is the difference between two estimates. It knows what the compiled
 steps were seen to do: weights gathered for the forward and the backward pass, their gradient scattered, activations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From counts to seconds: what the chips' arithmetic, their memory and the links between them need at least.
+"""Roofline: from counts of FLOPs and bytes to the seconds that chips, their memory and their links need at least.
 
 A collective takes as long as the device that has to take in the most bytes through the fewest links; the smallest ones
 take a hop's time instead. Arithmetic is counted at the rates that published kernels reach, not at the peak, because no

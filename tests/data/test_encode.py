@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 import qwen2_jax.demo
 from qwen2_jax.data.formats.record_formats import Chat, Text, read
 from qwen2_jax.data.tokens import encode
-from qwen2_jax.data.tokens.encode import Encoder, Targets
+from qwen2_jax.data.tokens.encode import Encoder
+from qwen2_jax.data.tokens.loss_mask import Targets
 from qwen2_jax.errors import UserError
 from qwen2_jax.speedrun import bpe
 from qwen2_jax.tokenizer import END_OF_TEXT, IM_END, IM_START, Tokenizer

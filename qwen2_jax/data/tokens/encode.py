@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Documents as token ids, each with a flag: is it a prediction target?
+"""Documents as token ids, each with a flag: is it a prediction target? loss_mask.py has the rule for conversations.
 
 A conversation's ids are exactly `tokenizer.chat_ids(messages, add_generation_prompt=False)`. Where the answers lie in
 them is found out from what the chat template writes, in one of two ways:
@@ -22,7 +22,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 from tokenizers import models
@@ -30,16 +30,9 @@ from tokenizers import models
 from qwen2_jax import validate
 from qwen2_jax.chat_template import ROLES
 from qwen2_jax.data.formats.record_formats import Chat, Document, Ranking, Text
+from qwen2_jax.data.tokens.loss_mask import Targets, trained_answers, turn_loss_mask
 from qwen2_jax.errors import UserError
 from qwen2_jax.tokenizer import END_OF_TEXT, IM_END, IM_START, Tokenizer, pipeline
-
-Targets = Literal[
-    "assistant",  # every answer and the <|im_end|> behind it
-    "assistant_newline",  # and the newline behind that, as LLaMA-Factory has it
-    "last_assistant",  # the last answer and its <|im_end|>
-    "turns_qwen1",  # every answer; of every turn <|im_start|>, <|im_end|> and the newline, as Qwen-1's script has it
-    "all",  # every token, as Qwen2's finetune.py has it
-]
 
 PIECE = 1 << 17  # characters of a long text that are encoded in one piece
 TOGETHER = 8  # pieces encoded at once: the library needs more than 100 bytes a character meanwhile
@@ -191,20 +184,19 @@ class Encoder:
     def _join(self, chat: Chat, bodies: Iterator[list[int]]) -> Encoded:
         """bodies: ids of each turn's role, newline and content."""
         start, end, newline = self._frame
-        last = max((i for i, message in enumerate(chat.messages) if message["role"] == "assistant"), default=-1)
-        frame = self.targets in ("turns_qwen1", "all")
+        answers = trained_answers(self.targets, chat.messages)
         tokens: list[int] = []
         is_target: list[bool] = []
         for i, (message, train) in enumerate(zip(chat.messages, chat.train, strict=True)):
             body = next(bodies)
             head = self._head(message["role"], body)
-            answer = message["role"] == "assistant" and (i == last or self.targets != "last_assistant")
             tokens += [start, *body, end, *newline]
-            is_target.append(train and frame)
-            is_target += [train and self.targets == "all"] * head
-            is_target += [train and (answer or self.targets == "all")] * (len(body) - head)
-            is_target.append(train and (answer or frame))
-            is_target += [train and (frame or (answer and self.targets == "assistant_newline"))] * len(newline)
+            if train:
+                is_target += turn_loss_mask(
+                    self.targets, answer=i in answers, head=head, content=len(body) - head, newline=len(newline)
+                )
+            else:
+                is_target += [False] * (2 + len(body) + len(newline))
         return Encoded(tokens, is_target)
 
     def _head(self, role: str, body: list[int]) -> int:
@@ -236,12 +228,11 @@ class Encoder:
             )
         tokens = self.tokenizer.chat_ids(chat.messages, add_generation_prompt=False)
         is_target = np.full(len(tokens), self.targets == "all")
-        answers = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
         if self.targets == "all":
             for i in (i for i, train in enumerate(chat.train) if not train):
                 is_target[self._span(tokens, chat.messages, i, prompt=False)] = False
             return Encoded(tokens, is_target.tolist())
-        for i in answers if self.targets != "last_assistant" else answers[-1:]:
+        for i in trained_answers(self.targets, chat.messages):
             if chat.train[i]:
                 span = self._span(tokens, chat.messages, i, prompt=True)
                 special = [k for k in range(span.start, span.stop) if tokens[k] in self.tokenizer.special_ids]

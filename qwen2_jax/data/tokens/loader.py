@@ -23,7 +23,8 @@ from qwen2_jax.data.sources.files import library
 from qwen2_jax.data.sources.records import is_store, open_records
 from qwen2_jax.data.spec import Data, Source
 from qwen2_jax.data.tokens import store as stores
-from qwen2_jax.data.tokens.encode import Encoder, Targets
+from qwen2_jax.data.tokens.encode import Encoder
+from qwen2_jax.data.tokens.loss_mask import Targets
 from qwen2_jax.data.tokens.packing import Batch, empty_row, stack
 from qwen2_jax.data.tokens.packing_plan import BestFitRows, ConcatRows, Documents, Rows, efficiency
 from qwen2_jax.data.tokens.store import TokenStore, build, same_tokenizer

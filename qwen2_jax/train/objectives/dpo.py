@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Losses from preferences: pairs of answers for a policy (DPO and its relatives), ranked answers for a reward model.
+"""Preference losses: pairs of answers for a policy (DPO, IPO, SLiC), ranked answers for a reward model.
 
     per token [B, T] -> sequence_sums -> per answer [B, G, K] -> loss per pair -> sums over pairs
 
