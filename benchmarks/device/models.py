@@ -51,7 +51,7 @@ def on_kernels(setting: Setting):
 
     A CPU has none; their interpreters take minutes for a model, which tests/model/test_decoder_on_accelerators.py has.
     """
-    kinds = ["moe"] if setting.small else list(accelerator_cases.KINDS)
+    kinds = ["sliding"] if setting.small else list(accelerator_cases.KINDS)
     name = "xla" if setting.platform == "cpu" else setting.platform
     return {f"{kind} on {name}": functools.partial(_on_kernels, kind, name) for kind in kinds}
 
@@ -94,9 +94,10 @@ def demo_answers():
 
 
 def demo_logits():
-    ids = [qwen2_jax.load("demo").tokenizer.encode(" ".join(PROMPTS))]
+    made = {dtype: qwen2_jax.load("demo", dtype=dtype) for dtype in ("int8", "float32")}
+    ids = [made["int8"].tokenizer.encode(" ".join(PROMPTS))]
     with jax.default_matmul_precision("highest"):
-        return {dtype: qwen2_jax.load("demo", dtype=dtype).logits(ids) for dtype in ("int8", "float32")}
+        return {dtype: lm.logits(ids) for dtype, lm in made.items()}
 
 
 def _demo_tokens():
