@@ -16,7 +16,7 @@ from qwen2_jax.kernels.dual_chunk_attention import dual_chunk_attention, xla
 from qwen2_jax.kernels.flash_attention import flash_attention
 
 from attention_cases import BLOCKS, SHAPES, arrays, layouts, naive
-from few import FEW
+from few import MANY
 from tolerance import BFLOAT16, assert_no_worse
 
 VECTORS = Path(__file__).parents[3] / "shared" / "data" / "dca_vectors.npz"
@@ -53,7 +53,7 @@ def value_and_gradients(attend, queries, k, v, weights, layout):
     return results, (*gradients[:-1], gradients[-1] / math.prod(k.shape[1:]))  # the scale's is a sum over everything
 
 
-@FEW
+@MANY
 @given(layouts(chunks=True))
 def test_equals_the_definition_in_float32(case):
     shape, seed, layout = case
@@ -62,7 +62,7 @@ def test_equals_the_definition_in_float32(case):
     jax.tree.map(lambda x, y: assert_no_worse(x, y, y), value_and_gradients(by_small_blocks, *inputs, layout), exact)
 
 
-@FEW
+@MANY
 @given(layouts(SHAPES[:1], chunks=True))
 def test_no_worse_than_plain_bfloat16(case):
     shape, seed, layout = case

@@ -35,14 +35,6 @@ every_model = pytest.mark.parametrize("name", list(cases.FIELDS))
 every_layout = pytest.mark.parametrize("rows", [ALONE, PACKED], ids=["alone", "packed"])
 
 
-@pytest.fixture(autouse=True, scope="module")
-def compile_quickly():
-    """Half the time of compiling; every program of this module runs only a few times."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @functools.cache
 def golden(name: str) -> dict[str, np.ndarray]:
     with np.load(GOLDEN / f"training_{name}.npz") as arrays:
