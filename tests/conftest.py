@@ -2,9 +2,8 @@
 """Tests run on the CPU wherever they run; the compilers of other devices are asked by name (ahead_of_time.py).
 
 Most of their time is compiling. Programs are therefore compiled without LLVM's optimizations (a program here runs a few
-times), and kept in a folder that all workers of this run and the processes that they start share. What must not be so
-asks for it (all_optimizations). `JAX_DISABLE_MOST_OPTIMIZATIONS=false` in the environment
-runs everything as users do, and JAX_COMPILATION_CACHE_DIR keeps the programs for the next run.
+times; `all_optimizations` is for tests of what users run), and kept in a folder that all workers of this run share with
+the processes that they start. JAX_DISABLE_MOST_OPTIMIZATIONS=false and JAX_COMPILATION_CACHE_DIR decide otherwise.
 """
 
 import gc

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hypothesis settings: FEW where an example takes seconds (simulated chips), MANY where it takes milliseconds."""
+"""Few cases or many: Hypothesis settings for examples that take seconds and milliseconds, and cases for `-m slow`."""
 
+import pytest
 from hypothesis import HealthCheck, Phase, settings
 
 FEW = settings(
@@ -18,3 +19,8 @@ MANY = settings(
     print_blob=True,
     suppress_health_check=[HealthCheck.too_slow],
 )
+
+
+def slow(*cases):
+    """Cases of `parametrize` for `-m slow`: a quick case tests the same code, in another variant or on another mesh."""
+    return [pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.slow) for case in cases]

@@ -19,6 +19,7 @@ import pytest
 from flax import nnx
 
 import qwen2_jax
+from few import slow
 from qwen2_jax import checkpoint, moe, rope
 from qwen2_jax.config import ModelConfig, RopeScaling
 from qwen2_jax.logprob import token_logprobs
@@ -36,11 +37,6 @@ YARN = [name for name in DENSE + SPARSE if "yarn" in name]
 ATOL = 1e-4
 NEW = 24  # recorded new tokens of each prompt
 every_variant = pytest.mark.parametrize("variant", DENSE + SPARSE)
-
-
-def slow(*cases):
-    """Cases of `parametrize` that are left to `-m slow`: a quick one tests their mathematics by another path."""
-    return [pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.slow) for case in cases]
 
 
 @functools.cache

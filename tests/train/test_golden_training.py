@@ -8,7 +8,6 @@ per row. Ours gets the same documents once like that and once packed two to a ro
 import functools
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
