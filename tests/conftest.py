@@ -1,16 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests run on the CPU wherever they run; the compilers of other devices are asked by name (ahead_of_time.py)."""
+"""Tests run on the CPU wherever they run; the compilers of other devices are asked by name (ahead_of_time.py).
+
+Most of their time is compiling. Programs are therefore compiled without LLVM's optimizations (a program here runs a few
+times; `all_optimizations` is for tests of what users run), and kept in a folder that all workers of this run share with
+the processes that they start. JAX_DISABLE_MOST_OPTIMIZATIONS=false and JAX_COMPILATION_CACHE_DIR decide otherwise.
+"""
 
 import gc
 import os
+import shutil
+import tempfile
+import time
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # A simulated GPU kernel runs each of its warpgroups in a thread of jax's CPU client, which has one per core: on two
 # cores three of them would wait for each other for ever.
 os.environ.setdefault("NPROC", "16")
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the first process makes one, its workers are told
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix=f"qwen2-jax-programs-{os.getpid()}-")
 
 import jax
 import pytest
+
+BEGAN = time.monotonic()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--seconds", type=float, help="tests that have not begun after so many seconds are skipped")
+
+
+def pytest_runtest_setup(item):
+    seconds = item.config.getoption("seconds")
+    if seconds is not None and time.monotonic() - BEGAN > seconds:
+        pytest.skip(f"not begun within {seconds:.0f} s: {item.nodeid}")
+
+
+def pytest_unconfigure():
+    """Ends the folder of programs with the process that made it."""
+    folder = os.environ["JAX_COMPILATION_CACHE_DIR"]
+    if f"qwen2-jax-programs-{os.getpid()}-" in folder:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -19,3 +50,12 @@ def programs_end_with_their_module():
     yield
     jax.clear_caches()
     gc.collect()
+
+
+@pytest.fixture
+def all_optimizations():
+    """What is compiled in this test is compiled as for users."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

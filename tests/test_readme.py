@@ -16,6 +16,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks/README.md"]
+SLOW = ["docs/post-training.md", "docs/training.md", "benchmarks/README.md"]  # README.md trains by two recipes, too
 SECONDS = 300  # for one command, on a busy machine with two cores
 
 
@@ -55,8 +56,17 @@ def clone(tmp_path, cache, monkeypatch):
     return tmp_path
 
 
+def name(document: Path) -> str:
+    return document.relative_to(ROOT).as_posix()
+
+
 @pytest.mark.parametrize(
-    "document", [d for d in DOCUMENTS if blocks(d, "bash")], ids=lambda d: str(d.relative_to(ROOT))
+    "document",
+    [
+        pytest.param(d, id=name(d), marks=pytest.mark.slow if name(d) in SLOW else ())
+        for d in DOCUMENTS
+        if blocks(d, "bash")
+    ],
 )
 def test_commands_run(document, clone):
     for command in commands(document):
@@ -70,9 +80,7 @@ def test_commands_run(document, clone):
         assert run.stdout + run.stderr or not command.startswith("python"), f"$ {command}\nprinted nothing"
 
 
-@pytest.mark.parametrize(
-    "document", [d for d in DOCUMENTS if blocks(d, "python")], ids=lambda d: str(d.relative_to(ROOT))
-)
+@pytest.mark.parametrize("document", [d for d in DOCUMENTS if blocks(d, "python")], ids=name)
 def test_programs_run(document, clone, capsys):
     """The blocks of one document share their names, as a reader would paste them into one session."""
     names: dict[str, object] = {}

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import models, trainers
 
+from few import MANY
 from qwen2_jax import chat_template
 from qwen2_jax import tokenizer as module
 from qwen2_jax.errors import UserError
@@ -351,7 +352,7 @@ def test_no_template_and_no_special_tokens(folder):
 
 
 @given(st.data())
-@settings(max_examples=200, deadline=None)
+@settings(MANY, max_examples=200)
 def test_streamed_text_adds_up_and_never_splits_a_character(tiny, data):
     ids = data.draw(st.lists(st.integers(0, tiny.vocab_size + 3), max_size=30))
     skip = data.draw(st.booleans())

@@ -7,9 +7,10 @@ import warnings
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from few import MANY
 from qwen2_jax.config import FULL, HUB_IDS, PRESETS, DualChunk, ModelConfig, RopeScaling, Stack
 from qwen2_jax.errors import UserError
 from qwen2_jax.model import flops
@@ -390,7 +391,7 @@ def test_stacks(changes, want):
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=24), st.booleans())
-@settings(max_examples=60, deadline=None)
+@MANY
 def test_stacks_cover_every_layer_once_with_its_kind(pattern, unroll):
     only = tuple(i for i, is_sparse in enumerate(pattern) if not is_sparse)
     model = sparse(num_hidden_layers=len(pattern), mlp_only_layers=only)

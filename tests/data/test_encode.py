@@ -8,10 +8,11 @@ from typing import get_args
 
 import pytest
 import tokenizers
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import qwen2_jax.demo
+from few import MANY
 from qwen2_jax.data.formats.record_formats import Chat, Text, read
 from qwen2_jax.data.tokens import encode
 from qwen2_jax.data.tokens.encode import Encoder
@@ -187,7 +188,7 @@ WHITE = ["\n", "\r", " ", "\t", "\x0b", "\x0c", "\x1c", "\x1f", "\x85", "\xa0", 
 PARTS = ["a", "'s", "Hello", "1", "!", ";\n", "\u0301", "\u0338", "\u1161", "é", "你", "😀", IM_END, END_OF_TEXT]
 
 
-@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@MANY
 @given(st.lists(st.sampled_from(WHITE) | st.sampled_from(PARTS) | st.just("\n"), max_size=40).map("".join))
 def test_a_long_text_in_pieces_is_the_whole(encoders, text):
     for encoder in encoders:
@@ -251,7 +252,7 @@ turns = st.lists(
 )
 
 
-@settings(max_examples=80, deadline=None)
+@MANY
 @example([U("\u0338"), A("\n\u0301"), U(""), A("\n")], "")
 @given(turns, st.none() | contents)
 def test_ids_are_the_templates_and_targets_the_answers(tiny, messages, system):

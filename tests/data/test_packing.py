@@ -5,14 +5,14 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from few import MANY
 from qwen2_jax.data.tokens import packing_plan
 from qwen2_jax.errors import UserError
 from token_data import MemoryStore, trained_pairs
 
-PROPERTY = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 LENGTHS = st.lists(st.integers(0, 23), max_size=30)
 PAD = 10**6
 
@@ -54,7 +54,7 @@ def check_form(rows, found):
         assert (document_of[targets[trained]] == document_of[ids[trained]]).all()
 
 
-@PROPERTY
+@MANY
 @given(stores(), st.integers(1, 40))
 def test_concat_trains_every_target_once(found, length):
     chosen = documents(found)
@@ -70,7 +70,7 @@ def test_concat_trains_every_target_once(found, length):
     assert len(rows) == -(-len(inputs) // length)
 
 
-@PROPERTY
+@MANY
 @given(stores(), st.integers(1, 40), st.sampled_from(["drop", "cut"]))
 def test_best_fit_keeps_documents_whole(found, length, too_long):
     chosen = documents(found)
@@ -124,7 +124,7 @@ def slow_best_fit(sizes, length):
     return rows
 
 
-@PROPERTY
+@MANY
 @given(st.lists(st.integers(1, 20), max_size=60), st.sampled_from([7, 1000]))
 def test_best_fit_is_the_slow_one(sizes, window):
     order, edges = packing_plan.best_fit(np.array(sizes, int), 20, window)

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import qwen2_jax.demo
+from few import MANY
 from qwen2_jax.chat_template import CHATML
 from qwen2_jax.data import __main__ as command
 from qwen2_jax.data.formats.record_formats import Chat, Ranking, detect, read
@@ -26,7 +27,6 @@ from token_data import MemoryStore
 
 DEMO = Path(qwen2_jax.demo.__file__).parent
 QWEN = Path(__file__).parents[3] / "shared" / "data" / "qwen2_tokenizer"
-PROPERTY = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 WHERE = "d.jsonl line 7"
 PAD = 10**6
 U, A, S, T = (
@@ -280,7 +280,7 @@ def slow_rows(stores, length, ranks):
 SIZES = st.lists(st.lists(st.integers(1, 6), min_size=2, max_size=4), min_size=1, max_size=12)
 
 
-@PROPERTY
+@MANY
 @given(st.lists(SIZES, min_size=1, max_size=2), st.integers(4, 30), st.integers(0, 9))
 def test_groups_are_packed_whole(sizes, length, seed):
     stores, first = [], 0

@@ -16,17 +16,17 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import qwen2_jax.demo
+from few import MANY
 from qwen2_jax.data.tokens import store
 from qwen2_jax.errors import UserError
 from qwen2_jax.files import build_once as whole
 from qwen2_jax.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.from_folder(Path(qwen2_jax.demo.__file__).parent)
-PROPERTY = settings(max_examples=30, deadline=None, derandomize=True, database=None)
 
 
 class Lines:
@@ -69,7 +69,7 @@ def files(folder):
     return sorted(path.name for path in Path(folder).iterdir())
 
 
-@PROPERTY
+@MANY
 @given(st.lists(st.lists(st.tuples(st.integers(0, 2**32 - 1), st.booleans()), max_size=12), max_size=20))
 def test_what_goes_in_comes_out(tmp_path_factory, documents):
     documents.append([(7, False), (8, True)])  # something to learn
@@ -238,7 +238,8 @@ test_store.store.build(Last(["1 2*", "3 4*", "5 6*"]), "text", test_store.Number
 
 def test_a_killed_build_counts_for_nothing(tmp_path):
     program = KILLED.format(tests=str(Path(__file__).parent), folder=str(tmp_path / "tokens"))
-    killed = subprocess.run([sys.executable, "-c", program], env=os.environ | {"JAX_PLATFORMS": "cpu"}, check=False)
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parents[1])}
+    killed = subprocess.run([sys.executable, "-c", program], env=environment, check=False)
     assert killed.returncode == -signal.SIGKILL
     assert files(tmp_path) and not (tmp_path / "tokens").exists()
     assert build(["1 2*"], tmp_path / "tokens").tokens.tolist() == [1, 2]

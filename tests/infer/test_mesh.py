@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from few import slow
 from worker import TESTS, Worker
 
 
@@ -23,9 +24,9 @@ def eight():
 @pytest.mark.parametrize(
     ("variant", "axes"),
     [
-        ("dense_untied", "data=2,fsdp=2,tensor=2"),
+        *slow(("dense_untied", "data=2,fsdp=2,tensor=2")),
         ("moe", "data=2,expert=2,tensor=2"),
-        ("sliding", "data=2,context=2,tensor=2"),
+        *slow(("sliding", "data=2,context=2,tensor=2")),
     ],
 )
 def test_sharded_model_answers_as_recorded(variant, axes, eight):
@@ -34,13 +35,10 @@ def test_sharded_model_answers_as_recorded(variant, axes, eight):
 
 MESHES = [
     ("dense", "fsdp=8"),
-    ("dense", "context=8"),
-    ("dca", "context=4,tensor=2"),
+    *slow(("dense", "context=8"), ("dca", "context=4,tensor=2")),
     ("dca", "data=2,fsdp=2,context=2"),
     ("sliding", "context=4,tensor=2"),
-    ("sliding", "data=2,tensor=4"),
-    ("moe", "data=2,tensor=4"),
-    ("moe", "expert=2,fsdp=2,tensor=2"),
+    *slow(("sliding", "data=2,tensor=4"), ("moe", "data=2,tensor=4"), ("moe", "expert=2,fsdp=2,tensor=2")),
     ("moe", "expert=2,context=2,tensor=2"),
 ]
 
@@ -53,9 +51,8 @@ def test_a_mesh_answers_as_one_device(name, axes, eight):
 @pytest.mark.parametrize(
     ("name", "axes"),
     [
-        ("dense", "data=2,tensor=4"),
+        *slow(("dense", "data=2,tensor=4"), ("sliding", "context=8")),
         ("dca", "data=2,context=2,tensor=2"),
-        ("sliding", "context=8"),
         ("moe", "expert=2,context=2,tensor=2"),
         ("dense", "fsdp=4,tensor=2"),
     ],

@@ -18,9 +18,9 @@ from qwen2_jax.kernels.dual_chunk_attention import dual_chunk_attention
 from qwen2_jax.kernels.flash_attention import flash_attention
 from qwen2_jax.kernels.visibility import chunk_region, visible
 
+from few import FEW, MANY
 from attention_cases import arrays, naive
 from attention_layouts import layouts
-from few import FEW
 from tolerance import BFLOAT16, assert_no_worse
 
 gpu = pytest.importorskip("qwen2_jax.kernels.dual_chunk_attention.gpu_backward")
@@ -107,7 +107,7 @@ def test_two_consumers_do_not_race():
     assert not simulation.get_races().races_found
 
 
-@settings(FEW, max_examples=10)
+@MANY
 @given(st.integers(0, 2**16), st.integers(1, 40), st.integers(1, 40), st.booleans())
 def test_intervals_say_what_visibility_says(seed, window, chunk_len, segments):
     random = np.random.default_rng(seed)

@@ -14,7 +14,7 @@ from qwen2_jax.kernels.visibility import Bounds
 
 from attention_cases import arrays
 from decode_cases import assert_right, case, paged
-from few import FEW
+from few import MANY
 
 # B, T, S, N, K, H: one row per key head, which takes a path of its own; and a cache that is visited block by block.
 SHAPES = [(2, 1, 48, 3, 3, 8), (2, 2, 2560, 4, 2, 4)]
@@ -27,7 +27,7 @@ def check(seed, shape, dtype, **options):
 
 
 @pytest.mark.parametrize(("dtype", "chunked"), [(jnp.float32, False), (jnp.float32, True), (jnp.bfloat16, True)])
-@FEW
+@MANY
 @given(shape=st.sampled_from(SHAPES), seed=st.integers(0, 2**16))
 def test_equals_the_definition(dtype, chunked, shape, seed):
     check(seed, shape, dtype, chunked=chunked)
@@ -44,14 +44,14 @@ FORMS = [
 ]
 
 
-@FEW
+@MANY
 @given(form=st.sampled_from(FORMS), seed=st.integers(0, 2**16))
 def test_pages_eight_bits_and_shares(form, seed):
     shape, options = form
     check(seed, shape, jnp.float32, **options)
 
 
-@FEW
+@MANY
 @given(seed=st.integers(0, 2**16), chunked=st.booleans(), shares=st.sampled_from([2, 5]))
 def test_shares_of_the_slots_are_merged_by_lse(seed, chunked, shares):
     """What ops does for slots that are divided over devices: shares that see nothing weigh nothing."""

@@ -15,9 +15,9 @@ from qwen2_jax.kernels.attention_inputs import per_row
 from qwen2_jax.kernels.dual_chunk_attention import dual_chunk_attention, xla
 from qwen2_jax.kernels.flash_attention import flash_attention
 
+from few import MANY
 from attention_cases import arrays, naive
 from attention_layouts import BLOCKS, SHAPES, layouts
-from few import FEW
 from tolerance import BFLOAT16, assert_no_worse
 
 VECTORS = Path(__file__).parents[3] / "shared" / "data" / "dca_vectors.npz"
@@ -54,7 +54,7 @@ def value_and_gradients(attend, queries, k, v, weights, layout):
     return results, (*gradients[:-1], gradients[-1] / math.prod(k.shape[1:]))  # the scale's is a sum over everything
 
 
-@FEW
+@MANY
 @given(layouts(chunks=True))
 def test_equals_the_definition_in_float32(case):
     shape, seed, layout = case
@@ -63,7 +63,7 @@ def test_equals_the_definition_in_float32(case):
     jax.tree.map(lambda x, y: assert_no_worse(x, y, y), value_and_gradients(by_small_blocks, *inputs, layout), exact)
 
 
-@FEW
+@MANY
 @given(layouts(SHAPES[:1], chunks=True))
 def test_no_worse_than_plain_bfloat16(case):
     shape, seed, layout = case

@@ -15,7 +15,7 @@ from qwen2_jax.kernels.grouped_matmul import grouped_matmul, grouped_swiglu, meg
 from qwen2_jax.kernels.grouped_matmul.shapes import EXPERTS, TOKENS
 from qwen2_jax.kernels.target import Target, simulated
 
-from few import FEW
+from few import FEW, MANY
 from tolerance import BFLOAT16, assert_no_worse
 
 M, E = 40, 4
@@ -112,7 +112,7 @@ def every_visit(group_sizes, M, tile, cover):
 
 
 @pytest.mark.parametrize("cover", ["tiles", "experts"])
-@settings(FEW, max_examples=40)
+@MANY
 @given(data=st.data())
 def test_the_list_of_visits_is_its_definition(cover, data):
     M, tile, E = data.draw(st.sampled_from([(38, 8, 4), (12, 4, 7)]))

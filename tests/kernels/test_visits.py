@@ -8,8 +8,8 @@ from hypothesis import given
 from qwen2_jax.kernels.visibility import CHUNK_REGIONS, FAR, chunk_region, visible
 from qwen2_jax.kernels.visits import blocks, pack, plan, unpack
 
+from few import MANY
 from attention_layouts import layouts
-from few import FEW
 
 QUERIES, KEYS = 8, 16  # tokens of a block
 
@@ -17,7 +17,7 @@ QUERIES, KEYS = 8, 16  # tokens of a block
 def entries(visits, row_blocks, columns, rotations):
     """The list as numpy, checked against its own index: [(b, row block, column, region, whole)]."""
     count = int(visits.starts[-1])
-    row, column, region, whole = (np.asarray(x) for x in unpack(visits.words_V[:count], columns))
+    row, column, region, whole = (np.asarray(x) for x in unpack(np.asarray(visits.words_V)[:count], columns))
     starts = np.asarray(visits.starts)
     where = np.searchsorted(starts, np.arange(count), side="right") - 1
     np.testing.assert_array_equal(where, row * rotations + region)
@@ -28,7 +28,7 @@ def entries(visits, row_blocks, columns, rotations):
 
 @pytest.mark.parametrize("by", ["query", "key"])
 @pytest.mark.parametrize("chunked", [False, True])
-@FEW
+@MANY
 @given(layouts(chunks=True))
 def test_every_visible_pair_once(by, chunked, case):
     (B, T, S, *_), _, at = case

@@ -11,7 +11,7 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
-from few import FEW
+from few import MANY
 from qwen2_jax import PRESETS, model
 from qwen2_jax.model import flops
 from tiny import CONFIGS
@@ -64,7 +64,7 @@ def test_a_window_is_a_band():
 documents = st.lists(st.lists(st.integers(1, 9), max_size=4), min_size=1, max_size=5)
 
 
-@FEW
+@MANY
 @given(documents, st.integers(0, 3), st.booleans())
 def test_segment_lengths(rows, padding, micro):
     """Ids of neighbours differ, within a row and across rows; batches of micro-batches are rows as well."""

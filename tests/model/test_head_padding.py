@@ -2,6 +2,7 @@
 """The wider model, whose heads divide, is the model: same logits, same weights when narrowed again."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AbstractMesh
 
+from few import MANY
 from qwen2_jax import PRESETS, model
 from qwen2_jax.model import head_padding, lora
 from qwen2_jax.weights import linear
@@ -47,7 +49,7 @@ def test_no_mesh_and_no_axis_change_nothing():
     assert head_padding.spread(PRESETS["qwen2-7b"], AbstractMesh((8,), ("fsdp",))) is None
 
 
-@settings(deadline=None)  # the first example compiles
+@settings(MANY, max_examples=50)  # each compiles
 @given(keys=st.integers(1, 6), group=st.integers(1, 7), tensor=st.integers(2, 16))
 def test_every_query_meets_its_key_once(keys, group, tensor):
     """Numbers in place of weights: each query head stands once, beside a copy of its own key head; 0 is filled up."""
@@ -83,6 +85,7 @@ def test_the_wider_model_gives_the_same(storage, tensor, unroll):
         params = lora.attach(params, adapters, rank)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 96, (2, 11)))
 
+    @functools.partial(jax.jit, static_argnums=0)
     def logits(config, params):
         qwen2 = nnx.merge(model.declare(config, unroll=unroll)[0], params)
         return qwen2.logits(qwen2(tokens).hidden_BTD)
@@ -91,4 +94,4 @@ def test_the_wider_model_gives_the_same(storage, tensor, unroll):
     want, got = logits(config, params), logits(found.config, wide)
     np.testing.assert_allclose(got, want, atol=2e-6 * float(jnp.abs(want).max()))
     assert jax.tree.map(jnp.shape, wide) != jax.tree.map(jnp.shape, params)
-    jax.tree.map(np.testing.assert_array_equal, found.narrow(wide, specs), params)
+    jax.tree.map(np.testing.assert_array_equal, jax.jit(lambda wide: found.narrow(wide, specs))(wide), params)

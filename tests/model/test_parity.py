@@ -19,6 +19,7 @@ import pytest
 from flax import nnx
 
 import qwen2_jax
+from few import slow
 from qwen2_jax import checkpoint
 from qwen2_jax.config import ModelConfig, RopeScaling
 from qwen2_jax.model import Qwen2, declare, mlp, rope
@@ -59,14 +60,6 @@ def params_of(variant: str, unroll: bool = False, dtype: str = "float32"):
 @functools.cache
 def lm_of(variant: str):
     return qwen2_jax.load(str(GOLDEN / variant), dtype="float32")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def compile_quickly():
-    """Half the time of compiling; every program of this module runs only a few times."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -136,18 +129,14 @@ def test_logits(variant):
     assert_logits_equal(variant, logits)
 
 
-@pytest.mark.parametrize("unroll", [False, True], ids=["stacked", "unrolled"])
+@pytest.mark.parametrize("unroll", [*slow(False), True], ids=["stacked", "unrolled"])
 @pytest.mark.parametrize("variant", ["dense_untied", "moe_mlp_only"])
-def test_logits_with_all_optimizations(variant, unroll):
-    jax.config.update("jax_disable_most_optimizations", False)
-    try:
-        graphdef, _ = declare(config_of(variant), unroll=unroll)
-        tokens = jnp.asarray(golden(variant)["tokens"])
-        rotary = rope.choose(config_of(variant), tokens.shape[1])
-        optimized = jax.jit(lambda params: forward.__wrapped__(graphdef, params, tokens, rotary)[0])
-        assert_logits_equal(variant, optimized(params_of(variant, unroll)))
-    finally:
-        jax.config.update("jax_disable_most_optimizations", True)
+def test_logits_with_all_optimizations(variant, unroll, all_optimizations):
+    graphdef, _ = declare(config_of(variant), unroll=unroll)
+    tokens = jnp.asarray(golden(variant)["tokens"])
+    rotary = rope.choose(config_of(variant), tokens.shape[1])
+    optimized = jax.jit(lambda params: forward.__wrapped__(graphdef, params, tokens, rotary)[0])
+    assert_logits_equal(variant, optimized(params_of(variant, unroll)))
 
 
 @pytest.mark.parametrize("variant", ["dense_tied", "moe_step_2"])
@@ -291,7 +280,7 @@ def test_load_balancing_loss_leaves_padding_out(variant):
     assert error(logits[0], g["logits"][0]) <= ATOL
 
 
-@pytest.mark.parametrize("variant", ["moe_no_bias", "moe_norm_topk"])
+@pytest.mark.parametrize("variant", [*slow("moe_no_bias"), "moe_norm_topk"])
 def test_gradients_reach_the_router(variant):
     """Of each loss: the slope along its gradient, against a difference over which no token changes its experts."""
     tokens = jnp.asarray(golden(variant)["tokens"][1:, :16])
@@ -324,7 +313,15 @@ def test_gradients_reach_the_router(variant):
 # The public interface
 
 
-@every_variant
+LOADED = [
+    "dense_tied",
+    "sliding",
+    "yarn",
+    "moe_mlp_only",
+]  # the rest: with the prompts of test_greedy_tokens, or slowly
+
+
+@pytest.mark.parametrize("variant", [*LOADED, *slow(*[v for v in DENSE + SPARSE if v not in LOADED])])
 def test_load_gives_the_same_logits(variant):
     g, lm = golden(variant), lm_of(variant)
     assert lm.config == config_of(variant)
@@ -335,7 +332,7 @@ def test_load_gives_the_same_logits(variant):
     assert_logits_equal(variant, logits)
 
 
-@pytest.mark.parametrize("variant", ["dense_untied", "large_logits", "sliding", "yarn", "moe_mlp_only"])
+@pytest.mark.parametrize("variant", [*slow("dense_untied", "large_logits"), "sliding", "yarn", "moe_mlp_only"])
 def test_load_gives_the_same_logprobs(variant):
     """In two chunks, over a cache. Those of generated tokens are compared for every variant below."""
     g, lm = golden(variant), lm_of(variant)
@@ -363,7 +360,7 @@ def test_greedy_tokens(variant):
     assert_answers_equal(variant, answers)
 
 
-@pytest.mark.parametrize("variant", ["dense_tied", "sliding", "yarn", "moe_step_2"])
+@pytest.mark.parametrize("variant", ["dense_tied", *slow("sliding", "yarn"), "moe_step_2"])
 def test_greedy_tokens_of_each_prompt_alone(variant):
     alone = [
         lm_of(variant).generate([prompt], max_new_tokens=NEW, temperature=0.0, ignore_eos=True)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from qwen2_jax.kernels.chips import CHIPS
 from rich.console import Console
 
-from few import FEW
+from few import MANY
 from qwen2_jax.data.tokens.packing import Batch
 from qwen2_jax.errors import UserError
 from qwen2_jax.observe import Goodput, Logging, Recorder, display, lines, memory
@@ -180,7 +180,7 @@ def test_speed_is_that_of_the_device_also_beside_an_evaluation(tmp_path, every):
     assert (recorder.goodput.seconds["step"], recorder.goodput.seconds["evaluation"]) == (6, 1)
 
 
-@FEW
+@MANY
 @given(st.lists(st.tuples(st.floats(0, 10), st.integers(1, 50)), min_size=1, max_size=9), st.integers(1, 8))
 def test_lines_may_be_cut_anywhere(steps, cut):
     """The mean of a line is the one of its steps, so cutting a run into other lines changes no total."""

@@ -24,7 +24,7 @@ import pytest
 from hypothesis import given, settings
 from rich.console import Console
 
-from few import FEW
+from few import MANY
 from qwen2_jax.errors import UserError
 from qwen2_jax.train.state import checkpoints
 from qwen2_jax.train.state.checkpoints import Checkpointing, Checkpoints
@@ -482,7 +482,7 @@ LEAVES = {
 PRINTS = fingerprints(LEAVES)
 
 
-@settings(FEW, max_examples=150)
+@settings(MANY, max_examples=150)
 @given(st.data())
 def test_any_flipped_bit_changes_the_fingerprint(data):
     name = data.draw(st.sampled_from(sorted(LEAVES)))
@@ -496,7 +496,7 @@ def test_any_flipped_bit_changes_the_fingerprint(data):
     assert {other for other in LEAVES if got[other] != PRINTS[other]} == {name}
 
 
-@settings(FEW, max_examples=60)
+@MANY
 @given(st.data())
 def test_order_and_pairs_of_signs_change_the_fingerprint(data):
     """Two flipped signs, and a value moved to another place, would pass a sum of bits times odd weights."""

@@ -8,7 +8,6 @@ per row. Ours gets the same documents once like that and once packed two to a ro
 import functools
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -33,14 +32,6 @@ OPTIM = Optim(
 ALONE, PACKED = ((0,), (1,), (2,), (3,)), (*cases.ROWS, (), ())
 every_model = pytest.mark.parametrize("name", list(cases.FIELDS))
 every_layout = pytest.mark.parametrize("rows", [ALONE, PACKED], ids=["alone", "packed"])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def compile_quickly():
-    """Half the time of compiling; every program of this module runs only a few times."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @functools.cache

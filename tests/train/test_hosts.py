@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from small_run import config_file
 
 ROOT = Path(__file__).parents[2]
@@ -27,6 +29,7 @@ def weights(folder):
     return {path.name: path.read_bytes() for path in (folder / "hf").glob("*.safetensors")}
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_and_survive_each_others_death(corpus, tmp_path):
     """Process 1 is killed, and in the next start process 0, which coordinates; the third one ends the run.
 
@@ -79,6 +82,28 @@ def test_a_request_to_stop_reaches_both(corpus, tmp_path):
     assert "step" not in told[1]
     last = losses(tmp_path / "out")[-1][0]
     assert (tmp_path / "out" / "checkpoints" / str(last)).is_dir()
+
+
+def test_two_processes_train_what_one_trains(corpus, tmp_path):
+    """To the last bit; and each process holds half of the devices."""
+    files = []
+    for name in ("two", "one"):
+        (tmp_path / name).mkdir()
+        files.append(config_file(corpus, tmp_path / name, "steps=3"))
+    started = two(files[0])
+    two_devices = CPU | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    try:
+        one = subprocess.run(
+            [sys.executable, "train.py", str(files[1])], cwd=ROOT, env=two_devices, capture_output=True
+        )
+        told = [process.communicate(timeout=120)[1] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [one.returncode, *(process.returncode for process in started)] == [0, 0, 0], (one.stderr, told)
+    assert len(losses(tmp_path / "one" / "out")) == 3
+    assert losses(tmp_path / "two" / "out") == losses(tmp_path / "one" / "out")
+    assert weights(tmp_path / "two" / "out") == weights(tmp_path / "one" / "out") != {}
 
 
 def test_hosts_that_were_told_something_else(corpus, tmp_path):

@@ -20,6 +20,7 @@ from rich.console import Console
 
 import qwen2_jax
 import tiny
+from few import slow
 from qwen2_jax import checkpoint
 from qwen2_jax.checkpoint.transfer import write
 from qwen2_jax.config import ModelConfig
@@ -287,7 +288,7 @@ def test_fine_tuning_makes_a_chat_model(corpus, straight, tmp_path):
     assert lm.chat([{"role": "user", "content": "after 3"}], max_new_tokens=4) is not None
 
 
-@pytest.mark.parametrize("base", ["bfloat16", "int8"])
+@pytest.mark.parametrize("base", ["bfloat16", *slow("int8")])
 def test_lora_leaves_the_weights_alone(base, corpus, straight, tmp_path):
     """The folder that is told and returned is one that was written. Other weights under the adapters are refused."""
     config = sft(
@@ -449,6 +450,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(corpus, tmp_path):
     assert steps == list(range(1, done + 3))
 
 
+@pytest.mark.slow
 def test_killed_runs_end_as_undisturbed_ones(corpus, tmp_path):
     """SIGKILL while a checkpoint is written, between steps, and while the result is written."""
     file = config_file(corpus, tmp_path, "steps=60, checkpoints=Checkpointing(every_steps=5)")

@@ -16,6 +16,7 @@ import pytest
 from rich.console import Console
 
 import qwen2_jax
+from few import slow
 from qwen2_jax.config import ModelConfig
 from qwen2_jax.data.spec import Data, PromptData, Source
 from qwen2_jax.errors import UserError
@@ -52,6 +53,7 @@ MODEL = ModelConfig(
     max_position_embeddings=512,
     tie_word_embeddings=True,
 )
+
 STEADY = Optim(lr=1e-2, schedule="constant", decay=0.0)
 
 
@@ -154,8 +156,8 @@ def test_dpo_begins_at_ln_2_and_learns_the_pairs(dpo_run):
 @pytest.mark.parametrize(
     "changes",
     [
-        pytest.param({"dtype": "bfloat16"}, id="bfloat16"),
-        pytest.param({"reference": "live"}, id="live"),
+        pytest.param({"dtype": "bfloat16"}, id="bfloat16", marks=pytest.mark.slow),
+        pytest.param({"reference": "live"}, id="live", marks=pytest.mark.slow),
         pytest.param({"lora": Lora(rank=2), "lora_base": "float32"}, id="lora"),
     ],
 )
@@ -183,7 +185,7 @@ def test_dpo_goes_on_bit_for_bit_and_keeps_its_reference(base, dpo_run, tmp_path
     assert before and {path: path.stat().st_mtime_ns for path in before} == before
 
 
-@pytest.mark.parametrize("make", [dpo, grpo], ids=["dpo", "grpo"])
+@pytest.mark.parametrize("make", [dpo, *slow(grpo)], ids=["dpo", "grpo"])
 def test_micro_batches_change_nothing(base, tmp_path, make):
     for accumulate in (1, 2):
         run(make(base, tmp_path / str(accumulate), steps=2, accumulate=accumulate))
@@ -233,7 +235,7 @@ def test_grpo_earns_more(base, tmp_path):
     assert all(abs(line["loss"]) < 1e-6 for line in lines_of(tmp_path))  # advantages of a group add up to 0
 
 
-@pytest.mark.parametrize("stop", [4, 6], ids=["between", "in the middle"])
+@pytest.mark.parametrize("stop", [*slow(4), 6], ids=["between", "in the middle"])
 def test_grpo_goes_on_bit_for_bit(base, grpo_run, tmp_path, monkeypatch, stop):
     """Also in the middle of an episode, whose answers came from weights that are gone."""
     monkeypatch.setattr("qwen2_jax.train.state.preemption.Preemption.requested", lambda self, done: done == stop)
@@ -246,7 +248,7 @@ def test_grpo_goes_on_bit_for_bit(base, grpo_run, tmp_path, monkeypatch, stop):
     assert told(tmp_path) == told(grpo_run[0])
 
 
-@pytest.mark.parametrize("lora_base", ["float32", "int8"])
+@pytest.mark.parametrize("lora_base", ["float32", *slow("int8")])
 def test_grpo_trains_adapters(base, tmp_path, lora_base):
     """Answers are drawn with the adapters in place, and what they are measured against has none."""
     dtype = {"int8": "bfloat16"}.get(lora_base, lora_base)
@@ -405,6 +407,7 @@ def on_a_mesh(base, out, mesh):
     }
 
 
+@pytest.mark.slow
 def test_eight_devices_do_what_one_does(base, tmp_path):
     """Rows, weights, heads and the tokens of a row are divided; the numbers stay."""
     script = Path(__file__).with_name("post_training_mesh.py")
