@@ -18,9 +18,9 @@ from qwen2_jax.kernels.dual_chunk_attention import dual_chunk_attention
 from qwen2_jax.kernels.flash_attention import flash_attention
 from qwen2_jax.kernels.visibility import chunk_region, visible
 
-from few import FEW, MANY
 from attention_cases import arrays, naive
 from attention_layouts import layouts
+from few import FEW, MANY
 from tolerance import BFLOAT16, assert_no_worse
 
 gpu = pytest.importorskip("qwen2_jax.kernels.dual_chunk_attention.gpu_backward")

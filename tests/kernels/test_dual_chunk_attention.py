@@ -15,9 +15,9 @@ from qwen2_jax.kernels.attention_inputs import per_row
 from qwen2_jax.kernels.dual_chunk_attention import dual_chunk_attention, xla
 from qwen2_jax.kernels.flash_attention import flash_attention
 
-from few import MANY
 from attention_cases import arrays, naive
 from attention_layouts import BLOCKS, SHAPES, layouts
+from few import MANY
 from tolerance import BFLOAT16, assert_no_worse
 
 VECTORS = Path(__file__).parents[3] / "shared" / "data" / "dca_vectors.npz"

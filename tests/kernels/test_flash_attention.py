@@ -12,9 +12,9 @@ from hypothesis import given
 from qwen2_jax.kernels.attention_inputs import per_row
 from qwen2_jax.kernels.flash_attention import flash_attention, xla
 
-from few import MANY
 from attention_cases import arrays, naive
 from attention_layouts import BLOCKS, SHAPES, layouts
+from few import MANY
 from tolerance import BFLOAT16, assert_no_worse
 
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from qwen2_jax.kernels.visibility import CHUNK_REGIONS, FAR, chunk_region, visible
 from qwen2_jax.kernels.visits import blocks, pack, plan, unpack
 
-from few import MANY
 from attention_layouts import layouts
+from few import MANY
 
 QUERIES, KEYS = 8, 16  # tokens of a block
 
