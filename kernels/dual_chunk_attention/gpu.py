@@ -26,7 +26,6 @@ queries, J blocks of keys, X = 64 rows of a consumer's tile, Y = block_k its col
 """
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -50,12 +49,14 @@ from .gpu_tiles import (
     ROW,
     ROWS,
     TILED,
+    Count,
     along,
     key_numbers,
     left_operand,
     load,
     pad,
     query_spans,
+    scratch_bytes,
     seen,
 )
 
@@ -339,9 +340,7 @@ def count(*BTSNKH, on: Target, **options) -> dict:
     }
 
 
-def count_forward(
-    B, T, S, N, K, H, *, on: Target, chunk_len=None, window=None, positions_BT=None
-) -> gpu_backward.Count:
+def count_forward(B, T, S, N, K, H, *, on: Target, chunk_len=None, window=None, positions_BT=None) -> Count:
     """Of one call of flash_attention, or of dual_chunk_attention if chunk_len is given.
 
     The keys are at positions 0..S-1 and the queries are the last T of them, unless `positions_BT` says otherwise.
@@ -353,15 +352,9 @@ def count_forward(
     programs = B * pl.cdiv(T, sizes.block_q)  # of each head
     kv_bytes = visits * 2 * sizes.block_k * H * 2
     q_bytes = (used + programs) * sizes.block_q * H * 2 + programs * sizes.block_q * 4  # rotations; out and lse
-    return gpu_backward.Count(
+    return Count(
         flops=visits * N * 2 * (2 * sizes.block_q * sizes.block_k * H),
         hbm_bytes=N * q_bytes + K * kv_bytes,
-        fast_memory_bytes=sum(_bytes(x) for x in _scratch(sizes, A, H, False) if x is not None),
+        fast_memory_bytes=scratch_bytes(_scratch(sizes, A, H, False)),
         l2_bytes=N * (q_bytes + kv_bytes),
     )
-
-
-def _bytes(x) -> int:
-    if isinstance(x, plgpu.Barrier):
-        return 8 * math.prod(x.get_ref_aval().shape)
-    return math.prod(x.shape) * jnp.dtype(x.dtype).itemsize

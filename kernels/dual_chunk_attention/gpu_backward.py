@@ -46,12 +46,14 @@ from .gpu_tiles import (
     ROW,
     ROWS,
     TILED,
+    Count,
     along,
     key_numbers,
     left_operand,
     load,
     pad,
     query_spans,
+    scratch_bytes,
     seen,
 )
 
@@ -404,15 +406,6 @@ def _sizes(H: int, block_q=None, block_k=None) -> tuple[Sizes, Sizes]:
 # ---------------------------------------------------------------------- what it costs
 
 
-class Count(NamedTuple):
-    """What one call does: counted from the lists, the grids and the buffers that the kernels take."""
-
-    flops: int
-    hbm_bytes: int  # out, dq: G heads that share keys read them once, being neighbours; dkdv: none counted as shared
-    fast_memory_bytes: int  # shared memory of a program, the largest
-    l2_bytes: int  # all that the copy engine moves
-
-
 def count_backward(B, T, S, N, K, H, *, chunk_len=None, window=None, positions_BT=None, **overrides) -> Count:
     """Of the gradients of one call of flash_attention, or dual_chunk_attention if chunk_len is given.
 
@@ -441,17 +434,10 @@ def count_backward(B, T, S, N, K, H, *, chunk_len=None, window=None, positions_B
     return Count(
         flops=2 * H * N * (3 * pairs[0] + 4 * pairs[1]),
         hbm_bytes=dq_own + K * dq_visited + dkdv_own + dkdv_visited,
-        fast_memory_bytes=max(_bytes(_dq_scratch(dq, H, False)), _bytes(_dkdv_scratch(dkdv, H, False))),
+        fast_memory_bytes=max(scratch_bytes(_dq_scratch(dq, H, False)), scratch_bytes(_dkdv_scratch(dkdv, H, False))),
         l2_bytes=dq_own + N * dq_visited + dkdv_own + dkdv_visited,
     )
 
 
 def _starts(masks: Masks, sizes: Sizes, by: str):
     return _visits(masks, sizes, by).starts
-
-
-def _bytes(scratch) -> int:
-    barriers = [x for x in scratch if isinstance(x, plgpu.Barrier)]
-    arrays = [x for x in scratch if x is not None and x not in barriers]
-    sizes = [math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in arrays]
-    return sum(sizes) + sum(8 * int(np.prod(x.num_barriers)) for x in barriers)

@@ -8,8 +8,10 @@ columns.
 """
 
 import math
+from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -84,3 +86,23 @@ def left_operand(x_XY, spare):
 def load(ref, layout):
     """Every vector of ref [U, tokens], straight from device memory, in a register layout."""
     return [plgpu.load(ref.at[u], layout=layout, optimized=False) for u in range(ref.shape[0])]
+
+
+# ---------------------------------------------------------------------- what a call costs
+
+
+class Count(NamedTuple):
+    """What one call does: counted from the lists, the grids and the buffers that the kernels take."""
+
+    flops: int
+    hbm_bytes: int  # out, dq: G heads that share keys read them once, being neighbours; dkdv: none counted as shared
+    fast_memory_bytes: int  # shared memory of a program, the largest
+    l2_bytes: int  # all that the copy engine moves
+
+
+def scratch_bytes(scratch) -> int:
+    """Shared memory of a program with these scratch buffers; None stands for one that only the interpreter has."""
+    barriers = [x for x in scratch if isinstance(x, plgpu.Barrier)]
+    arrays = [x for x in scratch if x is not None and x not in barriers]
+    sizes = [math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in arrays]
+    return sum(sizes) + sum(8 * int(np.prod(x.num_barriers)) for x in barriers)
