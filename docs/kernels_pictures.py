@@ -126,7 +126,7 @@ def visit_list(length=48, block=8, chunk_len=20):
     bounds = visits.blocks(jnp.asarray(at)[None], None, block)
     plan = visits.plan(bounds, bounds, chunk_len_B=jnp.array([chunk_len]))
     count, columns = int(plan.starts[-1]), length // block
-    entries = [tuple(map(int, visits.unpack(word, columns))) for word in plan.words_V[:count]]
+    entries = [tuple(map(int, visits.unpack(word, columns))) for word in plan.words_Z[:count]]
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11.4, 5.6), width_ratios=[1, 1.12], layout="constrained")
     matrix(left, length, f"{length} tokens in blocks of {block}, chunks of {chunk_len} (dashed)")

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Times every implementation of an operation on the device at hand, or counts its work for a device that is not here.
+"""Times every implementation of an operation on the current device, or counts its work for any device.
 
     python -m qwen2_jax.kernels.bench dual_chunk_attention --shape T=4096,N=2,K=1,H=64,chunk_len=1000
     python -m qwen2_jax.kernels.bench grouped_matmul --shape "qwen2-57b-a14b train 16k" --count --chip h200
 
-All contenders compile and run once, then they take turns, so that whatever else the machine does meets all of them
-alike; one sample is as many calls in a row as take about 20 ms. Printed are the best and the median sample; what the
-operation needs at least (workloads.py) divided by the best time; the share of the chip's roofline that this is; the
+All contenders compile and run once, then they are timed in rotation, so that other load on the machine affects all of
+them alike. One sample is as many calls in a row as take about 20 ms. Printed are the best and the median sample; what
+the operation needs at least (workloads.py) divided by the best time; the share of the chip's roofline that this is; the
 ratio to the fastest; and the error: the largest difference from the float32 reference over its largest number, at the
 same shape cut down to a few hundred tokens, so that a fast kernel that is wrong is seen.
 
@@ -149,7 +149,7 @@ def measure(op: Operation, shape: Shape, dtype, passes, wanted, repeat: int, chi
     for _ in range(repeat):
         for entry in running:
             if not entry.samples or min(entry.samples) < LONG_SECONDS:
-                seconds(entry.run, 1)  # whoever went before has left its own data in the caches
+                seconds(entry.run, 1)  # the contender before left its own data in the caches
             entry.samples.append(seconds(entry.run, entry.calls))
     rows = []
     for which in passes:

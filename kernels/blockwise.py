@@ -4,7 +4,7 @@
 For each block of queries it visits the blocks of keys that some query may see, keeping per row the largest logit so
 far, the sum of exponentials and the weighted sum of values (Milakov & Gimelshein 2018, arXiv:1805.02867; Dao et al.
 2022, arXiv:2205.14135). Nothing of size T x S exists; the backward pass recomputes the probabilities from the
-log-sum-exp of each row. Blocks nobody can see are never entered, so the work follows the mask.
+log-sum-exp of each row. Pairs of blocks without a visible pair are skipped, so the work follows the mask.
 
 The query comes in A rotations: one for ordinary attention, three for Dual Chunk Attention, where the chunks of query
 and key say which one scores a pair. The loop runs over chunks of keys, counted back from the chunk of the block's last
@@ -24,36 +24,23 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .masks import Masks, Tokens, cotangent
 from .visibility import CHUNK_REGIONS, Bounds, all_see, bounds, may_see, visible
 
-LOWEST = jnp.finfo(jnp.float32).min  # start of the running maximum: finite, so an empty row never meets inf - inf
+LOWEST = jnp.finfo(jnp.float32).min  # start of the running maximum: finite, so an empty row never computes inf - inf
 # Queries and keys of a block, at most. On CPU 128 x 128 is the fastest of 32..256 x 64..512, or within noise of it, for
 # 512 and 2048 tokens, G of 1 and 7, H of 64 and 128, forward and backward: 2 to 4 times faster than one plain softmax.
 BLOCK = 128
 
 
-class Tokens(NamedTuple):
-    """Where the tokens of one side stand, [B, T] or [B, S], or cut in blocks [I, B, X] or [J, B, Y]."""
-
-    positions: jax.Array
-    segments: jax.Array | None
-
-
-class Rule(NamedTuple):
-    """Run-time numbers of the mask and the logits, each [B]; None where there is no window or there are no chunks."""
-
-    window: jax.Array | None
-    chunk_len: jax.Array | None
-
-
-def attend(rotations, k, v, q_tokens: Tokens, kv_tokens: Tokens, rule: Rule, scale_B, *, block_q=None, block_k=None):
+def attend(rotations, k, v, masks: Masks, *, block_q=None, block_k=None):
     """Attention of the rotated queries, a tuple of A arrays [B, T, N, H], over k and v [B, S, K, H].
 
     Returns (out [B, T, N, H] in the query's dtype, lse float32 [B, T, N]). A row that sees nothing gets zeros and
-    lse = -inf. Differentiable in rotations, k, v and scale_B, from both results.
+    lse = -inf. Differentiable in rotations, k, v and masks.scale_B, from both results.
     """
-    blocks = block_q or block_size(q_tokens.positions.shape[1]), block_k or block_size(kv_tokens.positions.shape[1])
-    return _attend(blocks, rotations, k, v, q_tokens, kv_tokens, rule, scale_B)
+    blocks = block_q or block_size(rotations[0].shape[1]), block_k or block_size(k.shape[1])
+    return _attend(blocks, rotations, k, v, masks)
 
 
 def block_size(length):
@@ -99,7 +86,7 @@ def _key_unblocks(x_JBKYH, S):
 
 
 def _token_blocks(tokens: Tokens, block, repeats=1):
-    """Positions and segments as [blocks, B, tokens of a block * repeats]; filling is padding (position -1)."""
+    """Tokens cut into blocks, [blocks, B, tokens of a block * repeats]; filled up with padding (position -1)."""
 
     def cut(x, fill):
         B = x.shape[0]
@@ -125,21 +112,21 @@ class Step(NamedTuple):
         return jnp.clip(newest - kv_positions // chunk_len, 0, last)
 
 
-def _mask(s_BKXY, q: Tokens, kv: Tokens, q_bounds: Bounds, kv_bounds: Bounds, rule: Rule, step):
+def _mask(s_BKXY, q: Tokens, kv: Tokens, q_bounds: Bounds, kv_bounds: Bounds, masks: Masks, step):
     """-inf for the pairs of tokens that do not see each other or are of another step; q is [B, X], kv [B, Y]."""
     rows, keys = (lambda x: None if x is None else x[:, :, None]), (lambda x: None if x is None else x[:, None, :])
 
     def masked():
         at = rows(q.positions), keys(kv.positions)
-        window = None if rule.window is None else rule.window[:, None, None]
+        window = None if masks.window_B is None else masks.window_B[:, None, None]
         seen_BXY = visible(*at, rows(q.segments), keys(kv.segments), window)
         if step is not None:
-            seen_BXY &= keys(step.of(kv.positions, rule.chunk_len) == step.back)
+            seen_BXY &= keys(step.of(kv.positions, masks.chunk_len_B) == step.back)
         return jnp.where(seen_BXY[:, None], s_BKXY, -jnp.inf)
 
-    whole_B = all_see(q_bounds, kv_bounds, rule.window)
+    whole_B = all_see(q_bounds, kv_bounds, masks.window_B)
     if step is not None:
-        whole_B &= step.of(kv_bounds.low, rule.chunk_len) == step.of(kv_bounds.high, rule.chunk_len)
+        whole_B &= step.of(kv_bounds.low, masks.chunk_len_B) == step.of(kv_bounds.high, masks.chunk_len_B)
     return lax.cond(jnp.all(whole_B), lambda: s_BKXY, masked)
 
 
@@ -150,34 +137,34 @@ def _product(x, y, equation):
 # ---------------------------------------------------------------------- the loops
 
 
-def _key_block_order(q_bounds: Bounds, kv_bounds: Bounds, rule: Rule, step):
+def _key_block_order(q_bounds: Bounds, kv_bounds: Bounds, masks: Masks, step):
     """(order [J], count): the key blocks that this query block has to visit are order[:count], in ascending order.
 
     q_bounds are [B], kv_bounds [J, B]; a block is visited if some row of the batch may need it on this step.
     """
-    needed_JB = may_see(q_bounds, kv_bounds, rule.window)
+    needed_JB = may_see(q_bounds, kv_bounds, masks.window_B)
     if step is not None:
         nearest_JB, furthest_JB = (
-            jax.vmap(lambda at_B: step.of(at_B, rule.chunk_len))(x) for x in (kv_bounds.high, kv_bounds.low)
+            jax.vmap(lambda at_B: step.of(at_B, masks.chunk_len_B))(x) for x in (kv_bounds.high, kv_bounds.low)
         )
         needed_JB &= (nearest_JB <= step.back) & (step.back <= furthest_JB)
     needed_J = jnp.any(needed_JB, axis=-1)
     return jnp.argsort(~needed_J, stable=True), jnp.sum(needed_J)
 
 
-def _for_each_step(q_ABKXH, q: Tokens, q_bounds: Bounds, rule: Rule, body, carry):
+def _for_each_step(q_ABKXH, q: Tokens, q_bounds: Bounds, masks: Masks, body, carry):
     """body(step, its query [B, K, X, H], its mine_A, carry), one step back after the other.
 
     mine_A [B, 1, X, 1] are the rows that take each rotation. Without chunks there is one step, and it is None.
     """
-    if rule.chunk_len is None:
+    if masks.chunk_len_B is None:
         return body(None, q_ABKXH[0], [True], carry)
-    newest_B, oldest_B = q_bounds.high // rule.chunk_len, q_bounds.low // rule.chunk_len
+    newest_B, oldest_B = q_bounds.high // masks.chunk_len_B, q_bounds.low // masks.chunk_len_B
     last_B = jnp.where(q_bounds.high < 0, 0, newest_B - oldest_B) + CHUNK_REGIONS - 1
 
     def one_step(back, carry):
         key_chunk_B1 = (newest_B - back)[:, None]
-        region_BX = jnp.clip(q.positions // rule.chunk_len[:, None] - key_chunk_B1, 0, CHUNK_REGIONS - 1)
+        region_BX = jnp.clip(q.positions // masks.chunk_len_B[:, None] - key_chunk_B1, 0, CHUNK_REGIONS - 1)
         mine_A = [(region_BX == a)[:, None, :, None] for a in range(CHUNK_REGIONS)]
         q_BKXH = jnp.where(mine_A[0], q_ABKXH[0], jnp.where(mine_A[1], q_ABKXH[1], q_ABKXH[2]))
         return body(Step(back, newest_B, last_B), q_BKXH, mine_A, carry)
@@ -189,28 +176,28 @@ def _at(tree, j):
     return jax.tree.map(lambda x: x[j], tree)
 
 
-def _forward(blocks, rotations, k, v, q_tokens, kv_tokens, rule, scale_B):
+def _forward(blocks, rotations, k, v, masks: Masks):
     block_q, block_k = blocks
     (_, T, N, H), K = rotations[0].shape, k.shape[2]
     q_IABKXH = jnp.stack([_query_blocks(q, K, block_q) for q in rotations], axis=1)
     k_JBKYH, v_JBKYH = _key_blocks(k, block_k), _key_blocks(v, block_k)
-    q_side = _token_blocks(q_tokens, block_q, N // K)
-    kv_side = _token_blocks(kv_tokens, block_k)
+    q_side = _token_blocks(masks.q, block_q, N // K)
+    kv_side = _token_blocks(masks.kv, block_k)
     kv_bounds = bounds(*kv_side)
-    scale = scale_B[:, None, None, None]
+    scale = masks.scale_B[:, None, None, None]
 
     def query_block(inputs):
         q_ABKXH, q_here = inputs
         q_bounds = bounds(*q_here)
 
         def one_step(step, q_BKXH, _, carry):
-            order, count = _key_block_order(q_bounds, kv_bounds, rule, step)
+            order, count = _key_block_order(q_bounds, kv_bounds, masks, step)
 
             def visit(n, carry):
                 top_BKX, total_BKX, acc_BKXH = carry
                 j = order[n]
                 s_BKXY = _product(q_BKXH, k_JBKYH[j], "bkxh,bkyh->bkxy") * scale
-                s_BKXY = _mask(s_BKXY, q_here, _at(kv_side, j), q_bounds, _at(kv_bounds, j), rule, step)
+                s_BKXY = _mask(s_BKXY, q_here, _at(kv_side, j), q_bounds, _at(kv_bounds, j), masks, step)
                 new_top_BKX = jnp.maximum(top_BKX, s_BKXY.max(-1))
                 p_BKXY = jnp.exp(s_BKXY - new_top_BKX[..., None])
                 shrink_BKX = jnp.exp(top_BKX - new_top_BKX)
@@ -223,7 +210,7 @@ def _forward(blocks, rotations, k, v, q_tokens, kv_tokens, rule, scale_B):
 
         rows = q_ABKXH.shape[1:4]
         start = jnp.full(rows, LOWEST), jnp.zeros(rows, jnp.float32), jnp.zeros((*rows, H), jnp.float32)
-        top_BKX, total_BKX, acc_BKXH = _for_each_step(q_ABKXH, q_here, q_bounds, rule, one_step, start)
+        top_BKX, total_BKX, acc_BKXH = _for_each_step(q_ABKXH, q_here, q_bounds, masks, one_step, start)
         some = total_BKX > 0
         total_BKX = jnp.where(some, total_BKX, 1)
         lse_BKX = jnp.where(some, top_BKX + jnp.log(total_BKX), -jnp.inf)
@@ -234,16 +221,16 @@ def _forward(blocks, rotations, k, v, q_tokens, kv_tokens, rule, scale_B):
 
 
 def _backward(blocks, residuals, cotangents):
-    rotations, k, v, q_tokens, kv_tokens, rule, scale_B, out, lse_BTN = residuals
+    rotations, k, v, masks, out, lse_BTN = residuals
     dout, dlse_BTN = cotangents
     block_q, block_k = blocks
     (_, T, N, _), (S, K), dtype = rotations[0].shape, k.shape[1:3], rotations[0].dtype
     q_IABKXH = jnp.stack([_query_blocks(q, K, block_q) for q in rotations], axis=1)
     k_JBKYH, v_JBKYH = _key_blocks(k, block_k), _key_blocks(v, block_k)
-    q_side = _token_blocks(q_tokens, block_q, N // K)
-    kv_side = _token_blocks(kv_tokens, block_k)
+    q_side = _token_blocks(masks.q, block_q, N // K)
+    kv_side = _token_blocks(masks.kv, block_k)
     kv_bounds = bounds(*kv_side)
-    scale = scale_B[:, None, None, None]
+    scale = masks.scale_B[:, None, None, None]
 
     # d logit = p * (dp - delta); a cotangent of lse adds p * dlse, so it is only another part of delta.
     empty_BTN = lse_BTN == -jnp.inf
@@ -258,13 +245,13 @@ def _backward(blocks, residuals, cotangents):
 
         def one_step(step, q_BKXH, mine_A, carry):
             dq_ABKXH, dk_JBKYH, dv_JBKYH = carry
-            order, count = _key_block_order(q_bounds, kv_bounds, rule, step)
+            order, count = _key_block_order(q_bounds, kv_bounds, masks, step)
 
             def visit(n, carry):
                 dq_BKXH, dk_JBKYH, dv_JBKYH = carry
                 j = order[n]
                 s_BKXY = _product(q_BKXH, k_JBKYH[j], "bkxh,bkyh->bkxy") * scale - lse_BKX[..., None]
-                p_BKXY = jnp.exp(_mask(s_BKXY, q_here, _at(kv_side, j), q_bounds, _at(kv_bounds, j), rule, step))
+                p_BKXY = jnp.exp(_mask(s_BKXY, q_here, _at(kv_side, j), q_bounds, _at(kv_bounds, j), masks, step))
                 dp_BKXY = _product(dout_BKXH, v_JBKYH[j], "bkxh,bkyh->bkxy")
                 ds_BKXY = (p_BKXY * (dp_BKXY - delta_BKX[..., None])).astype(dtype)
                 dq_BKXH += _product(ds_BKXY, k_JBKYH[j], "bkxy,bkyh->bkxh")
@@ -278,7 +265,7 @@ def _backward(blocks, residuals, cotangents):
             return dq_ABKXH, dk_JBKYH, dv_JBKYH
 
         nothing = jnp.zeros(q_ABKXH.shape, jnp.float32)
-        dq_ABKXH, *carry = _for_each_step(q_ABKXH, q_here, q_bounds, rule, one_step, (nothing, *carry))
+        dq_ABKXH, *carry = _for_each_step(q_ABKXH, q_here, q_bounds, masks, one_step, (nothing, *carry))
         dscale_B = jnp.sum(dq_ABKXH * q_ABKXH, axis=(0, 2, 3, 4))  # the logits are linear in q and in the scale alike
         return tuple(carry), ((dq_ABKXH * scale).astype(dtype), dscale_B)
 
@@ -286,12 +273,12 @@ def _backward(blocks, residuals, cotangents):
     (dk_JBKYH, dv_JBKYH), (dq_IABKXH, dscale_IB) = lax.scan(query_block, (zeros, zeros), inputs)
     dq = tuple(_query_unblocks(dq_IABKXH[:, a], T, block_q) for a in range(len(rotations)))
     dk, dv = _key_unblocks((dk_JBKYH * scale).astype(k.dtype), S), _key_unblocks(dv_JBKYH.astype(v.dtype), S)
-    return dq, dk, dv, None, None, None, dscale_IB.sum(0)
+    return dq, dk, dv, cotangent(dscale_IB.sum(0))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(blocks, rotations, k, v, q_tokens, kv_tokens, rule, scale_B):
-    return _forward(blocks, rotations, k, v, q_tokens, kv_tokens, rule, scale_B)
+def _attend(blocks, rotations, k, v, masks):
+    return _forward(blocks, rotations, k, v, masks)
 
 
 def _attend_forward(blocks, *inputs):

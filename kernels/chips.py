@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a chip could do at most: the peaks that a roofline is drawn from, as data.
+"""The rooflines of whole chips: peak rates (peaks.py), fast memory and cores, as data.
 
 No kernel reaches these numbers, and makers print them for a chip that is cool and at its full clock. They are for
 dividing by: a kernel needs at least FLOPs / peak seconds and at least bytes / bandwidth seconds, whichever is longer.
@@ -9,23 +9,39 @@ There is no row for a CPU: what one can do depends on the machine around it more
 import re
 from typing import NamedTuple
 
+from .peaks import Peak, peak_of
 from .target import KINDS, Target
 
 KIB, MIB = 2**10, 2**20
 
 
 class Chip(NamedTuple):
-    """Peaks of one whole chip. `devices` is how many jax devices it appears as; each of them has its share."""
+    """One whole chip. `devices` is how many jax devices it appears as; each of them has its share."""
 
     name: str
     kind: str  # what jax calls the device, as an example
     pattern: str  # the beginning of all names that jax has for it
-    tflops: float  # bfloat16, dense, sums in float32
-    gb_s: float  # HBM, 10**9 bytes per second
-    hbm_gib: float
     fast_bytes: int  # VMEM of a core (TPU), shared memory that a block can have (GPU)
     cores: int  # TensorCores, streaming multiprocessors
     devices: int = 1
+
+    @property
+    def _peak(self) -> Peak:
+        """The peak of each of its devices."""
+        found = peak_of(self.kind)
+        assert found is not None, self.kind
+        return found
+
+    @property
+    def tflops(self) -> float:
+        """bfloat16, dense, sums in float32, 10**12 per second."""
+        return self._peak.tflops * self.devices
+
+    @property
+    def gb_s(self) -> float:
+        """Bandwidth of its HBM, 10**9 bytes per second."""
+        assert self._peak.gb_s is not None, self.kind
+        return self._peak.gb_s * self.devices
 
     @property
     def on(self) -> Target:
@@ -39,22 +55,22 @@ class Chip(NamedTuple):
         return max(compute, memory), "compute" if compute > memory else "memory"
 
 
-# TPUs: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, the tables "system architecture"; VMEM from jax's table of
-# TPUs (jax/_src/tpu_info.py). v4 and v5p have two cores that work as one device, v7x has two that are two devices.
-# GPUs: NVIDIA's data sheets of A100 (SXM), H100 SXM5 and H200 SXM, without sparsity; shared memory from the tables of
-# compute capability 8.0 and 9.0 in the CUDA C++ Programming Guide.
+# TPUs: cores from cloud.google.com/tpu/docs, VMEM from jax's table of TPUs (jax/_src/tpu_info.py). v4 and v5p have two
+# cores that work as one device, v7x has two that are two devices.
+# GPUs: NVIDIA's data sheets of A100 (SXM), H100 SXM5 and H200 SXM; shared memory from the tables of compute capability
+# 8.0 and 9.0 in the CUDA C++ Programming Guide.
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", "TPU v4", KINDS["v4"] + "$", 275, 1228, 32, 16 * MIB, 2),
-        Chip("v5e", "TPU v5 lite", KINDS["v5e"], 197, 819, 16, 128 * MIB, 1),
-        Chip("v5p", "TPU v5", KINDS["v5p"], 459, 2765, 95, 64 * MIB, 2),
-        Chip("v6e", "TPU v6 lite", KINDS["v6e"], 918, 1638, 32, 128 * MIB, 1),
-        Chip("v7x", "TPU7x", KINDS["v7x"], 2307, 7380, 192, 64 * MIB, 2, devices=2),
-        Chip("a100-40", "NVIDIA A100-SXM4-40GB", r"NVIDIA A100-\w+-40GB", 312, 1555, 40, 163 * KIB, 108),
-        Chip("a100-80", "NVIDIA A100-SXM4-80GB", r"NVIDIA A100-SXM\d-80GB", 312, 2039, 80, 163 * KIB, 108),
-        Chip("h100", "NVIDIA H100 80GB HBM3", r"NVIDIA H100 80GB HBM3", 989, 3350, 80, 227 * KIB, 132),
-        Chip("h200", "NVIDIA H200", r"NVIDIA H200$", 989, 4800, 141, 227 * KIB, 132),
+        Chip("v4", "TPU v4", KINDS["v4"] + "$", 16 * MIB, 2),
+        Chip("v5e", "TPU v5 lite", KINDS["v5e"], 128 * MIB, 1),
+        Chip("v5p", "TPU v5", KINDS["v5p"], 64 * MIB, 2),
+        Chip("v6e", "TPU v6 lite", KINDS["v6e"], 128 * MIB, 1),
+        Chip("v7x", "TPU7x", KINDS["v7x"], 64 * MIB, 2, devices=2),
+        Chip("a100-40", "NVIDIA A100-SXM4-40GB", r"NVIDIA A100-\w+-40GB", 163 * KIB, 108),
+        Chip("a100-80", "NVIDIA A100-SXM4-80GB", r"NVIDIA A100-SXM\d-80GB", 163 * KIB, 108),
+        Chip("h100", "NVIDIA H100 80GB HBM3", r"NVIDIA H100 80GB HBM3", 227 * KIB, 132),
+        Chip("h200", "NVIDIA H200", r"NVIDIA H200$", 227 * KIB, 132),
     )
 }
 

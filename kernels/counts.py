@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one call of a kernel does, asked of the kernel itself: each counts its own visits and its own buffers.
+"""FLOPs, bytes and fast memory of one call of a kernel, counted from the kernel's own visit list and buffers.
 
-The kernels of a device are the modules tpu.py and gpu.py of an operation. Each has a function `count` that goes the way
-of a real call as far as the list of visits and the sizes of blocks, and adds up what the grid would do with them. Here
-their answers are brought to one form.
+The kernels of a device are the modules tpu.py and gpu.py of an operation. Each has a function `count` that builds the
+visit list and block sizes as a call does, and adds up what the grid would do with them. Here the results are brought to
+one form.
 """
 
 import importlib
@@ -19,7 +19,7 @@ ATTENTION = ("B", "T", "S", "N", "K", "H")
 
 
 class Count(NamedTuple):
-    """What one call does: counted from the lists, the grid and the buffers that the kernel itself takes."""
+    """Work of one call, counted from the lists, the grid and the buffers that the kernel uses."""
 
     flops: int
     hbm_bytes: int
@@ -77,6 +77,6 @@ def _grouped(implementation, shape, sizes_E, matrices, on, dtype):
 
 
 def added(*counts) -> Count:
-    """One after the other."""
+    """The work of kernels that run one after another."""
     flops, hbm_bytes = sum(x.flops for x in counts), sum(x.hbm_bytes for x in counts)
     return Count(flops, hbm_bytes, max(x.fast_memory_bytes for x in counts))

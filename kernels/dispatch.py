@@ -2,7 +2,7 @@
 """Choosing an implementation by name.
 
 Every operation keeps a table `{name: function}`, fastest first. `implementation=None` takes the first that supports the
-inputs on the device at hand; a name is an order: that implementation or its error, never a quiet substitute.
+inputs on the current device; a named implementation runs or raises its error: it is never replaced by another.
 """
 
 import importlib
@@ -13,13 +13,13 @@ from typing import Any
 from .target import OtherPlatform, require, target
 
 Table = Mapping[str, Callable[..., Any]]
-_told: set[tuple[str, str, str]] = set()
+_reported: set[tuple[str, str, str]] = set()
 
 
 def late(module: str, function: str, platform: str | None = None) -> Callable[..., Any]:
-    """`function` of `module`, which is imported at the first call; refuses on platforms other than the one given.
+    """`function` of `module`, imported at the first call; raises OtherPlatform on platforms other than the one given.
 
-    Importing Pallas takes half a second, which nobody should wait for on a machine where it is not used.
+    Importing Pallas takes half a second, which is saved on machines that do not use it.
     """
 
     def run(*args, **kwargs):
@@ -40,12 +40,12 @@ def dispatch(
 ) -> Any:
     """Calls one implementation of `table`.
 
-    An implementation that cannot take the inputs says so with NotImplementedError before it computes anything
-    ("needs a head width of 64 or 128, got 80"); with `implementation=None` the next one is then tried. What is chosen
-    so on an accelerator is printed once, on stderr, with the reasons why faster ones were not.
+    An implementation that does not support the inputs raises NotImplementedError before it computes anything ("needs a
+    head width of 64 or 128, got 80"); with `implementation=None` the next one is then tried. On an accelerator the
+    choice is printed once, on stderr, with the reasons why faster ones were not taken.
 
-    `only_by_name` are implementations that `None` never takes: they need something that cannot be seen while tracing
-    (positions that simply count up, say), so the caller has to vouch for it.
+    `only_by_name` are implementations that `None` never takes: they have a precondition that cannot be checked while
+    tracing (positions 0, 1, 2, ..., say), so the caller has to guarantee it.
 
     Raises:
         ValueError: the name is in neither table.
@@ -63,7 +63,7 @@ def dispatch(
         except NotImplementedError as why:
             refusals[name] = why
         else:
-            _tell(operation, name, refusals)
+            _report_choice(operation, name, refusals)
             return result
     raise NotImplementedError(f"no implementation of {operation} takes these inputs: {_listed(refusals)}")
 
@@ -72,11 +72,11 @@ def _listed(refusals: Mapping[str, NotImplementedError]) -> str:
     return "; ".join(f"{name}: {why}" for name, why in refusals.items())
 
 
-def _tell(operation: str, name: str, refusals: Mapping[str, NotImplementedError]) -> None:
+def _report_choice(operation: str, name: str, refusals: Mapping[str, NotImplementedError]) -> None:
     on = target()
-    if on.platform == "cpu" or (operation, name, on.kind) in _told:
+    if on.platform == "cpu" or (operation, name, on.kind) in _reported:
         return
-    _told.add((operation, name, on.kind))
+    _reported.add((operation, name, on.kind))
     here = {name: why for name, why in refusals.items() if not isinstance(why, OtherPlatform)}
     why = f" ({_listed(here)})" if here else ""
     print(f"qwen2-jax: {operation} runs as {name!r} on {on.kind}{why}", file=sys.stderr)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What device a kernel is being compiled for, and the block sizes measured or counted for it."""
+"""The device that a kernel is compiled for, and how its row in a table of block sizes is found."""
 
 import contextlib
 import contextvars
@@ -36,10 +36,10 @@ _SIMULATED: contextvars.ContextVar[Target | None] = contextvars.ContextVar("simu
 
 @contextlib.contextmanager
 def simulated(kind: str, interpret: Any) -> Iterator[None]:
-    """While tracing inside, kernels take the device for `kind` and run in Pallas's interpreter with these parameters.
+    """While tracing inside, kernels are built for a device of `kind` and run in Pallas's interpreter.
 
-    `interpret` is a pltpu.InterpretParams for a TPU, an InterpretGPUParams for a GPU. A function that was traced
-    outside and is cached by jit keeps what it was traced with.
+    `interpret` are its parameters: a pltpu.InterpretParams for a TPU, an InterpretGPUParams for a GPU. A function that
+    was traced outside and is cached by jit keeps the device that it was traced for.
     """
     token = _SIMULATED.set(Target("tpu" if kind.startswith("TPU") else "gpu", kind, interpret))
     try:
@@ -49,7 +49,7 @@ def simulated(kind: str, interpret: Any) -> Iterator[None]:
 
 
 def target() -> Target:
-    """The device of the mesh in context (as when compiling for a machine that is not here), or the default device."""
+    """The device of the mesh in context (another machine's when compiling ahead of time), or the default device."""
     if (simulation := _SIMULATED.get()) is not None:
         return simulation
     device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
@@ -57,7 +57,7 @@ def target() -> Target:
 
 
 class OtherPlatform(NotImplementedError):
-    """Raised by an implementation for devices of another platform than the one at hand."""
+    """The implementation is for another platform than the current device's."""
 
 
 def require(platform: str, generations: tuple[str, ...] = ()) -> Target:

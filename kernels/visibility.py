@@ -17,8 +17,9 @@ CHUNK_REGIONS = 3  # own chunk, the chunk before it, all older chunks (Dual Chun
 def visible(q_positions, kv_positions, q_segments=None, kv_segments=None, window=None):
     """True where a query sees a key: the key is in the same segment, not later, and fewer than `window` tokens back.
 
-    Negative positions mark padding: a padding query sees nothing and a padding key is seen by nobody (0 <= key <= query
-    says both). All arguments broadcast against each other; segments and window may be None (one segment, no window).
+    Negative positions mark padding: a padding query sees nothing and a padding key is seen by no query
+    (0 <= key <= query says both). All arguments broadcast against each other; segments and window may be None (one
+    segment, no window).
     """
     seen = (kv_positions >= 0) & (kv_positions <= q_positions)
     if window is not None:
@@ -48,7 +49,7 @@ def spans(q_positions, window=None, chunk_len=None):
 
 
 class Bounds(NamedTuple):
-    """What is known of a block of tokens without looking at each: the ranges of its positions and segments.
+    """The ranges of the positions and segments of a block of tokens: all that decides whether a block is skipped.
 
     Padding (negative positions) does not count. A block of nothing but padding is the empty range low=FAR, high=-1.
     """
@@ -81,14 +82,14 @@ def bounds(positions, segments=None) -> Bounds:
 def may_see(q: Bounds, kv: Bounds, window=None):
     """False where no query of one block can see a key of the other: such a pair of blocks is never computed.
 
-    True promises nothing: the bounds do not tell whether some pair inside really meets.
+    True does not guarantee a visible pair: the bounds are a necessary condition only.
     """
-    meets = kv.low <= q.high
+    may = kv.low <= q.high
     if window is not None:
-        meets &= q.low - kv.high < window
+        may &= q.low - kv.high < window
     if q.first_segment is not None:
-        meets &= (q.first_segment <= kv.last_segment) & (kv.first_segment <= q.last_segment)
-    return meets
+        may &= (q.first_segment <= kv.last_segment) & (kv.first_segment <= q.last_segment)
+    return may
 
 
 def all_see(q: Bounds, kv: Bounds, window=None):

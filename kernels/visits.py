@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The work of blockwise attention as a list: which block of queries meets which block of keys, with which rotation.
+"""The visit list of blockwise attention: pairs of query and key blocks to compute, each with a rotation.
 
-A kernel walks this list and computes nothing else. So causality, windows, packing and padding cost no work where a
-whole block is invisible; and Dual Chunk Attention needs no kernel of its own, only a list whose entries name one of
-three rotations of the query. A pair of blocks with a chunk boundary inside is listed once per region that occurs in it,
-and the mask of an entry admits only the pairs of tokens of its region: every visible pair is scored exactly once.
+A kernel iterates over this list and computes nothing else. So causality, windows, packing and padding cost no work
+where a whole block is invisible; and Dual Chunk Attention needs no kernel of its own, only a list whose entries name
+one of three rotations of the query. A pair of blocks with a chunk boundary inside is listed once per region that occurs
+in it, and the mask of an entry admits only the pairs of tokens of its region: a visible pair is scored exactly once.
 
-B batch, I blocks of rows, J blocks of columns, A rotations of the query, V entries of the list. Rows are what a kernel
-holds on to while it walks (blocks of queries in the forward pass and for dq, blocks of keys for dk and dv), columns are
-what it meets.
+B batch, I blocks of rows, J blocks of columns, A rotations of the query, Z entries of the list. A row block stays in
+fast memory while a kernel visits its column blocks: rows are blocks of queries in the forward pass and for dq, blocks
+of keys for dk and dv.
 """
 
 from typing import NamedTuple
@@ -16,19 +16,20 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from .masks import Masks
 from .visibility import CHUNK_REGIONS, Bounds, all_see, block_regions, bounds, may_see
 
 REGION_BITS, WHOLE_BITS = 2, 1
 
 
 class Visits(NamedTuple):
-    """Entries in the order they are walked: by batch row, row block, region, column block, all ascending.
+    """Entries in the order of the visits: by batch row, row block, region, column block, all ascending.
 
-    `words_V` are packed int32 (`pack`); only the first `starts[-1]` count. Entries of row block (b, i) and region a are
-    words_V[starts[n] : starts[n + 1]] with n = (b * I + i) * A + a.
+    `words_Z` are packed int32 (`pack`); only the first `starts[-1]` count. Entries of row block (b, i) and region a are
+    words_Z[starts[n] : starts[n + 1]] with n = (b * I + i) * A + a.
     """
 
-    words_V: jax.Array
+    words_Z: jax.Array
     starts: jax.Array  # int32 [B * I * A + 1]
 
 
@@ -51,7 +52,7 @@ def column_bits(columns: int) -> int:
 
 
 def blocks(positions, segments, size: int) -> Bounds:
-    """What is known of each block of `size` tokens of [B, length]; the last is filled up with padding. [B, blocks]."""
+    """Bounds [B, blocks] of the blocks of `size` tokens of [B, length]; the last block is padded."""
     missing = -positions.shape[1] % size
 
     def cut(x, fill):
@@ -66,10 +67,10 @@ def plan(q: Bounds, kv: Bounds, *, window_B=None, chunk_len_B=None, by="query", 
     Args:
         window_B: int [B] or None. chunk_len_B: int [B], or None for one rotation (A = 1; otherwise A = 3).
         by: "query" for rows that are blocks of queries, "key" for rows that are blocks of keys.
-        cover: a row block that meets nobody gets one entry, in which no token sees another, so that a kernel which
-            writes its results while walking writes zeros there.
+        cover: give a row block without visible pairs one entry, fully masked, so that a kernel which writes results
+            as it visits writes zeros there.
     """
-    # [B, I, J] where rows are queries: one side is spread along the rows, the other along the columns.
+    # [B, I, J]: one side is broadcast along the rows, the other along the columns.
     row, column = (lambda x: x[:, :, None]), (lambda x: x[:, None, :])
     q = jax.tree.map(row if by == "query" else column, q)
     kv = jax.tree.map(column if by == "query" else row, kv)
@@ -93,10 +94,17 @@ def plan(q: Bounds, kv: Bounds, *, window_B=None, chunk_len_B=None, by="query", 
     words = pack(rows, jnp.arange(J, dtype=jnp.int32), regions, whole.astype(jnp.int32), J)
     counts = jnp.sum(needed, axis=-1, dtype=jnp.int32).reshape(-1)
     starts = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(counts, dtype=jnp.int32)])
-    return Visits(_packed_together(words.reshape(-1), needed.reshape(-1)), starts)
+    return Visits(_compact(words.reshape(-1), needed.reshape(-1)), starts)
 
 
-def _packed_together(x, wanted):
-    """The wanted numbers, in their order, and then zeros. (With jnp.nonzero XLA:GPU takes seconds to compile this.)"""
+def visits_of(masks: Masks, block_q: int, block_k: int, *, by="query", cover=True) -> Visits:
+    """The list for blocks of block_q queries and block_k keys; by and cover are those of `plan`."""
+    q = blocks(masks.q.positions, masks.q.segments, block_q)
+    kv = blocks(masks.kv.positions, masks.kv.segments, block_k)
+    return plan(q, kv, window_B=masks.window_B, chunk_len_B=masks.chunk_len_B, by=by, cover=cover)
+
+
+def _compact(x, wanted):
+    """The wanted elements in order, then zeros. (With jnp.nonzero XLA:GPU takes seconds to compile this.)"""
     place = jnp.where(wanted, jnp.cumsum(wanted) - 1, x.size)
     return jnp.zeros_like(x).at[place].set(x, mode="drop", unique_indices=True)

@@ -3,10 +3,10 @@
 
 import jax.numpy as jnp
 
-from ..attention_inputs import per_row, softmax_scale
 from ..dispatch import dispatch, late
+from ..masks import Masks, Tokens, row_numbers
 from . import reference, xla
-from .cache import check_inputs, first_position, quantize_cache
+from .cache import Cache, check_inputs, first_position, quantize_cache
 
 __all__ = ["IMPLEMENTATIONS", "decode_attention", "quantize_cache"]
 
@@ -70,24 +70,13 @@ def decode_attention(
     if any(chunked) and not all(chunked):
         raise ValueError("give q_succ, q_inter and chunk_len together (Dual Chunk Attention), or none of them")
     queries = {"q": q, "q_succ": q_succ, "q_inter": q_inter} if all(chunked) else {"q": q}
-    check_inputs(queries, k, v, q_positions_BT, block_table_BP, k_scale, v_scale)
-    out, lse_BTN = dispatch(
-        "decode_attention",
-        IMPLEMENTATIONS,
-        implementation,
-        q,
-        q_succ,
-        q_inter,
-        k,
-        v,
-        chunk_len_B=per_row("chunk_len", chunk_len, q.shape[0], jnp.int32, at_least=1),
-        q_positions_BT=q_positions_BT,
-        window_B=per_row("window", window, q.shape[0], jnp.int32, at_least=1),
-        scale_B=softmax_scale(scale, q),
+    cache = Cache(k, v, block_table_BP, k_scale, v_scale)
+    check_inputs(queries, cache, q_positions_BT)
+    masks = Masks(Tokens(q_positions_BT, None), None, **row_numbers(q, window, chunk_len, scale))
+    cache = cache._replace(
         block_table_BP=None if block_table_BP is None else block_table_BP.astype(jnp.int32),
-        k_scale=k_scale,
-        v_scale=v_scale,
         first=first_position(first),
-        return_lse=return_lse,
     )
+    arguments = tuple(queries.values()), cache, masks
+    out, lse_BTN = dispatch("decode_attention", IMPLEMENTATIONS, implementation, *arguments, return_lse=return_lse)
     return (out, lse_BTN) if return_lse else out

@@ -4,9 +4,43 @@
 B batch, S slots of a row, K kv heads, H head width; a paged cache has pages of Y slots, P of them to a row (S = P * Y).
 """
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from ..masks import Masks
+
+
+class Cache(NamedTuple):
+    """Keys and values by slots, in one of the two layouts; what decode_attention reads: a pytree."""
+
+    k: Any  # an array, or its shape and dtype where work is counted. Dense: [B, K, S, H]; paged: [pages, K, Y, H]
+    v: Any
+    block_table_BP: Any = None  # int32: the pages of each row; None: dense
+    k_scale: Any = None  # float32, k's shape without H: of an int8 cache, otherwise None
+    v_scale: Any = None
+    first: Any = 0  # int32 scalar: the position of slot 0
+
+    @property
+    def slots(self) -> int:
+        """S: how many slots a row of the batch has."""
+        length = self.k.shape[2]
+        return length if self.block_table_BP is None else self.block_table_BP.shape[1] * length
+
+    @property
+    def pages_BP(self) -> jax.Array:
+        """The block table of a paged cache with valid page numbers only: entries of unused pages may hold anything."""
+        assert self.block_table_BP is not None
+        return jnp.clip(self.block_table_BP, 0, self.k.shape[0] - 1)
+
+    def slots_of(self, masks: Masks):
+        """The slot of each query's own position, int [B, T]; -1 where nothing is visible; may be beyond the cache.
+
+        In slots, causality, padding and windows are the same comparisons as in positions; chunks are not.
+        """
+        return jnp.maximum(masks.q.positions - self.first, -1)
 
 
 def quantize_cache(x_BKSH):
@@ -20,8 +54,9 @@ def quantize_cache(x_BKSH):
     return jnp.round(steps).astype(jnp.int8), scale_BKS
 
 
-def check_inputs(queries, k, v, q_positions_BT, block_table_BP, k_scale, v_scale):
+def check_inputs(queries, cache: Cache, q_positions_BT):
     """Raises ValueError unless the arrays fit together; `queries` maps argument names to [B, T, N, H] arrays."""
+    k, v, block_table_BP, k_scale, v_scale, _ = cache
     (first, q), *others = queries.items()
     dense = block_table_BP is None
     layout = "[B, K, S, H]" if dense else "[pages, K, page length, H]"
@@ -31,7 +66,7 @@ def check_inputs(queries, k, v, q_positions_BT, block_table_BP, k_scale, v_scale
     rows, K, slots, _ = k.shape
     if K == 0 or N % K:
         raise ValueError(f"{N} query heads cannot share {K} key/value heads: N must be a multiple of K")
-    expected = {name: (x, (B, T, N, H)) for name, x in others}
+    expected: dict[str, Any] = {name: (x, (B, T, N, H)) for name, x in others}
     expected |= {
         "k": (k, (B if dense else rows, K, slots, H)),
         "v": (v, k.shape),
@@ -68,16 +103,3 @@ def first_position(first):
     if not isinstance(first, jax.core.Tracer) and np.asarray(first) < 0:
         raise ValueError(f"first must be at least 0, got {first}")
     return jnp.asarray(first, jnp.int32)
-
-
-def nearest_slots(q_positions_BT, first):
-    """The slot of each query's own position, -1 where nothing is visible; counted on where it is beyond the cache.
-
-    With slots for positions the rules of causality, padding and windows are the same; those of chunks are not.
-    """
-    return jnp.maximum(q_positions_BT - first, -1)
-
-
-def slots_per_row(k, block_table_BP):
-    """S: how many slots a row of the batch has."""
-    return k.shape[2] if block_table_BP is None else block_table_BP.shape[1] * k.shape[2]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decode attention on Hopper: every key and value that is needed crosses from HBM once, with many copies in flight.
+"""Decode attention on Hopper: every key and value that is needed is copied from HBM once, with many copies in flight.
 
 With a few queries per row there is next to nothing to compute, so the kernel is a reader with a softmax attached:
 
@@ -11,16 +11,16 @@ With a few queries per row there is next to nothing to compute, so the kernel is
    the chip, and so does a batch of long and short ones (flash-decoding, split-K). The cut follows the positions, not S.
 4. In a program one warpgroup does nothing but start copies (TMA) into a ring of stages in shared memory; the other
    takes the stages in order and hands them back. Two programs share a multiprocessor, so 6 x 32 KB are on the way.
-5. The products are turned round: S^T = K q^T and O^T = V^T P^T. wgmma takes rows by 64 but columns by 8, so keys and
-   the head width are its rows, and the queries that share a key head are filled up to 8 columns instead of 64 rows.
-   The price: the running maximum goes across warps, and P^T takes the way through shared memory.
+5. The products are transposed: S^T = K q^T and O^T = V^T P^T. wgmma takes rows by 64 but columns by 8, so keys and
+   the head width are its rows, and the queries that share a key head are padded to 8 columns instead of 64 rows.
+   The price: the running maximum goes across warps, and P^T goes through shared memory.
 6. A paged cache only has a page number read before each copy. int8 is widened between its stage and a buffer that
    wgmma reads; a scale belongs to a slot, so it multiplies one logit or probability and not H numbers.
 7. Every program leaves an unnormalised result, its maximum and its sum; a second kernel merges the segments of a row.
 
 B batch, T queries per row, N query heads, K kv heads, G = N / K, H head width, A rotations of the query, X query rows
-of a kv head (T * G, filled up to a multiple of 8), S slots of a row, P pages of a row, L slots of a page, Y slots of a
-block, M rows of a wgmma, Z segments.
+of a kv head (T * G, filled up to a multiple of 8), S slots of a row, P pages of a row, Y slots of a block, W
+rows of a wgmma, Z segments, the entries of the programs' list.
 """
 
 import functools
@@ -35,10 +35,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ..blockwise import LOWEST
 from ..counts import Count
+from ..masks import Masks, last_queries
 from ..target import block_sizes, require
-from ..visibility import CHUNK_REGIONS, spans
+from ..visibility import CHUNK_REGIONS
 from .blocks import BLOCKS
-from .cache import slots_per_row
+from .cache import Cache
 
 MULTIPROCESSORS = 132  # of an H100 SXM or an H200
 SHARED_MEMORY = 228 * 1024  # bytes of a multiprocessor
@@ -62,7 +63,7 @@ class Plan(NamedTuple):
     rows: int  # X
     width: int  # H
     slots: int  # S
-    page: int  # L; a dense cache is one page per row
+    page: int  # slots; a dense cache is one page per row
     block: int  # Y
     stages: int
     at_once: int  # programs that the chip runs at the same time
@@ -103,61 +104,41 @@ class Plan(NamedTuple):
         return arrays
 
 
-def decode_attention(
-    q,
-    q_succ,
-    q_inter,
-    k,
-    v,
-    *,
-    chunk_len_B,
-    q_positions_BT,
-    window_B,
-    scale_B,
-    block_table_BP=None,
-    k_scale=None,
-    v_scale=None,
-    first,
-    return_lse,
-    block_k=None,
-    stages=None,
-):
+def decode_attention(rotations, cache: Cache, masks: Masks, *, return_lse, block_k=None, stages=None):
     """Returns (out [B, T, N, H] in q's dtype, lse or None). block_k and stages are taken from blocks.py where None."""
     on = require("gpu", ("hopper",))
-    plan = make_plan(q, k, on, chunk_len_B is not None, block_table_BP, block_k, stages)
-    plan = plan._replace(lse=return_lse)
+    plan = make_plan(rotations[0], cache, on, len(rotations), block_k, stages)._replace(lse=return_lse)
     if not hasattr(plgpu, "store"):
         raise NotImplementedError("needs jax 0.12, whose Mosaic GPU stores any layout of registers to GMEM")
-    rotations = (q,) if chunk_len_B is None else (q, q_succ, q_inter)
-    spans = spans_of(q_positions_BT, window_B, chunk_len_B, plan.slots, first)
-    return _attend(plan, on.interpret, rotations, k, v, spans, scale_B, block_table_BP, k_scale, v_scale)
+    return _attend(plan, on.interpret, rotations, cache, spans_of(masks, plan.slots, cache.first), masks.scale_B)
 
 
-def make_plan(q, k, on, chunked, block_table_BP=None, block_k=None, stages=None) -> Plan:
+def make_plan(q, cache: Cache, on, rotations=1, block_k=None, stages=None) -> Plan:
     """The plan of a call; raises NotImplementedError where the kernel cannot take the shapes or dtypes."""
-    (B, T, N, H), (_, K, L, _) = q.shape, k.shape
+    k = cache.k
+    (B, T, N, H), (_, K, page, _) = q.shape, k.shape
     if H not in (64, 128):
         raise NotImplementedError(f"needs a head width of 64 or 128, got {H}")
     if q.dtype != jnp.bfloat16 or k.dtype not in (jnp.bfloat16, jnp.int8):
         raise NotImplementedError(f"needs bfloat16 queries and a bfloat16 or int8 cache, got {q.dtype} and {k.dtype}")
-    rows, int8, paged = T * (N // K), k.dtype == jnp.int8, block_table_BP is not None
+    rows, int8, paged = T * (N // K), k.dtype == jnp.int8, cache.block_table_BP is not None
     if rows > ROWS:
         raise NotImplementedError(f"needs at most {ROWS} query rows per kv head (T * N / K), got {rows}")
     sizes = block_sizes(BLOCKS, on, shape_class(H, int8))
     Y = block_k or sizes["block_k"]
-    if not paged and L % 8:
-        raise NotImplementedError(f"needs a cache length that is a multiple of 8, got {L}")
+    if not paged and page % 8:
+        raise NotImplementedError(f"needs a cache length that is a multiple of 8, got {page}")
     shortest = 32 if int8 else 8  # the scales of a page must fill a line of 128 bytes of shared memory
-    if paged and (L % shortest or (L % Y and Y % L)):
-        raise NotImplementedError(f"needs pages of a multiple of {shortest} slots that fit evenly with {Y}, got {L}")
+    if paged and (page % shortest or (page % Y and Y % page)):
+        raise NotImplementedError(f"needs pages of a multiple of {shortest} slots that fit evenly with {Y}, got {page}")
     plan = Plan(
         batch=B,
         heads=K,
-        rotations=CHUNK_REGIONS if chunked else 1,
+        rotations=rotations,
         rows=-(-rows // 8) * 8,
         width=H,
-        slots=slots_per_row(k, block_table_BP),
-        page=L,
+        slots=cache.slots,
+        page=page,
         block=Y,
         stages=stages or sizes["stages"],
         at_once=0,
@@ -183,18 +164,16 @@ def shared_memory(plan: Plan) -> int:
     )
 
 
-# ---------------------------------------------------------------------- what is visible, as intervals
+# ---------------------------------------------------------------------- visible slots as intervals
 
 
-def spans_of(q_positions_BT, window_B, chunk_len_B, slots, origin=0):
+def spans_of(masks: Masks, slots, origin=0):
     """int32 [B, A, 2, T]: the slots [first, end) that each query sees in each rotation; end <= first for none.
 
     Slot 0 holds the position `origin`.
     """
-    per_B1 = (None if x is None else x[:, None] for x in (window_B, chunk_len_B))
-    seen = spans(q_positions_BT.astype(jnp.int32), *per_B1)
-    pairs = [(jnp.maximum(first - origin, 0), jnp.clip(last + 1 - origin, 0, slots)) for first, last in seen]
-    return jnp.stack([jnp.stack(pair, axis=1) for pair in pairs], axis=1)
+    pairs = [(jnp.maximum(first - origin, 0), jnp.clip(last + 1 - origin, 0, slots)) for first, last in masks.spans()]
+    return jnp.stack([jnp.stack(pair, axis=1) for pair in pairs], axis=1).astype(jnp.int32)
 
 
 def visits_of(spans_BA2T, block):
@@ -239,10 +218,10 @@ class Inputs(NamedTuple):
     visits: Any  # int32 [B, 2, A]
     segments: Any  # int32 [Z, 4]
     scale: Any  # float32 [B]: the softmax scale times log2(e)
-    k: Any  # [pages * K, L, H]; dense [B * K, S, H]
+    k: Any  # [pages * K, page, H]; dense [B * K, S, H]
     v: Any
     table: Any  # int32 [B, P], or None
-    k_scale: Any  # float32 [pages * K, L], or None
+    k_scale: Any  # float32 [pages * K, page], or None
     v_scale: Any
 
 
@@ -310,7 +289,7 @@ def _kernel(plan: Plan, gm: Inputs, acc_gm, stats_gm, *, ready, filled, drained,
             return plgpu.layout_cast(x, plgpu.Layout.WGMMA_UPCAST_4X).astype(jnp.bfloat16)
 
         def visit(turn, carry):
-            top_X, total_MX, acc_HX = carry
+            top_X, total_WX, acc_HX = carry
             stage = lax.rem(turn, stages)
             rotation, j = place(turn)
             plgpu.barrier_wait(filled.at[stage])
@@ -336,9 +315,9 @@ def _kernel(plan: Plan, gm: Inputs, acc_gm, stats_gm, *, ready, filled, drained,
             new_top_X = jnp.maximum(top_X, jnp.max(s_YX, axis=0))
             shrink_X = jnp.exp2(top_X - new_top_X)
             p_YX = jnp.exp2(s_YX - along_X(new_top_X, Y))
-            total_MX *= along_X(shrink_X, TILE)  # added up across threads once, at the end
+            total_WX *= along_X(shrink_X, TILE)  # added up across threads once, at the end
             for y in range(0, Y, TILE):
-                total_MX += p_YX[y : y + TILE]
+                total_WX += p_YX[y : y + TILE]
             if plan.int8:
                 p_YX *= along_Y(int8["v_scale"][stage])
             p.T[...] = p_YX.astype(jnp.bfloat16)
@@ -354,18 +333,18 @@ def _kernel(plan: Plan, gm: Inputs, acc_gm, stats_gm, *, ready, filled, drained,
             def _():
                 plgpu.barrier_arrive(drained.at[stage])
 
-            return new_top_X, total_MX, acc_HX * along_X(shrink_X, H) + o_HX
+            return new_top_X, total_WX, acc_HX * along_X(shrink_X, H) + o_HX
 
         start = (
             plgpu.layout_cast(jnp.full((X,), LOWEST, jnp.float32), plgpu.Layout.WGMMA.reduce(0)),
             plgpu.layout_cast(jnp.zeros((TILE, X), jnp.float32), plgpu.Layout.WGMMA),
             plgpu.layout_cast(jnp.zeros((H, X), jnp.float32), plgpu.Layout.WGMMA),
         )
-        top_X, total_MX, acc_HX = lax.fori_loop(0, count, visit, start)
+        top_X, total_WX, acc_HX = lax.fori_loop(0, count, visit, start)
         # From registers to GMEM as they lie: a few KB per program, and rows of X numbers are whole 32-byte sectors.
         plgpu.store(acc_gm.at[z], acc_HX, optimized=False)
         plgpu.store(stats_gm.at[z, 0], top_X, optimized=False)
-        plgpu.store(stats_gm.at[z, 1], jnp.sum(total_MX, axis=0), optimized=False)
+        plgpu.store(stats_gm.at[z, 1], jnp.sum(total_WX, axis=0), optimized=False)
 
 
 def _merge(plan: Plan, parts_gm, acc_gm, stats_gm, out_gm, sums_gm=None):
@@ -386,7 +365,7 @@ def _merge(plan: Plan, parts_gm, acc_gm, stats_gm, out_gm, sums_gm=None):
         return lax.broadcast_in_dim(x, (TILE, X), [1])
 
     def add(n, carry):
-        top_X, total_X, acc_MX = carry
+        top_X, total_X, acc_WX = carry
         for i in range(together):
             part = n * together + i
             z = first + jnp.minimum(part, parts - 1)
@@ -395,17 +374,17 @@ def _merge(plan: Plan, parts_gm, acc_gm, stats_gm, out_gm, sums_gm=None):
             new_top_X = jnp.maximum(top_X, part_top_X)
             shrink_X, weight_X = jnp.exp2(top_X - new_top_X), jnp.exp2(part_top_X - new_top_X)
             total_X = total_X * shrink_X + load(stats_gm.at[z, 1], plgpu.Layout.WGMMA.reduce(0)) * weight_X
-            part_MX = load(acc_gm.at[z, tile], plgpu.Layout.WGMMA)
-            acc_MX = acc_MX * along_X(shrink_X) + part_MX * along_X(weight_X)
+            part_WX = load(acc_gm.at[z, tile], plgpu.Layout.WGMMA)
+            acc_WX = acc_WX * along_X(shrink_X) + part_WX * along_X(weight_X)
             top_X = new_top_X
-        return top_X, total_X, acc_MX
+        return top_X, total_X, acc_WX
 
     start = (
         plgpu.layout_cast(jnp.full((X,), LOWEST, jnp.float32), plgpu.Layout.WGMMA.reduce(0)),
         plgpu.layout_cast(jnp.zeros((X,), jnp.float32), plgpu.Layout.WGMMA.reduce(0)),
         plgpu.layout_cast(jnp.zeros((TILE, X), jnp.float32), plgpu.Layout.WGMMA),
     )
-    top_X, total_X, acc_MX = lax.fori_loop(0, lax.div(parts + together - 1, together), add, start)
+    top_X, total_X, acc_WX = lax.fori_loop(0, lax.div(parts + together - 1, together), add, start)
     if sums_gm is not None:
 
         @pl.when(lax.axis_index("tile") == 0)
@@ -414,11 +393,11 @@ def _merge(plan: Plan, parts_gm, acc_gm, stats_gm, out_gm, sums_gm=None):
             plgpu.store(sums_gm.at[b, head, 1], total_X, optimized=False)
 
     total_X = jnp.where(total_X > 0, total_X, 1)  # a query that sees nothing gets zeros
-    plgpu.store(out_gm.at[b, head, tile], acc_MX / along_X(total_X), optimized=False)
+    plgpu.store(out_gm.at[b, head, tile], acc_WX / along_X(total_X), optimized=False)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _attend(plan: Plan, interpret, rotations, k, v, spans_BA2T, scale_B, block_table_BP, k_scale, v_scale):
+def _attend(plan: Plan, interpret, rotations, cache: Cache, spans_BA2T, scale_B):
     B, T, N, H = rotations[0].shape
     K, A, X, Z, G = plan.heads, plan.rotations, plan.rows, plan.segments, N // plan.heads
 
@@ -432,8 +411,8 @@ def _attend(plan: Plan, interpret, rotations, k, v, spans_BA2T, scale_B, block_t
         return None if x is None else x.reshape(-1, *x.shape[2:])
 
     table = None
-    if plan.paged:  # entries of pages that nobody sees may hold anything, and the last block may lack some
-        table = jnp.clip(block_table_BP, 0, k.shape[0] - 1)
+    if plan.paged:  # the last block may lack some pages
+        table = cache.pages_BP
         table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % plan.pieces)))
     visits_B2A = visits_of(spans_BA2T, plan.block)
     segments_Z4, parts_B2 = segments_of(visits_B2A[:, 0, -1], plan)
@@ -443,11 +422,11 @@ def _attend(plan: Plan, interpret, rotations, k, v, spans_BA2T, scale_B, block_t
         visits=visits_B2A,
         segments=segments_Z4,
         scale=scale_B * math.log2(math.e),
-        k=fold(k),
-        v=fold(v),
+        k=fold(cache.k),
+        v=fold(cache.v),
         table=table,
-        k_scale=fold(k_scale),
-        v_scale=fold(v_scale),
+        k_scale=fold(cache.k_scale),
+        v_scale=fold(cache.v_scale),
     )
 
     def decode_attention_kernel(*refs, **scratch):
@@ -503,10 +482,9 @@ def count(
     q = jax.ShapeDtypeStruct((B, T, N, H), dtype)
     k = jax.ShapeDtypeStruct((B * (S // page), K, page, H) if page else (B, K, S, H), cache_dtype or dtype)
     table = jax.ShapeDtypeStruct((B, S // page), jnp.int32) if page else None
-    plan = make_plan(q, k, on, chunk_len is not None, table, **overrides)
-    at_BT = jnp.broadcast_to(jnp.arange(S - T, S), (B, T)) if positions_BT is None else positions_BT
-    window_B, chunk_len_B = (None if x is None else jnp.full(B, x, jnp.int32) for x in (window, chunk_len))
-    visits_B = visits_of(spans_of(at_BT, window_B, chunk_len_B, plan.slots), plan.block)[:, 0, -1]
+    plan = make_plan(q, Cache(k, k, table), on, 1 if chunk_len is None else CHUNK_REGIONS, **overrides)
+    masks = last_queries(B, T, S, window=window, chunk_len=chunk_len, positions_BT=positions_BT)
+    visits_B = visits_of(spans_of(masks, plan.slots), plan.block)[:, 0, -1]
     segments = K * int(segments_of(visits_B, plan)[1][:, 1].sum())
     visits = K * int(visits_B.sum())
     slot_bytes = H * k.dtype.itemsize + (4 if plan.int8 else 0)

@@ -5,45 +5,24 @@ import jax.numpy as jnp
 
 from ..dual_chunk_attention.reference import dual_chunk_attention
 from ..flash_attention.reference import flash_attention
+from ..masks import Masks, Tokens
+from .cache import Cache
 
 
-def decode_attention(
-    q,
-    q_succ,
-    q_inter,
-    k,
-    v,
-    *,
-    chunk_len_B,
-    q_positions_BT,
-    window_B,
-    scale_B,
-    block_table_BP=None,
-    k_scale=None,
-    v_scale=None,
-    first,
-    return_lse,
-):
+def decode_attention(rotations, cache: Cache, masks: Masks, *, return_lse):
     """Returns (out [B, T, N, H] in q's dtype, lse float32 [B, T, N]), lse whether it is asked for or not."""
-    k_BSKH = written_out(k, k_scale, block_table_BP)
-    v_BSKH = written_out(v, v_scale, block_table_BP)
-    where = {
-        "q_positions_BT": q_positions_BT,
-        "kv_positions_BS": jnp.broadcast_to(first + jnp.arange(k_BSKH.shape[1]), k_BSKH.shape[:2]),
-        "window_B": window_B,
-        "scale_B": scale_B,
-    }
-    if chunk_len_B is None:
-        return flash_attention(q, k_BSKH, v_BSKH, **where)
-    return dual_chunk_attention(q, q_succ, q_inter, k_BSKH, v_BSKH, chunk_len_B=chunk_len_B, **where)
+    k_BSKH, v_BSKH = written_out(cache, cache.k, cache.k_scale), written_out(cache, cache.v, cache.v_scale)
+    positions_BS = jnp.broadcast_to(cache.first + jnp.arange(cache.slots), k_BSKH.shape[:2])
+    attention = flash_attention if masks.chunk_len_B is None else dual_chunk_attention
+    return attention(rotations, k_BSKH, v_BSKH, masks._replace(kv=Tokens(positions_BS, None)))
 
 
-def written_out(x, scale, block_table_BP):
-    """A cache of any layout as [B, S, K, H]; where it is int8, in float32."""
+def written_out(cache: Cache, x, scale):
+    """Keys or values of a cache of any layout as [B, S, K, H]; where it is int8, in float32."""
     if scale is not None:
         x = x.astype(jnp.float32) * scale[..., None]
-    if block_table_BP is None:
+    if cache.block_table_BP is None:
         return x.swapaxes(1, 2)
-    x_BPKYH = x[jnp.clip(block_table_BP, 0, x.shape[0] - 1)]  # an entry of an unused page may hold anything
+    x_BPKYH = x[cache.pages_BP]
     B, P, K, Y, H = x_BPKYH.shape
     return x_BPKYH.swapaxes(2, 3).reshape(B, P * Y, K, H)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decode attention on TPU: every key and value that is needed moves from HBM once, in large copies, without a pause.
+"""Decode attention on TPU: every key and value that is needed is copied from HBM once, in large, overlapping copies.
 
 With a few queries per row there is little to do but read the cache, so the kernel is a reader with a softmax attached:
 
@@ -18,8 +18,8 @@ With a few queries per row there is little to do but read the cache, so the kern
 
 Each part leaves a normalised result and, where there are two, its log-sum-exp for every row; XLA merges them.
 
-Inside, a position is the slot that holds it: where slot 0 holds another position than 0, that is subtracted at the
-door, and only the chunks of Dual Chunk Attention need it again.
+Inside, positions are slots: the position of slot 0 is subtracted at the entry point, and only the chunks of Dual Chunk
+Attention need it again.
 
 A cache with H = 64 lies in memory as [.., H, S]: XLA keeps arrays so where H would fill only half of a row of 128
 lanes, which costs twice the memory and bandwidth. The kernel takes that view of it, without a copy.
@@ -30,7 +30,7 @@ B batch, T queries per row, N query heads, K kv heads, G = N // K, H head width,
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,78 +41,61 @@ from jax.experimental.pallas import tpu as pltpu
 
 from ..blockwise import LOWEST
 from ..counts import Count
+from ..masks import Masks
 from ..target import Target, block_sizes, require
 from ..visibility import CHUNK_REGIONS, FAR, Bounds, block_regions, bounds
 from .blocks import BLOCKS
-from .cache import nearest_slots, slots_per_row
+from .cache import Cache
 
 LANES = 128
 MOST_ROWS = 128  # query rows of a key head; more are a prefill, and their logits would not fit
 MOST_PAGES = 2**17  # entries of a block table: they are held in scalar memory, of which a core has 1 MiB
 
 
-def decode_attention(
-    q,
-    q_succ,
-    q_inter,
-    k,
-    v,
-    *,
-    chunk_len_B,
-    q_positions_BT,
-    window_B,
-    scale_B,
-    block_table_BP=None,
-    k_scale=None,
-    v_scale=None,
-    first,
-    return_lse,
-    **overrides,
-):
+def decode_attention(rotations, cache: Cache, masks: Masks, *, return_lse, **overrides):
     """Returns (out [B, T, N, H] in q's dtype, lse or None). Overrides of blocks.py: `piece`, `pieces`, `parts`."""
     on = require("tpu")
-    refuse(q, k, block_table_BP)
-    (B, T, N, H), K, S = q.shape, k.shape[1], slots_per_row(k, block_table_BP)
+    q, k = rotations[0], cache.k
+    refuse(q, cache)
+    (B, T, N, H), K, S = q.shape, k.shape[1], cache.slots
     G = N // K
     cut = choose_cut(block_sizes(BLOCKS, on, "tpu"), k, S, **overrides)
-    rotations = (q,) if chunk_len_B is None else (q, q_succ, q_inter)
     q_BATKGH = jnp.stack(rotations, axis=1).reshape(B, -1, T, K, G, H)
     q_BAKXH = q_BATKGH.swapaxes(2, 3).reshape(B, len(rotations), K, T * G, H)
-    pages_BP = jnp.arange(B)[:, None] if block_table_BP is None else jnp.clip(block_table_BP, 0, k.shape[0] - 1)
-    at_BT = nearest_slots(q_positions_BT, first)
-    numbers = {
+    at_BT = cache.slots_of(masks)
+    numbers: dict[str, Any] = {
         "positions": at_BT,
-        "pages": pages_BP,
-        "window": jnp.full(B, FAR) if window_B is None else window_B,
-        "chunk_len": jnp.full(B, FAR) if chunk_len_B is None else chunk_len_B,
-        "origin": first,
+        "pages": jnp.arange(B) if cache.block_table_BP is None else cache.pages_BP,
+        "window": jnp.full(B, FAR) if masks.window_B is None else masks.window_B,
+        "chunk_len": jnp.full(B, FAR) if masks.chunk_len_B is None else masks.chunk_len_B,
+        "origin": cache.first,
     }
     numbers = {name: x.reshape(-1).astype(jnp.int32) for name, x in numbers.items()}
     out_CBKXH, lse_CBKX = _read_cache(
-        plan(at_BT, window_B, S, cut),
+        plan(at_BT, masks.window_B, S, cut),
         numbers,
-        scale_B,
+        masks.scale_B,
         q_BAKXH,
-        k,
-        v,
-        k_scale,
-        v_scale,
+        cache.k,
+        cache.v,
+        cache.k_scale,
+        cache.v_scale,
         G=G,
         cut=cut,
         return_lse=return_lse,
         interpret=on.interpret,
     )
     if cut.parts == 1:
-        out_BKXH, lse_BKX = out_CBKXH[0], lse_CBKX[0] if return_lse else None
+        out_BKXH, lse_BKX = jax.tree.map(lambda x: x[0], (out_CBKXH, lse_CBKX))  # lse is None if not asked for
     else:
         out_BKXH, lse_BKX = merge(out_CBKXH, lse_CBKX)
     out = out_BKXH.reshape(B, K, T, G, H).swapaxes(1, 2).reshape(B, T, N, H).astype(q.dtype)
     return out, lse_BKX.reshape(B, K, T, G).swapaxes(1, 2).reshape(B, T, N) if return_lse else None
 
 
-def refuse(q, k, block_table_BP):
+def refuse(q, cache: Cache):
     """Raises NotImplementedError where the kernel does not take the inputs."""
-    T, N, H = q.shape[1:]
+    (T, N, H), k, block_table_BP = q.shape[1:], cache.k, cache.block_table_BP
     if H not in (64, 128):
         raise NotImplementedError(f"needs a head width of 64 or 128, got {H}")
     if q.dtype not in (jnp.bfloat16, jnp.float32):
@@ -389,7 +372,7 @@ def _kernel(
     def first_block():
         start(begin, row_of(begin, 0))
 
-    # ------------------------------------------------------------------ where the queries stand
+    # ------------------------------------------------------------------ positions of the queries
 
     x_X1 = lax.broadcasted_iota(jnp.int32, (X, 1), 0)
     at_X1 = own_X1 = jnp.full((X, 1), -1, jnp.int32)  # the position, and where its chunk begins

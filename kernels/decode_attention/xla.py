@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..blockwise import LOWEST
+from ..masks import Masks
 from ..visibility import FAR, Bounds, block_regions, bounds, chunk_region, visible
-from .cache import nearest_slots, slots_per_row
+from .cache import Cache
 
 # One pass over a cache of up to WHOLE slots beats the loop on CPU, whose blocks are copied out of the cache first: for
 # 2048 slots by 1.5x when the cache is full. Longer caches are visited in blocks, so short answers do not pay for them.
@@ -31,45 +32,27 @@ class Side(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames="return_lse")
-def decode_attention(
-    q,
-    q_succ,
-    q_inter,
-    k,
-    v,
-    *,
-    chunk_len_B,
-    q_positions_BT,
-    window_B,
-    scale_B,
-    block_table_BP=None,
-    k_scale=None,
-    v_scale=None,
-    first,
-    return_lse,
-):
+def decode_attention(rotations, cache: Cache, masks: Masks, *, return_lse):
     """Returns (out [B, T, N, H] in q's dtype, lse or None). Not differentiable beyond a cache of WHOLE slots."""
-    (B, T, N, H), K, S = q.shape, k.shape[1], slots_per_row(k, block_table_BP)
+    q, k, chunk_len_B = rotations[0], cache.k, masks.chunk_len_B
+    (B, T, N, H), K, S = q.shape, k.shape[1], cache.slots
     X = T * (N // K)
-    rotations = (q,) if chunk_len_B is None else (q, q_succ, q_inter)
     q_ABKXH = [x.reshape(B, T, K, N // K, H).transpose(0, 2, 1, 3, 4).reshape(B, K, X, H) for x in rotations]
-    at_BT = nearest_slots(q_positions_BT, first)
+    at_BT = cache.slots_of(masks)
     at_BX, at = jnp.repeat(at_BT, N // K, axis=1), bounds(at_BT)
-    scale, window = scale_B[:, None, None, None], None if window_B is None else window_B[:, None, None]
-    block = S if S <= WHOLE else block_size(k, block_table_BP)
+    scale = masks.scale_B[:, None, None, None]
+    window = None if masks.window_B is None else masks.window_B[:, None, None]
+    block = S if S <= WHOLE else block_size(k, cache.block_table_BP)
     score = _score_whole if block == S else _score
-
-    if block_table_BP is not None:
-        pages_BP = jnp.clip(block_table_BP, 0, k.shape[0] - 1)  # pages that nobody needs may have any number
 
     def cut(x, start):
         """Slots [start, start + block) of keys, values or their scales, [B, K, Y, ...]."""
         if x is None:
             return None
-        if block_table_BP is None:
+        if cache.block_table_BP is None:
             return lax.dynamic_slice_in_dim(x, start, block, axis=2)
         length = x.shape[2]
-        pages = lax.dynamic_slice_in_dim(pages_BP, start // length, -(-block // length), axis=1)
+        pages = lax.dynamic_slice_in_dim(cache.pages_BP, start // length, -(-block // length), axis=1)
         if block < length:  # part of one long page
             part = jax.vmap(lambda page: lax.dynamic_slice_in_dim(x[page], start % length, block, axis=1))
             return part(pages[:, 0])
@@ -78,10 +61,11 @@ def decode_attention(
     def visit(j, carry):
         top_BKX, total_BKX, acc_BKXH = carry
         start = jnp.minimum(j * block, S - block)  # the last block reaches back into the one before
-        keys, values = Side(cut(k, start), cut(k_scale, start)), Side(cut(v, start), cut(v_scale, start))
+        keys = Side(cut(k, start), cut(cache.k_scale, start))
+        values = Side(cut(cache.v, start), cut(cache.v_scale, start))
         slot_Y = start + jnp.arange(block)
         new_Y = jnp.where(slot_Y >= j * block, slot_Y, -1)
-        s_BKXY = score(q_ABKXH, keys, at_BX, at, slot_Y, chunk_len_B, first) * scale
+        s_BKXY = score(q_ABKXH, keys, at_BX, at, slot_Y, chunk_len_B, cache.first) * scale
         s_BKXY = jnp.where(visible(at_BX[:, :, None], new_Y, window=window)[:, None], s_BKXY, -jnp.inf)
         new_top_BKX = jnp.maximum(top_BKX, s_BKXY.max(-1))
         p_BKXY = jnp.exp(s_BKXY - new_top_BKX[..., None])
@@ -93,7 +77,7 @@ def decode_attention(
     if block == S:
         top_BKX, total_BKX, acc_BKXH = visit(0, start)
     else:
-        begin, end = blocks_to_visit(at, S, block, window_B)
+        begin, end = blocks_to_visit(at, S, block, masks.window_B)
         top_BKX, total_BKX, acc_BKXH = lax.fori_loop(begin, end, visit, start)
 
     def of_queries(x_BKX_):

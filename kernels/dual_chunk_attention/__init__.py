@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Dual Chunk Attention: causal attention beyond the trained length, three rotations of the query and one softmax."""
 
-import jax.numpy as jnp
-
-from ..attention_inputs import check_shapes, per_row, softmax_scale
 from ..dispatch import dispatch, late
+from ..masks import make_masks
 from . import reference, xla
 
 IMPLEMENTATIONS = {  # fastest first
-    "tpu": late(f"{__name__}.tpu", "dual_chunk_attention", "tpu"),
-    "gpu": late(f"{__name__}.gpu", "dual_chunk_attention", "gpu"),
+    "tpu": late(f"{__name__}.tpu", "attend", "tpu"),
+    "gpu": late(f"{__name__}.gpu", "attend", "gpu"),
     "xla": xla.dual_chunk_attention,
     "reference": reference.dual_chunk_attention,
 }
@@ -44,22 +42,18 @@ def dual_chunk_attention(
     return_lse, the zero rows, dtypes, gradients (also of q_succ and q_inter), errors.
     """
     queries = {"q": q, "q_succ": q_succ, "q_inter": q_inter}
-    check_shapes(queries, k, v, q_positions_BT, kv_positions_BS, q_segments_BT, kv_segments_BS)
-    out, lse_BTN = dispatch(
-        "dual_chunk_attention",
-        IMPLEMENTATIONS,
-        implementation,
-        q,
-        q_succ,
-        q_inter,
+    masks = make_masks(
+        queries,
         k,
         v,
-        chunk_len_B=per_row("chunk_len", chunk_len, q.shape[0], jnp.int32, at_least=1),
         q_positions_BT=q_positions_BT,
         kv_positions_BS=kv_positions_BS,
         q_segments_BT=q_segments_BT,
         kv_segments_BS=kv_segments_BS,
-        window_B=per_row("window", window, q.shape[0], jnp.int32, at_least=1),
-        scale_B=softmax_scale(scale, q),
+        window=window,
+        chunk_len=chunk_len,
+        scale=scale,
     )
+    rotations = q, q_succ, q_inter
+    out, lse_BTN = dispatch("dual_chunk_attention", IMPLEMENTATIONS, implementation, rotations, k, v, masks)
     return (out, lse_BTN) if return_lse else out

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Flash and Dual Chunk Attention on Hopper GPUs, in Mosaic GPU: one kernel that walks a list of visits, one softmax.
+"""Flash and Dual Chunk Attention on Hopper GPUs, in Mosaic GPU: one kernel over a visit list, one softmax.
 
-A program owns a block of queries of one head. The list (visits.py) names the blocks of keys that it meets, and which
+A program owns a block of queries of one head. The list (visits.py) names the blocks of keys that it visits, and which
 rotation of the query scores each: ordinary attention has one rotation, Dual Chunk Attention three, for keys of the same
 chunk, of the chunk before, and of all older ones. For every visit, with running maximum m, sum l and output O per row:
 
@@ -13,9 +13,9 @@ another tile of queries for some of the visits, and nothing else: no second pass
 Three warpgroups (of 128 threads) share the work, as in FlashAttention-3 (Shah et al. 2024, arXiv:2407.08608):
 
 * The producer reads the list and has the copy engine (TMA) bring the blocks of K and V that it names into a ring of
-  stages in shared memory. It waits for nothing but room in the ring, and hands most of its registers to the others.
-* Two consumers own 64 rows of queries each. They take turns at the tensor cores: while one multiplies (P V of this
-  visit, Q K^T of the next), the other computes its softmax.
+  stages in shared memory. It only waits for free stages, and gives most of its registers to the consumers.
+* Two consumers own 64 rows of queries each. They alternate at the tensor cores (ping-pong scheduling): while one
+  multiplies (P V of this visit, Q K^T of the next), the other computes its softmax.
 * A stage has two barriers: `full` when its copy has arrived, `empty` when both consumers have read it.
 
 What a query may see is an interval of key positions per rotation (`spans`), so a mask is two comparisons; a visit that
@@ -26,7 +26,6 @@ queries, J blocks of keys, X = 64 rows of a consumer's tile, Y = block_k its col
 """
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -36,10 +35,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ..blockwise import LOWEST, Rule, Tokens
+from ..blockwise import LOWEST
+from ..masks import Masks, cotangent, last_queries
 from ..target import Target, block_sizes, require
 from ..visibility import CHUNK_REGIONS
-from ..visits import blocks, plan, unpack
+from ..visits import unpack, visits_of
 from . import gpu_backward
 from .blocks import BLOCKS
 from .gpu_tiles import (
@@ -49,12 +49,14 @@ from .gpu_tiles import (
     ROW,
     ROWS,
     TILED,
+    Count,
     along,
     key_numbers,
     left_operand,
     load,
     pad,
     query_spans,
+    scratch_bytes,
     seen,
 )
 
@@ -72,15 +74,15 @@ class Sizes(NamedTuple):
 # ---------------------------------------------------------------------- the kernel
 
 
-def _forward(sizes: Sizes, interpret, rotations, k, v, q_tokens: Tokens, kv_tokens: Tokens, rule: Rule, scale_B):
+def _forward(sizes: Sizes, interpret, rotations, k, v, masks: Masks):
     """Returns (out [B, T, N, H], lse float32 [B, T, N])."""
     A, (B, T, N, H), (S, K) = len(rotations), rotations[0].shape, k.shape[1:3]
     X, Y, stages = ROWS, sizes.block_k, sizes.stages
     I, J = pl.cdiv(T, sizes.block_q), pl.cdiv(S, Y)
-    visits = _visits(sizes, q_tokens, kv_tokens, rule)
+    visits = _visits(sizes, masks)
     rotations, k, v = jax.tree.map(lambda x: pad(x, 8), (rotations, k, v))  # a tile of the copy engine is 8 rows high
-    spans_BAPT = query_spans(q_tokens, rule, I * sizes.block_q)
-    keys_BPS = key_numbers(kv_tokens, J * Y)
+    spans_BAUT = query_spans(masks, I * sizes.block_q)
+    keys_BUS = key_numbers(masks.kv, J * Y)
 
     def attention_kernel(words, starts, q_refs, k_ref, v_ref, spans_ref, keys_ref, scale_ref, out, lse, *scratch):
         q_tiles, k_ring, v_ring, lse_tile, spare, q_full, k_full, v_full, k_empty, v_empty, turn = scratch
@@ -156,7 +158,7 @@ def _forward(sizes: Sizes, interpret, rotations, k, v, q_tokens: Tokens, kv_toke
 
             def visit(n, carry):
                 """The softmax of visit n, then its P V and the Q K^T of visit n + 1 in one turn."""
-                next_word = words[n + 1]  # asked for early, needed late
+                next_word = words[n + 1]  # loaded early, used late
                 p_XY, top_X, total_X, acc_XH = softmax(*carry)
                 slot, next_slot = slot_of(n), slot_of(n + 1)
                 p_XY = left_operand(p_XY, spare and spare.at[warpgroup])
@@ -220,7 +222,7 @@ def _forward(sizes: Sizes, interpret, rotations, k, v, q_tokens: Tokens, kv_toke
         thread_name="warpgroup",
         compiler_params=COMPILER,
         interpret=interpret,
-    )(visits.words_V, visits.starts, rotations, k, v, spans_BAPT, keys_BPS, scale_B)
+    )(visits.words_Z, visits.starts, rotations, k, v, spans_BAUT, keys_BUS, masks.scale_B)
     return out[:, :T], lse_BNT[:, :, :T].swapaxes(1, 2)
 
 
@@ -246,11 +248,9 @@ def _scratch(sizes: Sizes, A: int, H: int, interpret):
     ]
 
 
-def _visits(sizes: Sizes, q: Tokens, kv: Tokens, rule: Rule):
-    """The list. A block that meets nobody has no entry: its program writes zeros all the same."""
-    q_blocks = blocks(q.positions, q.segments, sizes.block_q)
-    kv_blocks = blocks(kv.positions, kv.segments, sizes.block_k)
-    return plan(q_blocks, kv_blocks, window_B=rule.window, chunk_len_B=rule.chunk_len, cover=False)
+def _visits(sizes: Sizes, masks: Masks):
+    """The visit list. A block without visible pairs has no entry; its program writes zeros anyway."""
+    return visits_of(masks, sizes.block_q, sizes.block_k, cover=False)
 
 
 def _full(shape, x, layout):
@@ -282,8 +282,8 @@ class Static(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(static, rotations, k, v, q_tokens, kv_tokens, rule, scale_B):
-    return _forward(static.sizes, static.interpret, rotations, k, v, q_tokens, kv_tokens, rule, scale_B)
+def _attend(static, rotations, k, v, masks):
+    return _forward(static.sizes, static.interpret, rotations, k, v, masks)
 
 
 def _attend_forward(static, *inputs):
@@ -296,29 +296,17 @@ def _attend_backward(static, residuals, cotangents):
     dq, dk, dv, dscale_B = gpu_backward.backward(
         *residuals, *cotangents, block_q=block_q, block_k=block_k, interpret=static.interpret
     )
-    return dq, dk, dv, None, None, None, dscale_B
+    return dq, dk, dv, cotangent(dscale_B)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 _attend_compiled = jax.jit(_attend, static_argnums=0)
 
 
-def attend(
-    rotations,
-    k,
-    v,
-    q_tokens: Tokens,
-    kv_tokens: Tokens,
-    rule: Rule,
-    scale_B,
-    *,
-    block_q=None,
-    block_k=None,
-    stages=None,
-):
+def attend(rotations, k, v, masks: Masks, *, block_q=None, block_k=None, stages=None):
     """blockwise.attend on a Hopper GPU: (out [B, T, N, H] in the query's dtype, lse float32 [B, T, N]).
 
-    Differentiable in rotations, k, v and scale_B, from both results.
+    Differentiable in rotations, k, v and masks.scale_B, from both results. Sizes not given are those of blocks.py.
 
     Raises:
         NotImplementedError: not a Hopper GPU, not bfloat16, or a head width other than 64 and 128.
@@ -329,7 +317,7 @@ def attend(
             raise NotImplementedError(f"needs bfloat16, {name} is {x.dtype}")
     sizes = _sizes(k.shape[-1], on, block_q, block_k, stages)
     static = Static(sizes, (block_q, block_k), on.interpret)
-    return _attend_compiled(static, rotations, k, v, q_tokens, kv_tokens, rule, scale_B)
+    return _attend_compiled(static, rotations, k, v, masks)
 
 
 def _sizes(H: int, on: Target, block_q=None, block_k=None, stages=None) -> Sizes:
@@ -339,39 +327,6 @@ def _sizes(H: int, on: Target, block_q=None, block_k=None, stages=None) -> Sizes
         raise ValueError(f"block_q={block_q}: {CONSUMERS} consumers of {ROWS} rows each make it {CONSUMERS * ROWS}")
     row = block_sizes(BLOCKS, on, f"gpu {H}")
     return Sizes(CONSUMERS * ROWS, block_k or row["forward_k"], stages or row["forward_stages"])
-
-
-def dual_chunk_attention(
-    q,
-    q_succ,
-    q_inter,
-    k,
-    v,
-    *,
-    chunk_len_B,
-    q_positions_BT,
-    kv_positions_BS,
-    q_segments_BT=None,
-    kv_segments_BS=None,
-    window_B=None,
-    scale_B,
-    block_q=None,
-    block_k=None,
-    stages=None,
-):
-    """Returns (out [B, T, N, H] in q's dtype, lse float32 [B, T, N]). Block sizes not given are those of blocks.py."""
-    return attend(
-        (q, q_succ, q_inter),
-        k,
-        v,
-        Tokens(q_positions_BT, q_segments_BT),
-        Tokens(kv_positions_BS, kv_segments_BS),
-        Rule(window_B, chunk_len_B),
-        scale_B,
-        block_q=block_q,
-        block_k=block_k,
-        stages=stages,
-    )
 
 
 # ---------------------------------------------------------------------- what it costs
@@ -385,32 +340,21 @@ def count(*BTSNKH, on: Target, **options) -> dict:
     }
 
 
-def count_forward(
-    B, T, S, N, K, H, *, on: Target, chunk_len=None, window=None, positions_BT=None
-) -> gpu_backward.Count:
+def count_forward(B, T, S, N, K, H, *, on: Target, chunk_len=None, window=None, positions_BT=None) -> Count:
     """Of one call of flash_attention, or of dual_chunk_attention if chunk_len is given.
 
     The keys are at positions 0..S-1 and the queries are the last T of them, unless `positions_BT` says otherwise.
     """
     A, sizes = 1 if chunk_len is None else CHUNK_REGIONS, _sizes(H, on)
-    at_BS = jnp.broadcast_to(jnp.arange(S), (B, S))
-    at_BT = at_BS[:, S - T :] if positions_BT is None else positions_BT
-    rule = Rule(*(None if x is None else jnp.full(B, x, jnp.int32) for x in (window, chunk_len)))
-    count_visits = jax.jit(lambda *x: _visits(sizes, *x).starts)
-    starts = np.asarray(count_visits(Tokens(at_BT, None), Tokens(at_BS, None), rule), np.int64)
+    masks = last_queries(B, T, S, window=window, chunk_len=chunk_len, positions_BT=positions_BT)
+    starts = np.asarray(jax.jit(lambda masks: _visits(sizes, masks).starts)(masks), np.int64)
     visits, used = int(starts[-1]), int(np.sum(starts[1:] > starts[:-1]))  # used: (program, rotation) with a visit
     programs = B * pl.cdiv(T, sizes.block_q)  # of each head
     kv_bytes = visits * 2 * sizes.block_k * H * 2
     q_bytes = (used + programs) * sizes.block_q * H * 2 + programs * sizes.block_q * 4  # rotations; out and lse
-    return gpu_backward.Count(
+    return Count(
         flops=visits * N * 2 * (2 * sizes.block_q * sizes.block_k * H),
         hbm_bytes=N * q_bytes + K * kv_bytes,
-        fast_memory_bytes=sum(_bytes(x) for x in _scratch(sizes, A, H, False) if x is not None),
+        fast_memory_bytes=scratch_bytes(_scratch(sizes, A, H, False)),
         l2_bytes=N * (q_bytes + kv_bytes),
     )
-
-
-def _bytes(x) -> int:
-    if isinstance(x, plgpu.Barrier):
-        return 8 * math.prod(x.get_ref_aval().shape)
-    return math.prod(x.shape) * jnp.dtype(x.dtype).itemsize

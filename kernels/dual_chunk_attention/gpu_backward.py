@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients of flash and Dual Chunk Attention on Hopper GPUs, in Mosaic GPU: two kernels that walk a list of visits.
+"""Gradients of flash and Dual Chunk Attention on Hopper GPUs, in Mosaic GPU: two kernels over visit lists.
 
 Per pair of blocks, with P = exp(S - lse) recomputed from S = scale * Q K^T and delta = rowsum(dO * O) - dlse:
 
@@ -8,11 +8,11 @@ Per pair of blocks, with P = exp(S - lse) recomputed from S = scale * Q K^T and 
 dQ wants to be summed along a row of blocks, dK and dV along a column. One kernel cannot do both without atomic
 additions, whose order differs from run to run. So there are two kernels, each the only writer of what it sums:
 
-(1) dq: a program keeps a block of queries (of one head) and meets blocks of keys; one sum per rotation of the query.
-(2) dkdv: a program keeps a block of keys and meets blocks of queries of every head that shares them; it works on the
+(1) dq: a program keeps a block of queries (of one head) and visits blocks of keys; one sum per rotation of the query.
+(2) dkdv: a program keeps a block of keys and visits blocks of queries of every head that shares them; it works on the
     transposed tables S^T and P^T, which leaves P^T and dS^T in registers as left operands of the next products.
 
-It costs seven products per pair where five would do, and buys the same bits every time.
+This takes seven products per pair of blocks where five would do; in return results are the same to the bit every time.
 
 Who does what: a program is a producer warpgroup and one or two consumers. The producer reads the list and copies the
 blocks it names into a ring of stages (the copy engine works while the tensor cores do); a consumer owns 64 rows, waits
@@ -20,7 +20,8 @@ for a stage to be full, multiplies, and gives the stage back. What a query may s
 of key positions per rotation (`spans`), so a mask is two comparisons, and a pair marked whole needs none.
 
 B batch, T queries, S keys, N query heads, K kv heads, G = N // K, H head width, A rotations (1, or 3 with chunks),
-I blocks of queries, J blocks of keys, X rows of a tile, Y its columns, P rows of the integers about tokens.
+I blocks of queries, J blocks of keys, X rows of a tile, Y its columns, U integers per query: its span
+and segment.
 """
 
 import functools
@@ -34,9 +35,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ..blockwise import Rule, Tokens
+from ..masks import Masks, last_queries
 from ..visibility import CHUNK_REGIONS
-from ..visits import blocks, plan, unpack
+from ..visits import unpack, visits_of
 from .blocks import BLOCKS
 from .gpu_tiles import (
     COLUMN,
@@ -45,12 +46,14 @@ from .gpu_tiles import (
     ROW,
     ROWS,
     TILED,
+    Count,
     along,
     key_numbers,
     left_operand,
     load,
     pad,
     query_spans,
+    scratch_bytes,
     seen,
 )
 
@@ -58,7 +61,7 @@ REGISTERS = {2: (240, 24)}  # consumers: (of a consumer, of the producer), of th
 
 
 class Sizes(NamedTuple):
-    """Tile shapes of one kernel: `block` is what a program keeps, `step` what it meets, `stages` the ring's length."""
+    """Tile shapes of one kernel: `block` tokens stay, `step` tokens per visit, `stages` of the ring."""
 
     block: int
     step: int
@@ -69,7 +72,7 @@ class Sizes(NamedTuple):
         return self.block // ROWS
 
 
-# ---------------------------------------------------------------------- what both kernels are given
+# ---------------------------------------------------------------------- operands of both kernels
 
 
 class Inputs(NamedTuple):
@@ -80,8 +83,8 @@ class Inputs(NamedTuple):
     v: Any
     dout: Any  # [B, T, N, H]
     row_stats: Any  # float32 [B, N, 2, T]: lse in units of log 2, +inf where it was -inf; delta
-    spans: Any  # int32 [B, A, P, T]: first and last key position that a query sees with this rotation; its segment
-    keys: Any  # int32 [B, P - 1, S]: position, FAR for padding; segment
+    spans: Any  # int32 [B, A, U, T]: first and last key position that a query sees with this rotation; its segment
+    keys: Any  # int32 [B, U - 1, S]: position, FAR for padding; segment
     scale_B: Any  # float32 [B]
 
 
@@ -92,10 +95,10 @@ def _up(length: int, multiple: int) -> int:
 # ---------------------------------------------------------------------- (1) the gradient of the query
 
 
-def _dq(inputs: Inputs, q_tokens: Tokens, kv_tokens: Tokens, rule: Rule, sizes: Sizes, interpret):
+def _dq(inputs: Inputs, masks: Masks, sizes: Sizes, interpret):
     A, (B, T, N, H), K = len(inputs.rotations), inputs.rotations[0].shape, inputs.k.shape[2]
     X, Y, stages, consumers = ROWS, sizes.step, sizes.stages, sizes.consumers
-    visits = _visits(q_tokens, kv_tokens, rule, sizes, "query")
+    visits = _visits(masks, sizes, "query")
     I, J = pl.cdiv(T, sizes.block), pl.cdiv(inputs.k.shape[1], Y)
 
     def dq_kernel(words, starts, inputs, *refs):
@@ -187,7 +190,7 @@ def _dq(inputs: Inputs, q_tokens: Tokens, kv_tokens: Tokens, rule: Rule, sizes: 
         thread_name="warpgroup",
         compiler_params=COMPILER,
         interpret=interpret,
-    )(visits.words_V, visits.starts, inputs)
+    )(visits.words_Z, visits.starts, inputs)
 
 
 def _dq_scratch(sizes: Sizes, H: int, interpret):
@@ -209,10 +212,10 @@ def _dq_scratch(sizes: Sizes, H: int, interpret):
 # ---------------------------------------------------------------------- (2) the gradients of keys and values
 
 
-def _dkdv(inputs: Inputs, q_tokens: Tokens, kv_tokens: Tokens, rule: Rule, sizes: Sizes, interpret):
+def _dkdv(inputs: Inputs, masks: Masks, sizes: Sizes, interpret):
     A, N, (B, S, K, H) = len(inputs.rotations), inputs.dout.shape[2], inputs.k.shape
     X, Y, stages, consumers, G = ROWS, sizes.step, sizes.stages, sizes.consumers, N // K
-    visits = _visits(q_tokens, kv_tokens, rule, sizes, "key")
+    visits = _visits(masks, sizes, "key")
     I, J = pl.cdiv(inputs.dout.shape[1], Y), pl.cdiv(S, sizes.block)
 
     def dkdv_kernel(words, starts, inputs, dk, dv, dscale, *refs):
@@ -220,7 +223,7 @@ def _dkdv(inputs: Inputs, q_tokens: Tokens, kv_tokens: Tokens, rule: Rule, sizes
         j, b, kv_head = lax.axis_index("j"), lax.axis_index("b"), lax.axis_index("kv_head")
         row, warpgroup = (b * J + j) * A, lax.axis_index("warpgroup")
         first, last = starts[row], starts[row + A]
-        count = (last - first) * G  # every head of the group meets every entry
+        count = (last - first) * G  # every head of the group visits every entry
 
         def entry(n):
             """The n-th entry from the end: programs next to each other start together at the last queries and find
@@ -313,7 +316,7 @@ def _dkdv(inputs: Inputs, q_tokens: Tokens, kv_tokens: Tokens, rule: Rule, sizes
         thread_name="warpgroup",
         compiler_params=COMPILER,
         interpret=interpret,
-    )(visits.words_V, visits.starts, inputs)
+    )(visits.words_Z, visits.starts, inputs)
     return dk, dv, jnp.sum(dscale_BKS, axis=(1, 2))
 
 
@@ -338,32 +341,17 @@ def _tiles(*shape):
     return plgpu.SMEM(shape, jnp.bfloat16, transforms=TILED)
 
 
-def _visits(q: Tokens, kv: Tokens, rule: Rule, sizes: Sizes, by: str):
-    """The list one kernel walks. A block that meets nobody has no entry: its program writes zeros all the same."""
+def _visits(masks: Masks, sizes: Sizes, by: str):
+    """The visit list of one kernel. A block without visible pairs has no entry; its program writes zeros anyway."""
     block_q, block_k = (sizes.block, sizes.step) if by == "query" else (sizes.step, sizes.block)
-    q_blocks, kv_blocks = blocks(q.positions, q.segments, block_q), blocks(kv.positions, kv.segments, block_k)
-    return plan(q_blocks, kv_blocks, window_B=rule.window, chunk_len_B=rule.chunk_len, by=by, cover=False)
+    return visits_of(masks, block_q, block_k, by=by, cover=False)
 
 
-# ---------------------------------------------------------------------- the door
+# ---------------------------------------------------------------------- the entry point
 
 
 def backward(
-    rotations,
-    k,
-    v,
-    q_tokens: Tokens,
-    kv_tokens: Tokens,
-    rule: Rule,
-    scale_B,
-    out,
-    lse_BTN,
-    dout,
-    dlse_BTN,
-    *,
-    block_q=None,
-    block_k=None,
-    interpret=False,
+    rotations, k, v, masks: Masks, out, lse_BTN, dout, dlse_BTN, *, block_q=None, block_k=None, interpret=False
 ):
     """Gradients of blockwise.attend: (dq, a tuple of A arrays, dk, dv, dscale float32 [B]), the arrays as their inputs.
 
@@ -395,12 +383,12 @@ def backward(
         pad(v, 8),
         pad(dout, 8),
         jnp.stack(stats_BNT, axis=2),
-        query_spans(q_tokens, rule, T_filled),
-        key_numbers(kv_tokens, S_filled),
-        scale_B,
+        query_spans(masks, T_filled),
+        key_numbers(masks.kv, S_filled),
+        masks.scale_B,
     )
-    dq = _dq(inputs, q_tokens, kv_tokens, rule, dq_sizes, interpret)
-    dk, dv, dscale_B = _dkdv(inputs, q_tokens, kv_tokens, rule, dkdv_sizes, interpret)
+    dq = _dq(inputs, masks, dq_sizes, interpret)
+    dk, dv, dscale_B = _dkdv(inputs, masks, dkdv_sizes, interpret)
     return tuple(x[:, :T] for x in dq), dk[:, :S], dv[:, :S], dscale_B
 
 
@@ -418,30 +406,19 @@ def _sizes(H: int, block_q=None, block_k=None) -> tuple[Sizes, Sizes]:
 # ---------------------------------------------------------------------- what it costs
 
 
-class Count(NamedTuple):
-    """What one call does: counted from the lists, the grids and the buffers that the kernels take."""
-
-    flops: int
-    hbm_bytes: int  # out, dq: G heads that share keys read them once, being neighbours; dkdv: none counted as shared
-    fast_memory_bytes: int  # shared memory of a program, the largest
-    l2_bytes: int  # all that the copy engine moves
-
-
 def count_backward(B, T, S, N, K, H, *, chunk_len=None, window=None, positions_BT=None, **overrides) -> Count:
     """Of the gradients of one call of flash_attention, or dual_chunk_attention if chunk_len is given.
 
     The keys are at positions 0..S-1 and the queries are the last T of them, unless `positions_BT` says otherwise.
     """
-    at_BS = jnp.broadcast_to(jnp.arange(S), (B, S))
-    q_tokens = Tokens(at_BS[:, S - T :] if positions_BT is None else positions_BT, None)
-    rule = Rule(*(None if x is None else jnp.full(B, x, jnp.int32) for x in (window, chunk_len)))
+    masks = last_queries(B, T, S, window=window, chunk_len=chunk_len, positions_BT=positions_BT)
     both = _sizes(H, **overrides)
     visits, used = [], []
     for sizes, by in zip(both, ("query", "key"), strict=True):
         count_visits = jax.jit(functools.partial(_starts, sizes=sizes, by=by))
-        starts = np.asarray(count_visits(q_tokens, Tokens(at_BS, None), rule), np.int64)
+        starts = np.asarray(count_visits(masks), np.int64)
         visits.append(int(starts[-1]))
-        used.append(int(np.sum(starts[1:] > starts[:-1])))  # pairs of a program (for one head) and a rotation it meets
+        used.append(int(np.sum(starts[1:] > starts[:-1])))  # pairs of a program (for one head) and a rotation it visits
 
     def tile(tokens):
         return 2 * tokens * H  # bytes
@@ -450,24 +427,17 @@ def count_backward(B, T, S, N, K, H, *, chunk_len=None, window=None, positions_B
     q_programs, kv_programs = B * pl.cdiv(T, dq.block), B * pl.cdiv(S, dkdv.block)
     rotations = 1 if chunk_len is None else CHUNK_REGIONS
     dq_own = N * (used[0] + q_programs + rotations * q_programs) * tile(dq.block)  # q, dout; gradients of q
-    dq_met = visits[0] * 2 * tile(dq.step)  # k, v
+    dq_visited = visits[0] * 2 * tile(dq.step)  # k, v
     dkdv_own = K * kv_programs * (4 * tile(dkdv.block) + 4 * dkdv.block)  # k, v and their gradients; the scale's
-    dkdv_met = N * visits[1] * (2 * tile(dkdv.step) + 8 * dkdv.step)  # q, dout; lse, delta
+    dkdv_visited = N * visits[1] * (2 * tile(dkdv.step) + 8 * dkdv.step)  # q, dout; lse, delta
     pairs = [n * sizes.block * sizes.step for n, sizes in zip(visits, both, strict=True)]
     return Count(
         flops=2 * H * N * (3 * pairs[0] + 4 * pairs[1]),
-        hbm_bytes=dq_own + K * dq_met + dkdv_own + dkdv_met,
-        fast_memory_bytes=max(_bytes(_dq_scratch(dq, H, False)), _bytes(_dkdv_scratch(dkdv, H, False))),
-        l2_bytes=dq_own + N * dq_met + dkdv_own + dkdv_met,
+        hbm_bytes=dq_own + K * dq_visited + dkdv_own + dkdv_visited,
+        fast_memory_bytes=max(scratch_bytes(_dq_scratch(dq, H, False)), scratch_bytes(_dkdv_scratch(dkdv, H, False))),
+        l2_bytes=dq_own + N * dq_visited + dkdv_own + dkdv_visited,
     )
 
 
-def _starts(q: Tokens, kv: Tokens, rule: Rule, sizes: Sizes, by: str):
-    return _visits(q, kv, rule, sizes, by).starts
-
-
-def _bytes(scratch) -> int:
-    barriers = [x for x in scratch if isinstance(x, plgpu.Barrier)]
-    arrays = [x for x in scratch if x is not None and x not in barriers]
-    sizes = [math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in arrays]
-    return sum(sizes) + sum(8 * int(np.prod(x.num_barriers)) for x in barriers)
+def _starts(masks: Masks, sizes: Sizes, by: str):
+    return _visits(masks, sizes, by).starts

@@ -1,23 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the attention kernels for Hopper share, forward and backward: tiles in memory and registers, and their masks.
+"""Tiles in memory and registers, and their masks: shared by the attention kernels for Hopper, forward and backward.
 
 What a query may see is an interval of key positions per rotation, so a mask is two comparisons, three with segments.
 
-B batch, A rotations of the query, P numbers known of each token; X = 64 rows of a consumer's tile, Y its columns.
+B batch, A rotations of the query, U integers per query: its span and segment; X = 64 rows of a consumer's tile, Y its
+columns.
 """
 
 import math
+from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ..blockwise import Rule, Tokens
-from ..visibility import FAR, spans
+from ..masks import Masks, Tokens
+from ..visibility import FAR
 
 LOG2E = math.log2(math.e)
 ROWS = 64  # of a tile that one warpgroup multiplies: the M of wgmma
-# How wgmma wants bfloat16 in shared memory: bands of 8 rows by 128 bytes, swizzled so that a column meets all banks.
+# The layout in which wgmma reads bfloat16 from shared memory: bands of 8 rows by 128 bytes, swizzled so that a column
+# is spread over all banks.
 TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # type: ignore[abstract]
 ROW, COLUMN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)  # a vector along a tile's rows, or columns
 COMPILER = plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0)  # sums along rows stay within a warp
@@ -31,20 +35,19 @@ def pad(x, multiple: int):
     return jnp.pad(x, [(0, 0), (0, -x.shape[1] % multiple)] + [(0, 0)] * (x.ndim - 2))
 
 
-def query_spans(q: Tokens, rule: Rule, length: int):
-    """int32 [B, A, P, length]: first and last key position that a query sees with each rotation, and its segment."""
+def query_spans(masks: Masks, length: int):
+    """int32 [B, A, U, length]: first and last key position that a query sees with each rotation, and its segment."""
 
     def fill(x, value):
         return jnp.pad(x, ((0, 0), (0, length - x.shape[1])), constant_values=value).astype(jnp.int32)
 
-    per_B1 = (None if x is None else x[:, None] for x in rule)
-    segments = [] if q.segments is None else [fill(q.segments, 0)]
-    pairs = spans(fill(q.positions, -1), *per_B1)
+    segments = [] if masks.q.segments is None else [fill(masks.q.segments, 0)]
+    pairs = masks._replace(q=Tokens(fill(masks.q.positions, -1), None)).spans()
     return jnp.stack([jnp.stack([*pair, *segments], axis=1) for pair in pairs], axis=1)
 
 
 def key_numbers(kv: Tokens, length: int):
-    """[B, P - 1, length] int32: positions, FAR where padding, so that no interval holds them; segments if any."""
+    """[B, U - 1, length] int32: positions, FAR where padding, so that no interval holds them; segments if any."""
     positions = jnp.where(kv.positions < 0, FAR, kv.positions)
     rows = [(positions, FAR)] if kv.segments is None else [(positions, FAR), (kv.segments, 0)]
     missing = ((0, 0), (0, length - positions.shape[1]))
@@ -55,7 +58,7 @@ def key_numbers(kv: Tokens, length: int):
 
 
 def seen(query, key, shape, query_axis):
-    """Which pairs of a tile meet. query: [first, last, (segment)], key: [position, (segment)], each a vector."""
+    """Which pairs of a tile are visible. query: [first, last, (segment)], key: [position, (segment)], each a vector."""
     first, last, *segment = [along(x, query_axis, shape) for x in query]
     position, *other = [along(x, 1 - query_axis, shape) for x in key]
     seen = (first <= position) & (position <= last)
@@ -70,7 +73,7 @@ def along(vector, axis, shape):
 def left_operand(x_XY, spare):
     """A table of float32 as the left operand of a product: bfloat16 in registers, where wgmma takes it from.
 
-    Pallas's interpreter takes operands from shared memory only; there `spare` is room for it, otherwise None.
+    Pallas's interpreter takes operands from shared memory only: there `spare` is a buffer for it, otherwise None.
     """
     x_XY = x_XY.astype(jnp.bfloat16)
     if spare is None:
@@ -81,5 +84,25 @@ def left_operand(x_XY, spare):
 
 
 def load(ref, layout):
-    """Every vector of ref [P, tokens], straight from device memory, as the registers want it."""
-    return [plgpu.load(ref.at[p], layout=layout, optimized=False) for p in range(ref.shape[0])]
+    """Every vector of ref [U, tokens], straight from device memory, in a register layout."""
+    return [plgpu.load(ref.at[u], layout=layout, optimized=False) for u in range(ref.shape[0])]
+
+
+# ---------------------------------------------------------------------- what a call costs
+
+
+class Count(NamedTuple):
+    """What one call does: counted from the lists, the grids and the buffers that the kernels take."""
+
+    flops: int
+    hbm_bytes: int  # out, dq: G heads that share keys read them once, being neighbours; dkdv: none counted as shared
+    fast_memory_bytes: int  # shared memory of a program, the largest
+    l2_bytes: int  # all that the copy engine moves
+
+
+def scratch_bytes(scratch) -> int:
+    """Shared memory of a program with these scratch buffers; None stands for one that only the interpreter has."""
+    barriers = [x for x in scratch if isinstance(x, plgpu.Barrier)]
+    arrays = [x for x in scratch if x is not None and x not in barriers]
+    sizes = [math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in arrays]
+    return sum(sizes) + sum(8 * int(np.prod(x.num_barriers)) for x in barriers)

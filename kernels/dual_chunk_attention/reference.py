@@ -8,38 +8,16 @@ positions, chosen by how many chunks back the key lies, so that no relative dist
 
 import jax.numpy as jnp
 
-from ..flash_attention.reference import masked_softmax, query_key
-from ..visibility import chunk_region, visible
+from ..flash_attention.reference import from_logits, query_key
+from ..masks import Masks
+from ..visibility import chunk_region
 
 
-def dual_chunk_attention(
-    q,
-    q_succ,
-    q_inter,
-    k,
-    v,
-    *,
-    chunk_len_B,
-    q_positions_BT,
-    kv_positions_BS,
-    q_segments_BT=None,
-    kv_segments_BS=None,
-    window_B=None,
-    scale_B,
-):
+def dual_chunk_attention(rotations, k, v, masks: Masks):
     """Returns (out [B, T, N, H] in q's dtype, lse float32 [B, T, N])."""
-    q_at, kv_at = q_positions_BT[:, :, None], kv_positions_BS[:, None, :]
-    region_BTS = chunk_region(q_at, kv_at, chunk_len_B[:, None, None])
-    same, previous, older = query_key(q, k), query_key(q_succ, k), query_key(q_inter, k)
+    q_at, kv_at = masks.q.positions[:, :, None], masks.kv.positions[:, None, :]
+    assert masks.chunk_len_B is not None
+    region_BTS = chunk_region(q_at, kv_at, masks.chunk_len_B[:, None, None])
+    same, previous, older = (query_key(q, k) for q in rotations)
     logits_BNTS = jnp.select([region_BTS[:, None] == 0, region_BTS[:, None] == 1], [same, previous], older)
-    seen_BTS = visible(
-        q_at,
-        kv_at,
-        None if q_segments_BT is None else q_segments_BT[:, :, None],
-        None if kv_segments_BS is None else kv_segments_BS[:, None, :],
-        None if window_B is None else window_B[:, None, None],
-    )
-    p_BNTS, lse_BNT = masked_softmax(logits_BNTS * scale_B[:, None, None, None], seen_BTS[:, None])
-    v_BSNH = jnp.repeat(v.astype(jnp.float32), q.shape[2] // k.shape[2], axis=2)
-    out = jnp.einsum("bnts,bsnh->btnh", p_BNTS, v_BSNH, precision="highest")
-    return out.astype(q.dtype), lse_BNT.swapaxes(1, 2)
+    return from_logits(logits_BNTS, v, masks, rotations[0].dtype)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention on TPUs, forward and backward: three Pallas kernels that walk a list of pairs of blocks.
+"""Attention on TPUs, forward and backward: three Pallas kernels that iterate over a list of pairs of blocks.
 
 Ordinary attention and Dual Chunk Attention are the same kernels. What differs is the list (visits.py): an entry names a
 block of queries, a block of keys, and which rotation of the query scores this pair. So Dual Chunk Attention is one pass
 with one running softmax, and costs what causal attention costs.
 
 1. Outside, in XLA: lay the arrays out heads first (tpu_layout.py) and write the list, as packed words.
-2. The words travel ahead of the kernel into scalar memory (SMEM). The grid is (kv heads, entries of the list), and its
+2. The words are prefetched into scalar memory (SMEM). The grid is (kv heads, entries of the list), and its
    second bound is a number known only at run time. From the word of step n, index maps find the blocks of step n:
    Pallas fetches them while step n - 1 computes, and fetches nothing that is already there.
 3. Entries of one row of the list follow each other. Forward (a row is a block of queries): start the running softmax at
@@ -16,13 +16,14 @@ with one running softmax, and costs what causal attention costs.
 
 A table of logits is [keys, queries]. A softmax then goes down columns: its maximum and sum are elementwise operations
 between registers, and what belongs to a query (maximum, sum, lse, delta) is a row of numbers that fills registers. The
-other way round these would be reductions across lanes, and columns that leave 127 of 128 lanes empty. Logits are kept
+other way round these would be reductions across lanes, with columns that leave 127 of 128 lanes empty. Logits are kept
 in units of log 2, because 2^x is what the hardware computes. A mask is two comparisons: the keys that a query sees with
 one rotation are an interval of positions.
 
 B batch, T query length, S key length, N query heads, K kv heads, G = N // K, H head width, A rotations of the query;
 I query blocks of block_q tokens, J key blocks of block_k = Y tokens; X = G * block_q, the queries of all heads that
-share keys: columns of one product, so that keys are read once for all of them. R numbers known of each key.
+share keys: columns of one product, so that keys are read once for all of them. U integers per key: its position
+and, if there are any, its segment.
 """
 
 import functools
@@ -37,8 +38,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ..blockwise import LOWEST, Rule, Tokens
+from ..blockwise import LOWEST
 from ..counts import Count
+from ..masks import Masks, cotangent, last_queries
 from ..target import Target, block_sizes, require
 from ..visibility import CHUNK_REGIONS
 from ..visits import Visits, blocks, plan, unpack
@@ -81,7 +83,7 @@ class Static(NamedTuple):
 
 
 class Walk(NamedTuple):
-    """How to read the words of a list whose rows are blocks of queries ("query") or of keys ("key")."""
+    """Decodes a visit list whose rows are blocks of queries ("query") or of keys ("key")."""
 
     by: str
     I: int
@@ -103,13 +105,14 @@ class Walk(NamedTuple):
         return b, a, words[1] & 1, (n == 0) | (before != row), (n == count - 1) | (after != row)
 
 
-def _visits(walk: Walk, sizes: Sizes, q: Tokens, kv: Tokens, rule: Rule) -> Visits:
-    q_blocks, kv_blocks = blocks(*q, sizes.block_q), blocks(*kv, sizes.block_k)
+def _visits(walk: Walk, sizes: Sizes, masks: Masks) -> Visits:
+    q_blocks = blocks(masks.q.positions, masks.q.segments, sizes.block_q)
+    kv_blocks = blocks(masks.kv.positions, masks.kv.segments, sizes.block_k)
     if walk.by == "query":
         # From the newest keys to the oldest: as regions are walked 0, 1, 2, a block of keys with a boundary of chunks
         # inside is the last of one region and the first of the next, and so is fetched once.
         kv_blocks = jax.tree.map(lambda x: x[:, ::-1], kv_blocks)
-    return plan(q_blocks, kv_blocks, window_B=rule.window, chunk_len_B=rule.chunk_len, by=walk.by)
+    return plan(q_blocks, kv_blocks, window_B=masks.window_B, chunk_len_B=masks.chunk_len_B, by=walk.by)
 
 
 # ---------------------------------------------------------------------- the kernels
@@ -127,12 +130,12 @@ def _columns(x):
     return x[...].reshape(-1, x.shape[-1])
 
 
-def _turned(row_1Y):
-    """[1, Y] -> [Y, 1]. Whole registers are turned, so the row is first copied to all of theirs."""
+def _to_column(row_1Y):
+    """[1, Y] -> [Y, 1]. Whole registers are transposed, so the row is first broadcast over their rows."""
     return jnp.broadcast_to(row_1Y, (LANES, row_1Y.shape[1])).T[:, :1]
 
 
-def _turned_back(column_Y1):
+def _to_row(column_Y1):
     """[Y, 1] -> [1, Y]."""
     return jnp.broadcast_to(column_Y1, (column_Y1.shape[0], LANES)).T[:1]
 
@@ -140,7 +143,7 @@ def _turned_back(column_Y1):
 def _mask(q_at, kv_at):
     """[Y, block_q]: whether a query sees a key, and with this entry's rotation; the same for all heads of the group."""
     low, high, *q_segment = (q_at[r : r + 1] for r in range(q_at.shape[0]))  # rows
-    position, *kv_segment = (_turned(kv_at[r : r + 1]) for r in range(kv_at.shape[0]))  # columns
+    position, *kv_segment = (_to_column(kv_at[r : r + 1]) for r in range(kv_at.shape[0]))  # columns
     seen = (low <= position) & (position <= high)
     return seen & (q_segment[0] == kv_segment[0]) if q_segment else seen
 
@@ -217,7 +220,7 @@ def _dq_kernel(walk, words, scale, q, k, v, dout, lse2, delta, q_at, kv_at, dq, 
     pl.when(whole == 0)(functools.partial(visit, masked=True))
 
     @pl.when(last)
-    def finish():  # all rotations, also those with which this block met nobody: their gradient is zero
+    def finish():  # all rotations, also those without a visit in this block: their gradient is zero
         for rotation in range(acc.shape[0]):
             dq[rotation] = (acc[rotation] * scale[b]).T.astype(dq.dtype).reshape(dq.shape[1:])
 
@@ -246,10 +249,10 @@ def _dkv_kernel(walk, words, scale, q, k, v, dout, lse2, delta, q_at, kv_at, dk,
         dk[...] = (dk_acc[...] * scale[b]).astype(dk.dtype)
         dv[...] = dv_acc[...].astype(dv.dtype)
         # Logits are linear in k and in the scale alike: with dk before scaling, sum(dk * k) is the scale's gradient.
-        dscale[...] = _turned_back(jnp.sum(dk_acc[...] * k[...].astype(jnp.float32), axis=1, keepdims=True))
+        dscale[...] = _to_row(jnp.sum(dk_acc[...] * k[...].astype(jnp.float32), axis=1, keepdims=True))
 
 
-# ---------------------------------------------------------------------- which blocks they read and write
+# ---------------------------------------------------------------------- block specs
 
 
 class Shape(NamedTuple):
@@ -260,7 +263,7 @@ class Shape(NamedTuple):
     K: int
     G: int
     H: int
-    R: int
+    U: int
     I: int
     J: int
     dtype: Any
@@ -281,7 +284,7 @@ class Program(NamedTuple):
 
 def _program(kernel, by, shape: Shape, sizes: Sizes, inputs, outputs, scratch, products) -> Program:
     """Inputs and outputs are names of this table: what the array is, and the block of it that an entry needs."""
-    A, B, K, G, H, R, I, J, dtype = shape
+    A, B, K, G, H, U, I, J, dtype = shape
     block_q, block_k = sizes
     X, T, S = G * block_q, I * block_q, J * block_k
     walk = Walk(by, I, J)
@@ -292,8 +295,8 @@ def _program(kernel, by, shape: Shape, sizes: Sizes, inputs, outputs, scratch, p
         "kv": ((B, K, S, H), (None, None, block_k, H), lambda k, b, i, j, a: (b, k, j, 0)),
         "per query": ((B, K, I, 1, X), (None, None, None, 1, X), lambda k, b, i, j, a: (b, k, i, 0, 0)),
         "per key": ((B, K, J, 1, block_k), (None, None, None, 1, block_k), lambda k, b, i, j, a: (b, k, j, 0, 0)),
-        "q_at": ((A, B, 1 + R, T), (None, None, 1 + R, block_q), lambda k, b, i, j, a: (a, b, 0, i)),
-        "kv_at": ((B, R, S), (None, R, block_k), lambda k, b, i, j, a: (b, 0, j)),
+        "q_at": ((A, B, 1 + U, T), (None, None, 1 + U, block_q), lambda k, b, i, j, a: (a, b, 0, i)),
+        "kv_at": ((B, U, S), (None, U, block_k), lambda k, b, i, j, a: (b, 0, j)),
     }
     dtypes = {"per query": jnp.float32, "per key": jnp.float32, "q_at": jnp.int32, "kv_at": jnp.int32}
 
@@ -338,12 +341,12 @@ def _dkv_program(shape: Shape, sizes: Sizes) -> Program:
 PROGRAMS = {"forward": _forward_program, "dq": _dq_program, "dkv": _dkv_program}
 
 
-def _run(name, static: Static, queries: Queries, keys: Keys, rows, rule: Rule, scale_B):
+def _run(name, static: Static, queries: Queries, keys: Keys, rows, masks: Masks):
     """One pass. `rows` are more inputs of the backward passes: dout, lse2, delta."""
-    sizes, (A, B, K, G, T, H), (_, R, S) = getattr(static, name), queries.q_ABKGTH.shape, keys.at_BRS.shape
-    shape = Shape(A, B, K, G, H, R, T // sizes.block_q, S // sizes.block_k, queries.q_ABKGTH.dtype)
+    sizes, (A, B, K, G, T, H), (_, U, S) = getattr(static, name), queries.q_ABKGTH.shape, keys.at_BUS.shape
+    shape = Shape(A, B, K, G, H, U, T // sizes.block_q, S // sizes.block_k, queries.q_ABKGTH.dtype)
     program = PROGRAMS[name](shape, sizes)
-    visits = _visits(program.walk, sizes, queries.tokens, keys.tokens, rule)
+    visits = _visits(program.walk, sizes, masks._replace(q=queries.tokens, kv=keys.tokens))
     call = pl.pallas_call(
         functools.partial(program.kernel, program.walk),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -361,8 +364,8 @@ def _run(name, static: Static, queries: Queries, keys: Keys, rows, rule: Rule, s
         interpret=static.interpret,
         name=f"attention_{name}",
     )
-    inputs = (queries.q_ABKGTH, keys.k_BKSH, keys.v_BKSH, *rows, queries.at_ABRT, keys.at_BRS)
-    return call(visits.words_V, scale_B, *inputs)
+    inputs = (queries.q_ABKGTH, keys.k_BKSH, keys.v_BKSH, *rows, queries.at_ABUT, keys.at_BUS)
+    return call(visits.words_Z, masks.scale_B, *inputs)
 
 
 def _slabs(name, sizes: Sizes, A, B, T, S) -> int:
@@ -382,62 +385,62 @@ def _slabs(name, sizes: Sizes, A, B, T, S) -> int:
 # ---------------------------------------------------------------------- forward and backward
 
 
-def _forward(static: Static, rotations, k, v, q_tokens, kv_tokens, rule, scale_B):
+def _forward(static: Static, rotations, k, v, masks: Masks):
     (block_q, block_k), (B, T, _, _), (S, K) = static.forward, rotations[0].shape, k.shape[1:3]
-    keys = key_side(k, v, kv_tokens, block_k)
+    keys = key_side(k, v, masks.kv, block_k)
 
     def slab(cut):
         rotations, q_tokens = cut
-        queries, here = query_side(rotations, q_tokens, rule, K, block_q), q_tokens.positions.shape[1]
-        out, lse = _run("forward", static, queries, keys, (), rule, scale_B)
+        queries, here = query_side(rotations, masks._replace(q=q_tokens), K, block_q), rotations[0].shape[1]
+        out, lse = _run("forward", static, queries, keys, (), masks)
         return tokens_first(out)[:, :here], per_token(lse, block_q)[:, :here]
 
     count = _slabs("forward", static.forward, len(rotations), B, T, S)
-    return in_slabs(count, block_q, slab, (rotations, q_tokens))
+    return in_slabs(count, block_q, slab, (rotations, masks.q))
 
 
 def _backward(static: Static, residuals, cotangents):
-    rotations, k, v, q_tokens, kv_tokens, rule, scale_B, out, lse_BTN = residuals
+    rotations, k, v, masks, out, lse_BTN = residuals
     dout, dlse_BTN = cotangents
     (B, T, _, _), (S, K), A = rotations[0].shape, k.shape[1:3], len(rotations)
 
     # d logit = p * (dp - delta); a cotangent of lse adds p * dlse, so it is only another part of delta.
     empty_BTN = lse_BTN == -jnp.inf
     delta_BTN = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - dlse_BTN
-    known_of_rows = (dout, *(jnp.where(empty_BTN, 0, x) for x in (lse_BTN * LOG2_E, delta_BTN)))
+    row_stats = (dout, *(jnp.where(empty_BTN, 0, x) for x in (lse_BTN * LOG2_E, delta_BTN)))
 
-    def in_blocks(known_of_rows, block_q):
-        dout, *numbers = pad(known_of_rows, block_q)
+    def in_blocks(row_stats, block_q):
+        dout, *numbers = pad(row_stats, block_q)
         return heads_first(dout, K), *(per_row(x, K, block_q) for x in numbers)
 
     def dq_slab(cut):
-        rotations, q_tokens, known_of_rows = cut
-        queries, here = query_side(rotations, q_tokens, rule, K, static.dq.block_q), q_tokens.positions.shape[1]
-        rows = in_blocks(known_of_rows, static.dq.block_q)
-        (dq_ABKGTH,) = _run("dq", static, queries, dq_keys, rows, rule, scale_B)
+        rotations, q_tokens, row_stats = cut
+        queries, here = query_side(rotations, masks._replace(q=q_tokens), K, static.dq.block_q), rotations[0].shape[1]
+        rows = in_blocks(row_stats, static.dq.block_q)
+        (dq_ABKGTH,) = _run("dq", static, queries, dq_keys, rows, masks)
         return tuple(tokens_first(x)[:, :here] for x in dq_ABKGTH)
 
-    dq_keys = key_side(k, v, kv_tokens, static.dq.block_k)
+    dq_keys = key_side(k, v, masks.kv, static.dq.block_k)
     count = _slabs("dq", static.dq, A, B, T, S)
-    dq = in_slabs(count, static.dq.block_q, dq_slab, (rotations, q_tokens, known_of_rows))
+    dq = in_slabs(count, static.dq.block_q, dq_slab, (rotations, masks.q, row_stats))
 
     def dkv_slab(cut):
         k, v, kv_tokens = cut
         keys, here = key_side(k, v, kv_tokens, static.dkv.block_k), k.shape[1]
-        dk, dv, dscale = _run("dkv", static, dkv_queries, keys, dkv_rows, rule, scale_B)
+        dk, dv, dscale = _run("dkv", static, dkv_queries, keys, dkv_rows, masks)
         dscale_BSK = dscale.reshape(B, K, -1).swapaxes(1, 2)
         return tuple(x[:, :here] for x in (dk.swapaxes(1, 2), dv.swapaxes(1, 2), dscale_BSK))
 
-    dkv_queries = query_side(rotations, q_tokens, rule, K, static.dkv.block_q)
-    dkv_rows = in_blocks(known_of_rows, static.dkv.block_q)
+    dkv_queries = query_side(rotations, masks, K, static.dkv.block_q)
+    dkv_rows = in_blocks(row_stats, static.dkv.block_q)
     count = _slabs("dkv", static.dkv, A, B, T, S)
-    dk, dv, dscale_BSK = in_slabs(count, static.dkv.block_k, dkv_slab, (k, v, kv_tokens))
-    return dq, dk, dv, None, None, None, dscale_BSK.sum((1, 2))
+    dk, dv, dscale_BSK = in_slabs(count, static.dkv.block_k, dkv_slab, (k, v, masks.kv))
+    return dq, dk, dv, cotangent(dscale_BSK.sum((1, 2)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(static, rotations, k, v, q_tokens, kv_tokens, rule, scale_B):
-    return _forward(static, rotations, k, v, q_tokens, kv_tokens, rule, scale_B)
+def _attend(static, rotations, k, v, masks):
+    return _forward(static, rotations, k, v, masks)
 
 
 def _attend_forward(static, *inputs):
@@ -463,11 +466,15 @@ def _filled(length):
     return -(-length // LANES) * LANES
 
 
-def attend(rotations, k, v, q_tokens: Tokens, kv_tokens: Tokens, rule: Rule, scale_B, **block_sizes):
+def attend(rotations, k, v, masks: Masks, **block_sizes):
     """Attention of the rotated queries, a tuple of A arrays [B, T, N, H], over k and v [B, S, K, H].
 
     Returns (out [B, T, N, H] in the query's dtype, lse float32 [B, T, N]). Differentiable in rotations, k, v and
-    scale_B, from both results. block_q and block_k may be given, else they come from blocks.py.
+    masks.scale_B, from both results. block_q and block_k may be given, else they come from blocks.py.
+
+    Raises:
+        NotImplementedError: not a TPU, not all arrays in bfloat16 or all in float32, a head width other than 64 and
+            128, an empty array, or a list of visits of which not even one row fits into scalar memory.
     """
     on = require("tpu")
     (B, T, N, H), (S, K), dtype = rotations[0].shape, k.shape[1:3], rotations[0].dtype
@@ -479,29 +486,7 @@ def attend(rotations, k, v, q_tokens: Tokens, kv_tokens: Tokens, rule: Rule, sca
     if 0 in (B, T, S):
         raise NotImplementedError(f"needs at least one query and one key, got batch {B}, {T} queries, {S} keys")
     static = _static(len(rotations), B, T, S, N, K, on, **block_sizes)
-    return _attend_jit(static, tuple(rotations), k, v, q_tokens, kv_tokens, rule, scale_B)
-
-
-def dual_chunk_attention(
-    q,
-    q_succ,
-    q_inter,
-    k,
-    v,
-    *,
-    chunk_len_B,
-    q_positions_BT,
-    kv_positions_BS,
-    q_segments_BT=None,
-    kv_segments_BS=None,
-    window_B=None,
-    scale_B,
-    **block_sizes,
-):
-    """Returns (out [B, T, N, H] in q's dtype, lse float32 [B, T, N])."""
-    q_tokens, kv_tokens = Tokens(q_positions_BT, q_segments_BT), Tokens(kv_positions_BS, kv_segments_BS)
-    rule = Rule(window_B, chunk_len_B)
-    return attend((q, q_succ, q_inter), k, v, q_tokens, kv_tokens, rule, scale_B, **block_sizes)
+    return _attend_jit(static, tuple(rotations), k, v, masks)
 
 
 # ---------------------------------------------------------------------- counting
@@ -515,25 +500,20 @@ def count(
     The keys are at positions 0..S-1 and the queries are the last T of them, unless positions_BT says otherwise.
     """
     static = _static(1 if chunk_len is None else CHUNK_REGIONS, B, T, S, N, K, on, **block_sizes)
-    at_BS = np.broadcast_to(np.arange(S, dtype=np.int32), (B, S))
-    at_BT = at_BS[:, S - T :] if positions_BT is None else np.asarray(positions_BT, np.int32)
-    parts = {
-        name: _count(name, getattr(static, name), at_BT, at_BS, N, K, H, dtype, chunk_len, window) for name in PROGRAMS
-    }
+    masks = last_queries(B, T, S, window=window, chunk_len=chunk_len, positions_BT=positions_BT)
+    parts = {name: _count(name, getattr(static, name), masks, N, K, H, dtype) for name in PROGRAMS}
     dq, dkv = parts["dq"], parts["dkv"]
     added = Count(dq.flops + dkv.flops, dq.hbm_bytes + dkv.hbm_bytes, max(dq.fast_memory_bytes, dkv.fast_memory_bytes))
     return {"forward": parts["forward"], "backward": added}
 
 
-def _count(name, sizes: Sizes, at_BT, at_BS, N, K, H, dtype, chunk_len, window) -> Count:
-    B, A = at_BT.shape[0], 1 if chunk_len is None else CHUNK_REGIONS
-    I, J = -(-at_BT.shape[1] // sizes.block_q), -(-at_BS.shape[1] // sizes.block_k)
+def _count(name, sizes: Sizes, masks: Masks, N, K, H, dtype) -> Count:
+    (B, T), S = masks.q.positions.shape, masks.kv.positions.shape[1]
+    A, I, J = 1 if masks.chunk_len_B is None else CHUNK_REGIONS, -(-T // sizes.block_q), -(-S // sizes.block_k)
     program = PROGRAMS[name](Shape(A, B, K, N // K, H, 1, I, J, jnp.dtype(dtype)), sizes)
-    rule = Rule(*(None if x is None else jnp.full(B, x, jnp.int32) for x in (window, chunk_len)))
-    listed = jax.jit(_visits, static_argnums=(0, 1))
-    visits = listed(program.walk, sizes, Tokens(at_BT, None), Tokens(at_BS, None), rule)
+    visits = jax.jit(_visits, static_argnums=(0, 1))(program.walk, sizes, masks)
     entries = int(visits.starts[-1])
-    words = np.asarray(visits.words_V[:entries])
+    words = np.asarray(visits.words_Z[:entries])
 
     def block_of(spec):
         return [1 if size is None else size for size in spec.block_shape]

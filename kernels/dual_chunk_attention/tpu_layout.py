@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arrays of the attention operations as tpu.py's kernels want them: heads first, whole blocks, numbers along lanes.
+"""The layout of tpu.py's operands: heads first, lengths padded to whole blocks, per-token numbers along lanes.
 
-Pallas cuts the last two dimensions of an array into tiles of registers, so tokens and head width stand there, and
-numbers of which there is one per query stand in one long row. XLA makes these copies before and after the kernels.
+Pallas tiles the last two dimensions of an array, so these are tokens and head width, and per-query numbers form one
+long row. XLA makes these copies before and after the kernels.
 
 B batch, T query length, S key length, N query heads, K kv heads, G = N // K, H head width, A rotations of the query; I
-query blocks of block_q tokens, X = G * block_q; R numbers known of each token.
+query blocks of block_q tokens, X = G * block_q; U integers per token.
 """
 
 from typing import NamedTuple
@@ -14,28 +14,26 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ..blockwise import Rule, Tokens
-from ..visibility import spans
+from ..masks import Masks, Tokens
 
 
 class Queries(NamedTuple):
     q_ABKGTH: jax.Array
-    at_ABRT: jax.Array  # first and last position that a query sees with each rotation, and its segment
+    at_ABUT: jax.Array  # spans of a query in each rotation, and its segment
     tokens: Tokens
 
 
 class Keys(NamedTuple):
     k_BKSH: jax.Array
     v_BKSH: jax.Array
-    at_BRS: jax.Array  # position, and segment
+    at_BUS: jax.Array  # position, and segment
     tokens: Tokens
 
 
-def query_side(rotations, tokens: Tokens, rule: Rule, K, block_q) -> Queries:
-    rotations, tokens = pad((rotations, tokens), block_q)
-    per_B1 = (None if x is None else x[:, None] for x in rule)
-    at_ABRT = jnp.stack([_numbers(*span, tokens.segments) for span in spans(tokens.positions, *per_B1)])
-    return Queries(jnp.stack([heads_first(q, K) for q in rotations]), at_ABRT, tokens)
+def query_side(rotations, masks: Masks, K, block_q) -> Queries:
+    rotations, tokens = pad((rotations, masks.q), block_q)
+    at_ABUT = jnp.stack([_numbers(*span, tokens.segments) for span in masks._replace(q=tokens).spans()])
+    return Queries(jnp.stack([heads_first(q, K) for q in rotations]), at_ABUT, tokens)
 
 
 def key_side(k, v, tokens: Tokens, block_k) -> Keys:
@@ -44,12 +42,12 @@ def key_side(k, v, tokens: Tokens, block_k) -> Keys:
 
 
 def _numbers(*numbers):
-    """int32 [B, R, tokens] of those that are not None."""
+    """Stacks those that are not None: int32 [B, U, tokens]."""
     return jnp.stack([x for x in numbers if x is not None], axis=1).astype(jnp.int32)
 
 
 def pad(tree, block):
-    """Arrays [B, tokens, ...] filled up to whole blocks: numbers with 0; positions and segments with -1, padding."""
+    """Pads arrays [B, tokens, ...] to whole blocks: floats with 0; positions and segments with -1, which is padding."""
 
     def filled(x):
         missing = [(0, 0), (0, -x.shape[1] % block)] + [(0, 0)] * (x.ndim - 2)

@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Causal attention with grouped heads, masks given as positions and segments, O(n) memory."""
 
-import jax.numpy as jnp
-
-from ..attention_inputs import check_shapes, per_row, softmax_scale
 from ..dispatch import dispatch, late
+from ..masks import make_masks
 from . import reference, xla
 
 IMPLEMENTATIONS = {  # fastest first
@@ -57,20 +55,17 @@ def flash_attention(
         ValueError: shapes do not fit, a window below 1 (where it is no traced array), or an unknown implementation.
         NotImplementedError: the named implementation cannot take these inputs.
     """
-    check_shapes({"q": q}, k, v, q_positions_BT, kv_positions_BS, q_segments_BT, kv_segments_BS)
-    out, lse_BTN = dispatch(
-        "flash_attention",
-        IMPLEMENTATIONS,
-        implementation,
-        q,
+    masks = make_masks(
+        {"q": q},
         k,
         v,
         q_positions_BT=q_positions_BT,
         kv_positions_BS=kv_positions_BS,
         q_segments_BT=q_segments_BT,
         kv_segments_BS=kv_segments_BS,
-        window_B=per_row("window", window, q.shape[0], jnp.int32, at_least=1),
-        scale_B=softmax_scale(scale, q),
-        only_by_name=ONLY_BY_NAME,
+        window=window,
+        scale=scale,
     )
+    arguments = (q,), k, v, masks
+    out, lse_BTN = dispatch("flash_attention", IMPLEMENTATIONS, implementation, *arguments, only_by_name=ONLY_BY_NAME)
     return (out, lse_BTN) if return_lse else out

@@ -1,29 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention from its definition, in float32, with the whole [T, S] table of logits: slow, and easy to believe."""
+"""Attention from its definition, in float32, with the whole [T, S] table of logits: slow and simple."""
 
 import jax
 import jax.numpy as jnp
 
-from ..visibility import visible
+from ..masks import Masks
 
 
-def flash_attention(
-    q, k, v, *, q_positions_BT, kv_positions_BS, q_segments_BT=None, kv_segments_BS=None, window_B=None, scale_B
-):
+def flash_attention(rotations, k, v, masks: Masks):
     """Returns (out [B, T, N, H] in q's dtype, lse float32 [B, T, N])."""
-    G = q.shape[2] // k.shape[2]
-    logits_BNTS = query_key(q, k) * scale_B[:, None, None, None]
-    seen_BTS = visible(
-        q_positions_BT[:, :, None],
-        kv_positions_BS[:, None, :],
-        None if q_segments_BT is None else q_segments_BT[:, :, None],
-        None if kv_segments_BS is None else kv_segments_BS[:, None, :],
-        None if window_B is None else window_B[:, None, None],
-    )
-    p_BNTS, lse_BNT = masked_softmax(logits_BNTS, seen_BTS[:, None])
-    v_BSNH = jnp.repeat(v.astype(jnp.float32), G, axis=2)
+    (q,) = rotations
+    return from_logits(query_key(q, k), v, masks, q.dtype)
+
+
+def from_logits(logits_BNTS, v, masks: Masks, dtype):
+    """(out, lse) from unscaled logits: scale, mask, softmax, the weighted sum of values."""
+    N, K = logits_BNTS.shape[1], v.shape[2]
+    p_BNTS, lse_BNT = masked_softmax(logits_BNTS * masks.scale_B[:, None, None, None], masks.visible_BTS()[:, None])
+    v_BSNH = jnp.repeat(v.astype(jnp.float32), N // K, axis=2)
     out = jnp.einsum("bnts,bsnh->btnh", p_BNTS, v_BSNH, precision="highest")
-    return out.astype(q.dtype), lse_BNT.swapaxes(1, 2)
+    return out.astype(dtype), lse_BNT.swapaxes(1, 2)
 
 
 def query_key(q, k):

@@ -27,7 +27,7 @@ three stages are better than four stages and a wait for every chunk.
 silu(x gate^T) * (x up^T) keeps two sums side by side and reads each block of x once; its gradient of x,
 dg gate + du up, is one sum over a contraction twice as long.
 
-M rows, D width in, F width out, E experts, V visits: tiles of rows that the list names. In the weight gradient A is the
+M rows, D width in, F width out, E experts, Z entries of the list: tiles of rows. In the weight gradient A is the
 width of the left factor and C of the right one: the result is [E, A, C].
 """
 
@@ -107,14 +107,14 @@ def _multiprocessors(on: Target) -> int:
 class Visits(NamedTuple):
     """Tiles v < number of rows, experts ascending; the rows after the last group are those of an expert number E.
 
-    Tile v begins at row first_V[v], a multiple of 8, and rows begin_V[v] <= row < end_V[v], counted from there, are its
-    own: they belong to expert expert_V[v].
+    Tile v begins at row first_Z[v], a multiple of 8, and rows begin_Z[v] <= row < end_Z[v], counted from there, are its
+    own: they belong to expert expert_Z[v].
     """
 
-    expert_V: jax.Array  # int32, as all of them
-    first_V: jax.Array
-    begin_V: jax.Array
-    end_V: jax.Array
+    expert_Z: jax.Array  # int32, as all of them
+    first_Z: jax.Array
+    begin_Z: jax.Array
+    end_Z: jax.Array
     number: jax.Array  # int32 [1]
 
 
@@ -128,17 +128,17 @@ def plan(group_sizes_E, M: int, tile: int) -> Visits:
     """The list for M > 0 rows. Groups that run over M are cut there."""
     E = group_sizes_E.shape[0]
     end = jnp.minimum(jnp.cumsum(group_sizes_E, dtype=jnp.int32), M)
-    end = jnp.append(end, jnp.int32(M))  # [E + 1]: with nobody's rows
+    end = jnp.append(end, jnp.int32(M))  # [E + 1]: the last are rows of no expert
     begin = jnp.append(jnp.int32(0), end[:-1])
     first = begin // ALIGNED * ALIGNED
     stop = jnp.cumsum(jnp.where(begin < end, -(-(end - first) // tile), 0), dtype=jnp.int32)
     start = jnp.append(jnp.int32(0), stop[:-1])
 
     v = jnp.arange(capacity(M, E, tile), dtype=jnp.int32)
-    expert_V = jnp.minimum(jnp.sum(stop <= v[:, None], axis=1, dtype=jnp.int32), E)
-    first_V = first[expert_V] + (v - start[expert_V]) * tile
-    begin_V, end_V = (jnp.clip(x[expert_V] - first_V, 0, tile) for x in (begin, end))
-    return Visits(expert_V, first_V, begin_V, end_V, stop[-1:])
+    expert_Z = jnp.minimum(jnp.sum(stop <= v[:, None], axis=1, dtype=jnp.int32), E)
+    first_Z = first[expert_Z] + (v - start[expert_Z]) * tile
+    begin_Z, end_Z = (jnp.clip(x[expert_Z] - first_Z, 0, tile) for x in (begin, end))
+    return Visits(expert_Z, first_Z, begin_Z, end_Z, stop[-1:])
 
 
 class Cut(NamedTuple):
@@ -178,7 +178,7 @@ def _fit(settings, block, across, steps, stage, chunks, parts) -> Cut:
 
 
 def _product_kernel(
-    expert_V, first_V, begin_V, end_V, number, *refs, cut, E, inputs, products, results, transpose_w, finish
+    expert_Z, first_Z, begin_Z, end_Z, number, *refs, cut, E, inputs, products, results, transpose_w, finish
 ):
     x_refs, w_refs, out_refs = refs[:inputs], refs[inputs : inputs + products], refs[inputs + products :][:results]
     x_smem, w_smem, whole_smem, part_smem, full, empty = refs[inputs + products + results :]
@@ -197,7 +197,7 @@ def _product_kernel(
             at = program + i * programs
             v = lax.div(at, across)
             # Nobody's rows come last, so all tiles before this one took all their steps.
-            do(v, lax.rem(at, across) * width, jnp.where(expert_V[v] < E, cut.steps, 0), i * cut.steps)
+            do(v, lax.rem(at, across) * width, jnp.where(expert_Z[v] < E, cut.steps, 0), i * cut.steps)
 
         lax.fori_loop(0, lax.div(number[0] * across - program + programs - 1, programs), tile, None)
 
@@ -207,7 +207,7 @@ def _product_kernel(
             plgpu.set_max_registers(40, action="decrease")
 
         def load(v, column, steps, used):
-            row, e = pl.multiple_of(first_V[v], ALIGNED), expert_V[v]
+            row, e = pl.multiple_of(first_Z[v], ALIGNED), expert_Z[v]
             columns, loaded = pl.ds(column, width), min(rows, x_refs[0].shape[0])
 
             def step(x_ref, w_refs, first, d, _):
@@ -240,8 +240,8 @@ def _product_kernel(
 
         def multiply_and_store(v, column, steps, used):
             # Which of this consumer's rows are the tile's own.
-            row = pl.multiple_of(first_V[v], ALIGNED) + top
-            begin, end = jnp.maximum(begin_V[v] - top, 0), jnp.minimum(end_V[v] - top, WARPGROUP_ROWS)
+            row = pl.multiple_of(first_Z[v], ALIGNED) + top
+            begin, end = jnp.maximum(begin_Z[v] - top, 0), jnp.minimum(end_Z[v] - top, WARPGROUP_ROWS)
             whole = (begin == 0) & (end == WARPGROUP_ROWS)
 
             def multiply(*sums):
@@ -330,7 +330,7 @@ def _products(settings, xs, ws, group_sizes_E, *, transpose_w, finish, results):
             plgpu.Barrier(num_arrivals=1 + side_by_side, num_barriers=cut.stages),
             plgpu.Barrier(num_arrivals=consumers, num_barriers=cut.stages),
         ],
-        grid=(min(settings.programs, visits.expert_V.shape[0] * cut.across[0]),),
+        grid=(min(settings.programs, visits.expert_Z.shape[0] * cut.across[0]),),
         grid_names=("program",),
         num_threads=consumers + 1,
         thread_name="warpgroup",
@@ -509,11 +509,11 @@ def _count_products(settings, sizes_E, M, D, F, *, inputs, products, results) ->
     cut = product_cut(settings, M, D, F, products=products, side_by_side=side_by_side, results=results)
     (rows, width, depth), E = cut.block, len(sizes_E)
     visits = jax.tree.map(np.asarray, plan(jnp.asarray(sizes_E, jnp.int32), M, rows))
-    expert_V = visits.expert_V[: visits.number[0]]
-    expert_V = expert_V[expert_V < E]
+    expert_Z = visits.expert_Z[: visits.number[0]]
+    expert_Z = expert_Z[expert_Z < E]
     per_tile = cut.steps * 2 * rows * side_by_side * width * depth
-    x, w, y = inputs * len(expert_V) * min(rows, M) * D, products * len(np.unique(expert_V)) * D * F, results * M * F
-    return Count(len(expert_V) * cut.across[0] * per_tile, 2 * (x + w + y), cut.shared_memory)
+    x, w, y = inputs * len(expert_Z) * min(rows, M) * D, products * len(np.unique(expert_Z)) * D * F, results * M * F
+    return Count(len(expert_Z) * cut.across[0] * per_tile, 2 * (x + w + y), cut.shared_memory)
 
 
 def _count_weight_gradient(settings, sizes_E, M, A, C) -> Count:

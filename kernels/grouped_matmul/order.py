@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bringing the rows of a mixture of experts into the order of their experts, and back.
+"""Sorts the rows of a mixture of experts by expert, and back.
 
-Every token goes to K experts, so there are M = T * K rows. Both directions, and both gradients, are gathers: each place
-knows the one place its value comes from, so nothing is ever scattered or added in an undefined order.
+Every token goes to K experts, so there are M = T * K rows. Both directions, and both gradients, are gathers: each row
+has exactly one source, so nothing is scattered or added in an undefined order.
 
 T tokens, K experts per token, M rows sorted by expert, E experts, D width.
 """
@@ -18,7 +18,7 @@ class Order(NamedTuple):
     """A permutation of the (token, choice) pairs that brings the rows of each expert together."""
 
     pairs_M: jax.Array  # row m holds choice pairs_M[m] % K of token pairs_M[m] // K
-    rows_TK: jax.Array  # the inverse: choice j of token t stands in row rows_TK[t, j]
+    rows_TK: jax.Array  # the inverse: choice j of token t is row rows_TK[t, j]
     group_sizes_E: jax.Array  # rows of each expert, in this order
 
 

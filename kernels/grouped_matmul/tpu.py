@@ -17,7 +17,7 @@ rows in it, so the grid is as long as the groups make it and is known only when 
   arrival: BlockSpecs look only one step ahead, which is why the panels are fetched by hand, into two buffers in turn.
   Rows of other groups in the same tile keep what their own visit has stored: all visits of a tile follow each other, so
   the tile of results stays in fast memory between them. The first visit fills the rest with zeros, which is what rows
-  that belong to nobody keep.
+  of no expert keep.
 
 * `_weight_gradient_kernel` makes left^T right of the rows of each expert: one accumulator per expert, begun at its
   first visit and stored at its last. Rows of others are masked in both factors, as they may hold anything. An expert
@@ -27,7 +27,7 @@ silu(x gate^T) * (x up^T) takes two panels side by side and one tile of x; its g
 of each and stores one sum. For the backward pass g and u are kept, 2 M F numbers (gradients.py). Under
 rematerialisation they live no longer than one layer's backward pass.
 
-M rows, D width in, F width out, E experts, V visits, R runs: visits of one expert in a row (so R <= E). In the weight
+M rows, D width in, F width out, E experts, Z entries of the list of visits. In the weight
 gradient A is the width of the left factor and C of the right one: the result is [E, A, C].
 """
 
@@ -157,15 +157,15 @@ def product_panels(settings: Settings, D, F, *, products=1, inputs=1, results=1,
 
 
 def _product_kernel(
-    tile_V, begin_V, end_V, run_V, expert_R, runs, *refs, panels, transpose_w, inputs, products, finish, precision
+    tile_Z, begin_Z, end_Z, run_Z, expert_of_run, runs, *refs, panels, transpose_w, inputs, products, finish, precision
 ):
     x_refs, w_refs, out_refs = refs[:inputs], refs[inputs : inputs + products], refs[inputs + products : -2]
     buffers, arrived = refs[-2:]  # [2, products, panel of a matrix], and a semaphore for each
     core, i, v = (pl.program_id(axis) for axis in range(3))
     per_core = panels.number // panels.cores
-    panel, run = core * per_core + i, run_V[v]
-    first_of_tile = (v == 0) | (tile_V[jnp.maximum(v - 1, 0)] != tile_V[v])
-    first_of_run = (v == 0) | (run_V[jnp.maximum(v - 1, 0)] != run)
+    panel, run = core * per_core + i, run_Z[v]
+    first_of_tile = (v == 0) | (tile_Z[jnp.maximum(v - 1, 0)] != tile_Z[v])
+    first_of_run = (v == 0) | (run_Z[jnp.maximum(v - 1, 0)] != run)
     # All panels this core will meet, in order: i * runs + run. Even ones go to buffer 0, odd ones to buffer 1.
     turn = i * runs[0] + run
     slot = turn % 2
@@ -183,7 +183,7 @@ def _product_kernel(
         def do(width):
             columns = pl.ds(panel * panels.width, width)
             for p, w_ref in enumerate(w_refs):
-                source = w_ref.at[expert_R[run]]
+                source = w_ref.at[expert_of_run[run]]
                 if panels.number > 1:
                     source = source.at[columns] if transpose_w else source.at[:, columns]
                 buffer = buffers.at[slot, p]
@@ -222,13 +222,13 @@ def _product_kernel(
             x = x_refs[p % inputs][...]
             made.append(lax.dot_general(x, w, contract, precision=precision, preferred_element_type=jnp.float32))
         row = lax.broadcasted_iota(jnp.int32, (x.shape[0], count), 0)
-        mine = (begin_V[v] <= row) & (row < end_V[v])
+        mine = (begin_Z[v] <= row) & (row < end_Z[v])
         if inputs > 1:
             made = [sum(made)]
         for out_ref, y in zip(out_refs, finish(*made), strict=True):
             out_ref[:, columns] = jnp.where(mine, y.astype(out_ref.dtype), out_ref[:, columns])
 
-    @pl.when(begin_V[v] < end_V[v])
+    @pl.when(begin_Z[v] < end_Z[v])
     def _():
         for_width_of(panel, lambda width: _in_pieces(width, multiply))
 
@@ -241,14 +241,14 @@ def _products(settings, xs, ws, group_sizes_E, *, transpose_w, finish, results):
     tile, products, inputs = settings.tile, len(ws), len(xs)
     panels = product_panels(settings, D, F, products=products, inputs=inputs, results=results, itemsize=dtype.itemsize)
     visits = tiles.plan(group_sizes_E, M, tile, cover="tiles")
-    run_V, expert_R, runs = tiles.runs(visits, E)
+    run_Z, expert_of_run, runs = tiles.runs(visits, E)
     per_core = panels.number // panels.cores
 
-    def rows(core, i, v, tile_V, *_):
-        return tile_V[v], 0
+    def rows(core, i, v, tile_Z, *_):
+        return tile_Z[v], 0
 
-    def stores(core, i, v, tile_V, *_):
-        return tile_V[v], core * per_core + i
+    def stores(core, i, v, tile_Z, *_):
+        return tile_Z[v], core * per_core + i
 
     out = jax.ShapeDtypeStruct((M, F), dtype)
     panel = (panels.width, D) if transpose_w else (D, panels.width)
@@ -273,7 +273,7 @@ def _products(settings, xs, ws, group_sizes_E, *, transpose_w, finish, results):
         compiler_params=_compiler_params(("parallel", "arbitrary", "arbitrary"), panels.memory),
         interpret=settings.interpret,
         name="grouped_product",
-    )(visits.tile_V, visits.begin_V, visits.end_V, run_V, expert_R, runs[None], *xs, *ws)
+    )(visits.tile_Z, visits.begin_Z, visits.end_Z, run_Z, expert_of_run, runs[None], *xs, *ws)
 
 
 def _precision(dtype):
@@ -315,11 +315,11 @@ def gradient_panels(settings: Settings, A, C, *, itemsize=2) -> GradientPanels:
     return GradientPanels(*min(fitting)[1:])
 
 
-def _weight_gradient_kernel(expert_V, _, begin_V, end_V, count, left_ref, right_ref, out_ref, sum_ref, *, precision):
+def _weight_gradient_kernel(expert_Z, _, begin_Z, end_Z, count, left_ref, right_ref, out_ref, sum_ref, *, precision):
     v = pl.program_id(2)
-    begin, end = begin_V[v], end_V[v]
-    first = (v == 0) | (expert_V[jnp.maximum(v - 1, 0)] != expert_V[v])
-    last = (v == count[0] - 1) | (expert_V[jnp.minimum(v + 1, count[0] - 1)] != expert_V[v])
+    begin, end = begin_Z[v], end_Z[v]
+    first = (v == 0) | (expert_Z[jnp.maximum(v - 1, 0)] != expert_Z[v])
+    last = (v == count[0] - 1) | (expert_Z[jnp.minimum(v + 1, count[0] - 1)] != expert_Z[v])
 
     def clear(rows, count):
         sum_ref[rows, :] = jnp.zeros((count, sum_ref.shape[1]), jnp.float32)
@@ -366,11 +366,11 @@ def _weight_gradient(settings, left_MA, right_MC, group_sizes_E, dtype):
             num_scalar_prefetch=5,
             grid=(*panel(*counts), visits.count),
             in_specs=[
-                pl.BlockSpec((tile, panels.a), lambda p, q, v, expert_V, tile_V, *_: (tile_V[v], panel(p, q)[0])),
-                pl.BlockSpec((tile, panels.c), lambda p, q, v, expert_V, tile_V, *_: (tile_V[v], panel(p, q)[1])),
+                pl.BlockSpec((tile, panels.a), lambda p, q, v, expert_Z, tile_Z, *_: (tile_Z[v], panel(p, q)[0])),
+                pl.BlockSpec((tile, panels.c), lambda p, q, v, expert_Z, tile_Z, *_: (tile_Z[v], panel(p, q)[1])),
             ],
             out_specs=pl.BlockSpec(
-                (None, panels.a, panels.c), lambda p, q, v, expert_V, *_: (expert_V[v], *panel(p, q))
+                (None, panels.a, panels.c), lambda p, q, v, expert_Z, *_: (expert_Z[v], *panel(p, q))
             ),
             scratch_shapes=[pltpu.VMEM((panels.a, panels.c), jnp.float32)],
         ),
@@ -388,7 +388,7 @@ _matmul, _swiglu = with_gradients(_products, _weight_gradient)
 
 def _visited_tiles(visits) -> int:
     """Entries that multiply; those that only cover something do not."""
-    return int(np.count_nonzero(np.asarray(visits.begin_V) < np.asarray(visits.end_V)))
+    return int(np.count_nonzero(np.asarray(visits.begin_Z) < np.asarray(visits.end_Z)))
 
 
 def count_product(settings, M, D, F, group_sizes_E, *, products=1, inputs=1, results=1, itemsize=2) -> Count:
@@ -407,7 +407,7 @@ def count_weight_gradient(settings, M, A, C, group_sizes_E, *, itemsize=2) -> Co
     panels = gradient_panels(settings, A, C, itemsize=itemsize)
     visits = tiles.plan(group_sizes_E, M, settings.tile, cover="experts")
     rows = _visited_tiles(visits) * settings.tile
-    tiles_read = 1 + int(np.count_nonzero(np.diff(np.asarray(visits.tile_V)[: int(visits.count)])))
+    tiles_read = 1 + int(np.count_nonzero(np.diff(np.asarray(visits.tile_Z)[: int(visits.count)])))
     a_count, c_count = -(-A // panels.a), -(-C // panels.c)
     numbers = min(tiles_read * settings.tile, M) * (c_count * A + a_count * C) + group_sizes_E.shape[0] * A * C
     return Count(2 * rows * panels.a * a_count * panels.c * c_count, numbers * itemsize, panels.memory)

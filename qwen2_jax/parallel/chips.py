@@ -1,65 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Speed, memory and links of accelerators, as data: what utilisations are shares of, and what plans are made from.
+"""Accelerators that a plan can be made for, as data: memory, links, networks, and the rates that have been reached.
 
-PEAKS has every device that jax may find, CHIPS those that a plan can be made for. A row is one jax device, which is one
-core of a TPU v2, v3 and v7x and the whole chip elsewhere. kernels/chips.py has the roofline of one kernel on some of
-these; a test holds the numbers they share equal. There is no row for a CPU: what one can do depends on the machine
-around it more than on its name.
+A row is one jax device, which is one core of a TPU v7x and the whole chip elsewhere. Its peak rate, memory and
+bandwidth are in its row of `PEAKS`, the table of every device that jax may find (kernels/peaks.py).
 """
 
-import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from qwen2_jax.kernels.peaks import PEAKS, Peak, peak_of
 
-class Peak(NamedTuple):
-    """What the maker promises for one jax device."""
-
-    pattern: str  # the beginning of its device_kind
-    tflops: float  # bfloat16 (float16 where there is none), dense, 10**12 per second
-    memory_gib: float
-
-
-# TPUs: cloud.google.com/tpu/docs/{v2,v3,v4,v5e,v5p,v6e,tpu7x}, tables "system architecture", divided by the devices
-# of a chip. Order matters: "TPU v5" alone is v5p, and a longer name comes before its beginning.
-# GPUs: NVIDIA's data sheets, dense tensor-core rates (half of those printed "with sparsity"); for GeForce cards the
-# rate with sums in float32, from the architecture white papers (Turing to Blackwell).
-PEAKS = (
-    Peak(r"TPU v2", 22.5, 8),
-    Peak(r"TPU v3", 61.5, 16),
-    Peak(r"TPU v4", 275, 32),
-    Peak(r"TPU v5 ?(lite|e)", 197, 16),
-    Peak(r"TPU v5", 459, 95),
-    Peak(r"TPU v6", 918, 32),
-    Peak(r"TPU ?v?7", 1153.5, 96),
-    Peak(r"(NVIDIA )?Tesla V100.*32GB", 125, 32),  # float16
-    Peak(r"(NVIDIA )?Tesla V100", 125, 16),  # float16
-    Peak(r"(NVIDIA )?Tesla T4", 65, 16),  # float16
-    Peak(r"NVIDIA A100-\w+-40GB", 312, 40),
-    Peak(r"NVIDIA A100.*80GB", 312, 80),
-    Peak(r"NVIDIA A10G", 70, 24),
-    Peak(r"NVIDIA A10$", 125, 24),
-    Peak(r"NVIDIA A30", 165, 24),
-    Peak(r"NVIDIA A40", 150, 48),
-    Peak(r"NVIDIA L4$", 121, 24),
-    Peak(r"NVIDIA L40S", 362, 48),
-    Peak(r"NVIDIA H100 PCIe", 756, 80),
-    Peak(r"NVIDIA H100 NVL", 835, 94),
-    Peak(r"NVIDIA H100", 989, 80),
-    Peak(r"NVIDIA H200 NVL", 835, 141),
-    Peak(r"NVIDIA H200", 989, 141),
-    Peak(r"NVIDIA GH200 480GB", 989, 96),
-    Peak(r"NVIDIA B200", 2250, 180),
-    Peak(r"NVIDIA GB200", 2500, 186),
-    Peak(r"NVIDIA GeForce RTX 3090", 71, 24),
-    Peak(r"NVIDIA GeForce RTX 4090", 165, 24),
-    Peak(r"NVIDIA GeForce RTX 5090", 209, 32),
-)
-
-
-def peak_of(device_kind: str) -> Peak | None:
-    """The row of what jax calls `device_kind`; None where there is none, and then there is no utilisation either."""
-    return next((peak for peak in PEAKS if re.match(peak.pattern, device_kind)), None)
+__all__ = ["CHIPS", "PEAKS", "Chip", "Peak", "peak_of"]
 
 
 class Chip(NamedTuple):
@@ -69,7 +20,6 @@ class Chip(NamedTuple):
     kind: str  # jax's device_kind, which leads to its row in PEAKS
     int8_tops: float | None  # dense, 10**12 per second; None: not published
     fp8_tflops: float | None  # None: the chip has no fp8 products, or none faster than bfloat16
-    hbm_gb_s: float
     usable_gib: float  # of its memory, what one program can have; see below
     links: int  # to neighbouring chips (TPU), to the switch of its node (GPU: 1); they belong to a whole chip
     link_gb_s: float  # each of them
@@ -89,18 +39,24 @@ class Chip(NamedTuple):
         return found
 
     @property
+    def hbm_gb_s(self) -> float:
+        """Bandwidth of its memory."""
+        assert self.peak.gb_s is not None, self.kind
+        return self.peak.gb_s
+
+    @property
     def is_tpu(self) -> bool:
         return self.dims > 0
 
 
 # Where the numbers come from.
-# TPU: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, "system architecture": memory bandwidth, int8 and fp8 rates,
+# TPU: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, "system architecture": int8 and fp8 rates,
 #   and "bidirectional ICI bandwidth per chip", which is links x 2 x link_gb_s (v5e 400, v5p 1200, v6e 800, TPU7x 1200
 #   GB/s; v4: 50 GB/s a link, Jouppi et al. 2023, arXiv:2304.01433). network_gb_s: "DCN bandwidth per chip" (v5p 50, v6e
 #   100, TPU7x 100 Gbit/s), for v5e from the network cards of a host (200 Gbit/s for 8 chips), for v4 as v5p.
 #   usable_gib: what libtpu 0.0.50 says it has when it refuses a program that is too large. hop_us: about a microsecond
 #   (Austin et al. 2025, jax-ml.github.io/scaling-book, chapter 3).
-# GPU: NVIDIA's data sheets of A100 SXM, H100 SXM5, H200 SXM and L4: memory, int8 and fp8 without sparsity, NVLink (600
+# GPU: NVIDIA's data sheets of A100 SXM, H100 SXM5, H200 SXM and L4: int8 and fp8 without sparsity, NVLink (600
 #   and 900 GB/s both ways together; an L4 has PCIe 4.0 x16). network_gb_s: one network card per GPU as in DGX A100 (200
 #   Gbit/s) and DGX H100 (400 Gbit/s). usable_gib: 95% of what nvidia-smi shows, for
 #   XLA_PYTHON_CLIENT_MEM_FRACTION=0.95. hop_us: an assumption for a small NCCL collective, not a measurement of ours.
@@ -138,16 +94,16 @@ _L4 = {width: _scaled(rates, 121 / 312) for width, rates in _A100.items()}
 CHIPS = {
     chip.name: chip
     for chip in (
-        # name, kind, int8, fp8, HBM, usable, links, each, network, hop, matmul, attention
-        Chip("v4", "TPU v4", 275, None, 1228, 30.75, 6, 50, 6.25, 1.0, None, _V4, 3, named_by_cores=True),
-        Chip("v5e", "TPU v5 lite", 393, None, 819, 15.75, 4, 50, 3.125, 1.0, 183 / 197, _V5E, 2),
-        Chip("v5p", "TPU v5", 918, None, 2765, 95.73, 6, 100, 6.25, 1.0, 395 / 459, _V5P, 3, named_by_cores=True),
-        Chip("v6e", "TPU v6 lite", 1836, None, 1638, 31.24, 4, 100, 12.5, 1.0, 827 / 918, _V6E, 2),
-        Chip("tpu7x", "TPU7x", None, 2307, 3690, 94.74, 6, 100, 6.25, 1.0, 956 / 1153, _V7X, 3, 2, named_by_cores=True),
-        Chip("a100-40", "NVIDIA A100-SXM4-40GB", 624, None, 1555, 38.0, 1, 300, 25, 10.0, None, _A100),
-        Chip("a100", "NVIDIA A100-SXM4-80GB", 624, None, 2039, 76.0, 1, 300, 25, 10.0, None, _A100),
-        Chip("h100", "NVIDIA H100 80GB HBM3", 1979, 1979, 3350, 75.67, 1, 450, 50, 10.0, 675 / 989, _HOPPER),
-        Chip("h200", "NVIDIA H200", 1979, 1979, 4800, 133.4, 1, 450, 50, 10.0, 675 / 989, _HOPPER),
-        Chip("l4", "NVIDIA L4", 242, 242, 300, 21.4, 1, 32, 12.5, 20.0, None, _L4),
+        # name, kind, int8, fp8, usable, links, each, network, hop, matmul, attention
+        Chip("v4", "TPU v4", 275, None, 30.75, 6, 50, 6.25, 1.0, None, _V4, 3, named_by_cores=True),
+        Chip("v5e", "TPU v5 lite", 393, None, 15.75, 4, 50, 3.125, 1.0, 183 / 197, _V5E, 2),
+        Chip("v5p", "TPU v5", 918, None, 95.73, 6, 100, 6.25, 1.0, 395 / 459, _V5P, 3, named_by_cores=True),
+        Chip("v6e", "TPU v6 lite", 1836, None, 31.24, 4, 100, 12.5, 1.0, 827 / 918, _V6E, 2),
+        Chip("tpu7x", "TPU7x", None, 2307, 94.74, 6, 100, 6.25, 1.0, 956 / 1153, _V7X, 3, 2, named_by_cores=True),
+        Chip("a100-40", "NVIDIA A100-SXM4-40GB", 624, None, 38.0, 1, 300, 25, 10.0, None, _A100),
+        Chip("a100", "NVIDIA A100-SXM4-80GB", 624, None, 76.0, 1, 300, 25, 10.0, None, _A100),
+        Chip("h100", "NVIDIA H100 80GB HBM3", 1979, 1979, 75.67, 1, 450, 50, 10.0, 675 / 989, _HOPPER),
+        Chip("h200", "NVIDIA H200", 1979, 1979, 133.4, 1, 450, 50, 10.0, 675 / 989, _HOPPER),
+        Chip("l4", "NVIDIA L4", 242, 242, 21.4, 1, 32, 12.5, 20.0, None, _L4),
     )
 }

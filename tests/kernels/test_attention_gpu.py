@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from qwen2_jax.kernels.attention_inputs import per_row
 from qwen2_jax.kernels.dual_chunk_attention import dual_chunk_attention
 from qwen2_jax.kernels.flash_attention import flash_attention
+from qwen2_jax.kernels.masks import make_masks
 from qwen2_jax.kernels.target import Target, simulated
 from qwen2_jax.kernels.visibility import FAR
 
@@ -30,19 +30,14 @@ ONE, THREE = (1, 137, 171, 2, 1, 64), (2, 70, 139, 2, 1, 128)  # B, T, S, N, K, 
 SMALL = {"block_k": 64, "stages": 2}  # so small that the ring goes round
 
 
-def by_kernel(*rotated_k_v, chunk_len=None, window=None, scale, detect_races=False, **layout):
+def by_kernel(*rotated_k_v, detect_races=False, **layout):
     """The gpu implementation in the simulation. Returns (out, lse)."""
     if jax.__version_info__ < (0, 12):
         pytest.skip("the simulation of jax 0.11 has no plgpu.load")
     *rotations, k, v = rotated_k_v
-    B = k.shape[0]
-    row = functools.partial(per_row, B=B)
-    numbers = {"window_B": row("window", window, dtype=jnp.int32), "scale_B": row("scale", scale, dtype=jnp.float32)}
-    run = flash_gpu.flash_attention
-    if chunk_len is not None:
-        run, numbers["chunk_len_B"] = gpu.dual_chunk_attention, row("chunk_len", chunk_len, dtype=jnp.int32)
+    run = gpu.attend if "chunk_len" in layout else flash_gpu.flash_attention
     with simulated(HOPPER.kind, params.InterpretGPUParams(detect_races=detect_races)):
-        return run(*rotations, k, v, **numbers, **SMALL, **layout)
+        return run(tuple(rotations), k, v, make_masks({"q": rotations[0]}, k, v, **layout), **SMALL)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -162,7 +157,7 @@ def test_refuses_what_it_cannot_do():
         with pytest.raises(NotImplementedError, match="needs a head width of 64 or 128, got 80"):
             attend(*(jnp.zeros((1, 8, heads, 80), jnp.bfloat16) for heads in (2, 1, 1)))
         with pytest.raises(ValueError, match="block_q=64"):
-            flash_gpu.flash_attention(q, k, v, scale_B=jnp.ones(1), block_q=64, **at)
+            flash_gpu.flash_attention((q,), k, v, make_masks({"q": q}, k, v, **at), block_q=64)
 
 
 # ---------------------------------------------------------------------- cuDNN, which nothing here can run

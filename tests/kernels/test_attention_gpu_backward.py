@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from qwen2_jax.kernels.blockwise import Rule, Tokens
 from qwen2_jax.kernels.dual_chunk_attention import dual_chunk_attention
 from qwen2_jax.kernels.flash_attention import flash_attention
+from qwen2_jax.kernels.masks import Masks, Tokens, make_masks
 from qwen2_jax.kernels.visibility import chunk_region, visible
 
 from attention_cases import arrays, naive
@@ -61,10 +61,8 @@ def gradients(attend, rotations, k, v, weights, layout):
 def gradients_by_kernel(sizes, detect_races, rotations, k, v, weights, layout):
     out, lse = definition(rotations, k, v, **layout)
     dlse = jnp.where(jnp.isfinite(lse), weights[1], 0)
-    q_tokens = Tokens(layout["q_positions_BT"], layout.get("q_segments_BT"))
-    kv_tokens = Tokens(layout["kv_positions_BS"], layout.get("kv_segments_BS"))
-    rule = Rule(layout.get("window"), layout.get("chunk_len"))
-    inputs = rotations, k, v, q_tokens, kv_tokens, rule, layout["scale"], out, lse, weights[0], dlse
+    masks = make_masks({"q": rotations[0]}, k, v, **layout)
+    inputs = rotations, k, v, masks, out, lse, weights[0], dlse
     interpret = params.InterpretGPUParams(detect_races=detect_races)
     return as_results(*gpu.backward(*inputs, **dict(sizes), interpret=interpret))
 
@@ -113,9 +111,9 @@ def test_intervals_say_what_visibility_says(seed, window, chunk_len, segments):
     random = np.random.default_rng(seed)
     q, kv = random.integers(-2, 40, (1, 20)), random.integers(-2, 40, (1, 30))
     q_segments, kv_segments = (random.integers(0, 2, x.shape) if segments else None for x in (q, kv))
-    rule = Rule(jnp.array([window]), jnp.array([chunk_len]))
-    found = np.asarray(gpu_tiles.query_spans(Tokens(q, q_segments), rule, 32))[0]  # [A, P, 32]
-    key = np.asarray(gpu_tiles.key_numbers(Tokens(kv, kv_segments), 32))[0]  # [P - 1, 32]
+    tokens, numbers = (Tokens(q, q_segments), Tokens(kv, kv_segments)), (jnp.array([window]), jnp.array([chunk_len]))
+    found = np.asarray(gpu_tiles.query_spans(Masks(*tokens, *numbers, jnp.ones(1)), 32))[0]  # [A, U, 32]
+    key = np.asarray(gpu_tiles.key_numbers(tokens[1], 32))[0]  # [U - 1, 32]
     with_rotation = (found[:, 0, :, None] <= key[0]) & (key[0] <= found[:, 1, :, None])
     if segments:
         with_rotation &= found[:, 2, :, None] == key[1]
@@ -144,9 +142,9 @@ def test_chunks_cost_no_work():
 def test_what_it_cannot_take_it_says_before_computing():
     def call(dtype, H):
         (q,), k, v, (dout, dlse) = arrays(0, (1, 8, 8, 1, 1, H), dtype)
-        at = Tokens(jnp.zeros((1, 8), jnp.int32), None)
-        scale, lse = jnp.ones(1), jnp.zeros((1, 8, 1))
-        return gpu.backward((q,), k, v, at, at, Rule(None, None), scale, q, lse, dout, dlse, interpret=False)
+        at = jnp.zeros((1, 8), jnp.int32)
+        masks = make_masks({"q": q}, k, v, q_positions_BT=at, kv_positions_BS=at)
+        return gpu.backward((q,), k, v, masks, q, jnp.zeros((1, 8, 1)), dout, dlse, interpret=False)
 
     with pytest.raises(NotImplementedError, match="needs bfloat16, q is float32"):
         call(jnp.float32, 64)

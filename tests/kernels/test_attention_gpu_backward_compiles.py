@@ -6,9 +6,9 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
-from qwen2_jax.kernels.blockwise import Rule, Tokens
 from qwen2_jax.kernels.dual_chunk_attention.shapes import SHAPES as DUAL_CHUNK
 from qwen2_jax.kernels.flash_attention.shapes import SHAPES as FLASH
+from qwen2_jax.kernels.masks import Masks, Tokens
 
 from ahead_of_time import GPU_COMPILER, compile_for
 
@@ -27,10 +27,10 @@ def compile_backward(chip, B, T, S, N, K, H, chunk_len=None, packed=False):
     tokens = lambda length: Tokens(*[array(B, length, dtype=jnp.int32)] * 2) if packed else Tokens(at(length), None)
     at = lambda length: array(B, length, dtype=jnp.int32)
     numbers = array(B, dtype=jnp.int32)
-    rule = Rule(numbers if packed else None, numbers if chunk_len else None)
+    rule, scale = (numbers if packed else None, numbers if chunk_len else None), array(B, dtype=jnp.float32)
+    masks = Masks(tokens(T), tokens(S), *rule, scale)
     q, k, per_row = array(B, T, N, H), array(B, S, K, H), array(B, T, N, dtype=jnp.float32)
-    scale = array(B, dtype=jnp.float32)
-    inputs = (q,) * (3 if chunk_len else 1), k, k, tokens(T), tokens(S), rule, scale, q, per_row, q, per_row
+    inputs = (q,) * (3 if chunk_len else 1), k, k, masks, q, per_row, q, per_row
     return compile_for(chip, functools.partial(gpu.backward, interpret=False), *inputs)
 
 

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from jax.experimental.pallas import tpu as pltpu
-from qwen2_jax.kernels.attention_inputs import per_row
 from qwen2_jax.kernels.dual_chunk_attention import dual_chunk_attention, tpu
 from qwen2_jax.kernels.flash_attention import IMPLEMENTATIONS, flash_attention
 from qwen2_jax.kernels.flash_attention import tpu as flash_tpu
+from qwen2_jax.kernels.masks import make_masks
 from qwen2_jax.kernels.target import Target, simulated
 from qwen2_jax.kernels.visibility import FAR
 
@@ -33,22 +33,18 @@ BLOCKS = {"block_q": 32, "block_k": 16}
 FEWER = settings(FEW, max_examples=8)
 
 
-def on_chip(operation, *queries, k, v, interpret=True, blocks=BLOCKS, **layout):
+def on_chip(operation, queries, k, v, interpret=True, blocks=BLOCKS, **layout):
     """One of the two operations by the TPU kernels, in the interpreter. Returns (out, lse)."""
     with simulated(CHIP, interpret):
-        B, numbers = queries[0].shape[0], {}
-        for name, dtype in {"chunk_len": jnp.int32, "window": jnp.int32, "scale": jnp.float32}.items():
-            if name != "chunk_len" or name in layout:
-                numbers[f"{name}_B"] = per_row(name, layout.pop(name, None), B, dtype)
-        return operation(*queries, k, v, **numbers, **layout, **blocks)
+        return operation(queries, k, v, make_masks({"q": queries[0]}, k, v, **layout), **blocks)
 
 
 def chunked(queries, k, v, **layout):
-    return on_chip(tpu.dual_chunk_attention, *queries, k=k, v=v, **layout)
+    return on_chip(tpu.attend, queries, k, v, **layout)
 
 
 def ordinary(queries, k, v, **layout):
-    return on_chip(flash_tpu.flash_attention, *queries, k=k, v=v, **layout)
+    return on_chip(flash_tpu.flash_attention, queries, k, v, **layout)
 
 
 def chunked_reference(queries, k, v, **layout):
@@ -227,7 +223,7 @@ def test_splash_agrees_with_the_definition():
     layout |= {"q_segments_BT": documents, "kv_segments_BS": documents}
 
     def attend(queries, k, v, **layout):
-        out, lse = on_chip(splash.flash_attention, *queries, k=k, v=v, blocks={"block": 128}, **layout)
+        out, lse = on_chip(splash.flash_attention, queries, k, v, blocks={"block": 128}, **layout)
         return out, jax.lax.stop_gradient(lse)
 
     def exact(queries, k, v, **layout):

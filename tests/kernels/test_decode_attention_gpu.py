@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from qwen2_jax.kernels.decode_attention import decode_attention, shapes
 from qwen2_jax.kernels.decode_attention.blocks import BLOCKS
+from qwen2_jax.kernels.decode_attention.cache import Cache
+from qwen2_jax.kernels.masks import Masks, Tokens
 from qwen2_jax.kernels.target import Target, simulated
 from qwen2_jax.kernels.visibility import FAR, chunk_region, visible
 
@@ -91,7 +93,7 @@ def test_visits_are_what_is_visible(seed, chunked, share, block):
     _, kwargs = case(seed, (3, 2, 48, 1, 1, 1), chunked=chunked, share=share)
     origin = kwargs.get("first", 0)
     at, window, chunk_len = (kwargs.get(name) for name in ("q_positions_BT", "window", "chunk_len"))
-    spans = np.asarray(gpu.spans_of(at, window, chunk_len, 48, origin))
+    spans = np.asarray(gpu.spans_of(Masks(Tokens(at, None), None, window, chunk_len, None), 48, origin))
     (ends_BA, shifts_BA) = np.moveaxis(np.asarray(gpu.visits_of(spans, block)), 1, 0)
     slots = np.arange(48)
     for b in range(3):
@@ -142,7 +144,7 @@ def test_count_follows_positions_and_windows():
 
 def plan_of(B, T, S, N, K, H):
     q, k = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((B, T, N, H), (B, K, S, H)))
-    return gpu.make_plan(q, k, HOPPER, False)
+    return gpu.make_plan(q, Cache(k, k), HOPPER)
 
 
 def cut(plan, visits):

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
-from qwen2_jax.kernels.attention_inputs import per_row
 from qwen2_jax.kernels.dual_chunk_attention import dual_chunk_attention, xla
 from qwen2_jax.kernels.flash_attention import flash_attention
+from qwen2_jax.kernels.masks import make_masks
 
 from attention_cases import arrays, naive
 from attention_layouts import BLOCKS, SHAPES, layouts
@@ -23,12 +23,10 @@ from tolerance import BFLOAT16, assert_no_worse
 VECTORS = Path(__file__).parents[3] / "shared" / "data" / "dca_vectors.npz"
 
 
-def by_small_blocks(q, q_succ, q_inter, k, v, *, chunk_len, window=None, scale, **layout):
+def by_small_blocks(q, q_succ, q_inter, k, v, **layout):
     """The xla implementation with blocks so small that short inputs have several. Returns (out, lse)."""
-    B = q.shape[0]
-    numbers = {"window_B": per_row("window", window, B, jnp.int32), "scale_B": per_row("scale", scale, B, jnp.float32)}
-    numbers["chunk_len_B"] = per_row("chunk_len", chunk_len, B, jnp.int32)
-    return xla.dual_chunk_attention(q, q_succ, q_inter, k, v, **numbers, **BLOCKS, **layout)
+    masks = make_masks({"q": q}, k, v, **layout)
+    return xla.dual_chunk_attention((q, q_succ, q_inter), k, v, masks, **BLOCKS)
 
 
 def reference(*arrays, **layout):

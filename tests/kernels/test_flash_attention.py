@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
-from qwen2_jax.kernels.attention_inputs import per_row
 from qwen2_jax.kernels.flash_attention import flash_attention, xla
+from qwen2_jax.kernels.masks import make_masks
 
 from attention_cases import arrays, naive
 from attention_layouts import BLOCKS, SHAPES, layouts
@@ -18,11 +18,9 @@ from few import MANY
 from tolerance import BFLOAT16, assert_no_worse
 
 
-def by_small_blocks(q, k, v, *, window=None, scale, **layout):
+def by_small_blocks(q, k, v, **layout):
     """The xla implementation with blocks so small that short inputs have several. Returns (out, lse)."""
-    B = q.shape[0]
-    numbers = {"window_B": per_row("window", window, B, jnp.int32), "scale_B": per_row("scale", scale, B, jnp.float32)}
-    return xla.flash_attention(q, k, v, **numbers, **BLOCKS, **layout)
+    return xla.flash_attention((q,), k, v, make_masks({"q": q}, k, v, **layout), **BLOCKS)
 
 
 def reference(q, k, v, **layout):

@@ -157,8 +157,8 @@ def test_a_step_of_decoding(rows):
 @given(group_sizes=GROUPS, tile=st.sampled_from([64, 128]))
 def test_the_list_names_every_row_once(group_sizes, tile):
     visits = jax.tree.map(np.asarray, gpu.plan(jnp.asarray(group_sizes), M, tile))
-    assert visits.number[0] <= len(visits.expert_V) == gpu.capacity(M, E, tile)
-    assert (visits.first_V % gpu.ALIGNED == 0).all()
+    assert visits.number[0] <= len(visits.expert_Z) == gpu.capacity(M, E, tile)
+    assert (visits.first_Z % gpu.ALIGNED == 0).all()
     owner = np.full(M, -1)
     for e, first, begin, end in zip(*(x[: visits.number[0]] for x in visits[:4]), strict=True):
         assert 0 <= begin < end <= tile

@@ -119,15 +119,15 @@ def test_the_list_of_visits_is_its_definition(cover, data):
     group_sizes = np.bincount(data.draw(st.lists(st.integers(0, E), max_size=M)), minlength=E + 1)[:E]
     plan = tiles.plan(jnp.asarray(group_sizes), M, tile, cover=cover)
     expected, count = every_visit(group_sizes, M, tile, cover), int(plan.count)
-    assert count == len(expected) <= tiles.capacity(M, E, tile) == len(plan.expert_V)
+    assert count == len(expected) <= tiles.capacity(M, E, tile) == len(plan.expert_Z)
     for got, (e, t, begin, end) in zip(zip(*(x.tolist() for x in plan[:4]), strict=True), expected, strict=False):
         assert got[:2] == (e, t)
         assert got[2] == got[3] if begin is None else got[2:] == (begin, end)
-    assert (plan.begin_V[count:] == plan.end_V[count:]).all()
+    assert (plan.begin_Z[count:] == plan.end_Z[count:]).all()
 
-    run_V, expert_R, runs = tiles.runs(plan, E)
-    np.testing.assert_array_equal(expert_R[run_V], plan.expert_V)
-    assert int(runs) == len(set(plan.expert_V.tolist()))
+    run_Z, expert_of_run, runs = tiles.runs(plan, E)
+    np.testing.assert_array_equal(expert_of_run[run_Z], plan.expert_Z)
+    assert int(runs) == len(set(plan.expert_Z.tolist()))
 
 
 # ---------------------------------------------------------------------- results

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from qwen2_jax.kernels.blockwise import Rule, _key_block_order, block_size
+from qwen2_jax.kernels.blockwise import _key_block_order, block_size
+from qwen2_jax.kernels.masks import Masks
 from qwen2_jax.kernels.visibility import CHUNK_REGIONS, block_regions, bounds, chunk_region, may_see, spans, visible
 
 from few import MANY
@@ -57,7 +58,7 @@ def visited(q_positions, kv_positions, window=None, q_segments=None, kv_segments
     pairs = []
     for i in range(len(q_positions) // block):
         here = bounds(cut(q_positions)[i], None if q_segments is None else cut(q_segments)[i])
-        order, count = _key_block_order(here, kv_bounds, Rule(window, None), None)
+        order, count = _key_block_order(here, kv_bounds, Masks(None, None, window, None, None), None)
         pairs += [(i, int(j)) for j in order[:count]]
     return pairs
 

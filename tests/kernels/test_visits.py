@@ -17,7 +17,7 @@ QUERIES, KEYS = 8, 16  # tokens of a block
 def entries(visits, row_blocks, columns, rotations):
     """The list as numpy, checked against its own index: [(b, row block, column, region, whole)]."""
     count = int(visits.starts[-1])
-    row, column, region, whole = (np.asarray(x) for x in unpack(np.asarray(visits.words_V)[:count], columns))
+    row, column, region, whole = (np.asarray(x) for x in unpack(np.asarray(visits.words_Z)[:count], columns))
     starts = np.asarray(visits.starts)
     where = np.searchsorted(starts, np.arange(count), side="right") - 1
     np.testing.assert_array_equal(where, row * rotations + region)

@@ -416,10 +416,9 @@ def test_memory():
 # Peaks
 
 
-@pytest.mark.parametrize("chip", CHIPS.values(), ids=lambda chip: chip.name)
-def test_peaks_are_those_of_the_roofline(chip):
-    peak = chips.peak_of(chip.kind)
-    assert (peak.tflops * chip.devices, peak.memory_gib * chip.devices) == (chip.tflops, chip.hbm_gib)
+def test_every_roofline_has_its_peaks():
+    assert all(chip.tflops and chip.gb_s for chip in CHIPS.values())
+    assert (CHIPS["v7x"].tflops, CHIPS["v7x"].gb_s) == (2307, 7380)  # of both its devices
 
 
 def test_names_that_begin_alike():

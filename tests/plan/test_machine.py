@@ -81,7 +81,7 @@ def test_a_missing_compiler_is_named_with_its_extra(name, extra, monkeypatch):
 
 
 def test_chips_agree_with_those_of_the_kernels():
-    """Two tables, because kernels/ is a leaf: one truth."""
+    """Both read kernels/peaks.py; what each adds to it fits."""
     for chip in CHIPS.values():
         assert peak_of(chip.kind) is chip.peak
         twin = next((c for c in KERNEL_CHIPS.values() if c.kind == chip.kind), None)
