@@ -24,7 +24,7 @@ from pathlib import Path
 import kill_test
 
 LOST = 75  # qwen2_jax.parallel.hosts.LOST
-MET = " have met at "  # what process 0 says when all are there
+CONNECTED = " connected at "  # printed by process 0 when all processes are running
 NAMES = "process {} on "  # what the others' message says of the killed one
 
 
@@ -95,7 +95,7 @@ def disturb(trainee: Trainees, aim: str, rng: random.Random, starting: float, st
     if aim != "starting":
         return kill_test.disturb(trainee, aim, rng, starting, stepping)
     trainee.start()  # before they have met, the others wait for the killed one to come, and longer than the bound
-    trainee.wait_until(lambda: MET in trainee.outputs[0].read_text("utf-8", "replace"), "the processes' meeting")
+    trainee.wait_until(lambda: CONNECTED in trainee.outputs[0].read_text("utf-8", "replace"), "all processes")
     time.sleep(rng.uniform(0.0, 0.5 * starting))
     return trainee.stop(aim)
 

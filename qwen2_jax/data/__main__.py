@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""python -m qwen2_jax.data tokenize|inspect: make token ids of a corpus once, look into what was made."""
+"""python -m qwen2_jax.data tokenize|inspect: tokenizes a corpus ahead of a run, or inspects the result."""
 
 import argparse
 import itertools
@@ -26,7 +26,7 @@ examples:
   python -m qwen2_jax.data tokenize 'books/*.txt.zst' ./books-tokens --tokenizer qwen2-7b
   python -m qwen2_jax.data inspect ./chats-tokens --tokenizer Qwen/Qwen2-7B-Instruct
 
-A run takes the folder as Source(path="./chats-tokens"). exit codes: 0 done, 2 the command cannot be carried out."""
+A run takes the folder as Source(path="./chats-tokens"). exit codes: 0 success, 2 error."""
 SHOWN = 400  # tokens of the first document, or of each sequence of the first ranking
 
 
@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     top = argparse.ArgumentParser(
         prog="python -m qwen2_jax.data",
-        description="Tokenize training data ahead of a run, and look into the result.",
+        description="Tokenize training data ahead of a run, or inspect the result.",
         epilog=EPILOG,
         formatter_class=raw,
     )
@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
 
     tokenize = commands.add_parser("tokenize", help="write token ids", epilog=EPILOG, formatter_class=raw)
     tokenize.add_argument("src", help="data to read")
-    tokenize.add_argument("dst", help="folder to write; it appears only when it is complete")
+    tokenize.add_argument("dst", help="folder to write; it is published only when complete")
     tokenize.add_argument("--tokenizer", required=True, metavar="CKPT", help="whose tokenizer and chat template")
     formats = [name for name in get_args(Format) if name != "tokens"]
     tokenize.add_argument("--format", choices=formats, default="auto", help="default: from the first record")
@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code; a user's mistake is one line on stderr and 2."""
+    """Returns the exit code; errors that the user can fix are one line on stderr and exit code 2."""
     args = parser().parse_args(argv)
     try:
         return {"tokenize": _tokenize, "inspect": _inspect}[args.command](args)
@@ -146,7 +146,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _coloured(tokens: np.ndarray, is_target: np.ndarray, tokenizer, marks: tuple[str, str]) -> Text:
-    """The text of the tokens, or their ids, with targets as show.py has them."""
+    """The text of the tokens, or their ids, with targets marked as in show.py."""
     text = Text()
     if tokenizer:
         for piece, style in show.runs(tokenizer, tokens.tolist(), is_target.tolist(), marks):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run trains on, as configuration: sources, their shares, and how documents become rows."""
+"""Configuration of a run's data: sources, their weights, and how documents are packed into rows."""
 
 import dataclasses
 import os
@@ -18,14 +18,14 @@ Packing = Literal["concat", "best_fit"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Source:
-    """One corpus. The same path may be given twice with other bounds: that is how a long-context mix is written."""
+    """One corpus. A long-context mix lists the same path twice with different bounds."""
 
     path: str  # or a Path: file, folder or glob; or a folder made by `python -m qwen2_jax.data tokenize`
     format: Format = "auto"  # how a record is read; auto: from the first record's fields
-    weight: float | None = None  # share of the rows, relative to the others; none: see Data
-    min_tokens: int = 0  # shorter documents are not used
-    max_tokens: int | None = None  # longer documents are not used
-    max_epochs: float | None = None  # a run that would repeat this source more often is refused
+    weight: float | None = None  # share of the rows relative to other sources; None: see Data
+    min_tokens: int = 0  # shorter documents are skipped
+    max_tokens: int | None = None  # longer documents are skipped
+    max_epochs: float | None = None  # a run that would repeat this source more often raises an error
 
     def __post_init__(self):
         object.__setattr__(self, "path", _expanded("source: path", self.path))
@@ -43,17 +43,17 @@ class Source:
 class Data:
     """All sources of a run.
 
-    Without weights the documents of all sources are packed together and every row is seen once per epoch. With weights
-    (then every source needs one) each source is packed alone and rows are drawn in these shares, each source going
-    round at its own pace. Under concat rows are full and shares of the rows are shares of the tokens; under best_fit
-    a source whose rows have more padding has fewer tokens than its share.
+    Without weights, documents of all sources are packed together and every row is used once per epoch. With weights
+    (every source then needs one), each source is packed separately, rows are drawn in proportion to the weights, and
+    each source has its own epochs. With concat packing rows are full, so the weights also apply to tokens; with
+    best_fit, a source whose rows have more padding gets fewer tokens than its weight.
     """
 
     sources: tuple[Source, ...]
-    packing: Packing = "concat"  # concat: end to end, cut at every row. best_fit: whole documents, for chats
+    packing: Packing = "concat"  # concat: documents end to end, split at row ends. best_fit: whole documents, for chats
     too_long: TooLong = "drop"  # best_fit: what to do with a document longer than a row
-    targets: Targets = "assistant"  # what of a chat is trained; of plain text everything is
-    cache: Path | None = None  # where tokens are kept; none: in the run's folder
+    targets: Targets = "assistant"  # which tokens of a chat are targets; in plain text all are
+    cache: Path | None = None  # folder for tokenized data; None: in the run's folder
 
     def __post_init__(self):
         validate.choice("data: packing", self.packing, get_args(Packing))
@@ -73,16 +73,16 @@ class Data:
 
     @property
     def weighted(self) -> bool:
-        """Whether sources are mixed in given shares."""
+        """Whether sources are mixed by weight."""
         return self.sources[0].weight is not None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PromptData:
-    """Prompts that a run answers itself (prompts.py says what records look like)."""
+    """Prompts for stages that sample completions; prompts.py describes the records."""
 
     sources: tuple[str, ...]  # files, folders or globs
-    max_tokens: int = 1024  # longer prompts are left out
+    max_tokens: int = 1024  # longer prompts are skipped
 
     def __post_init__(self):
         validate.number(self, "data", ("max_tokens",), int, 1)

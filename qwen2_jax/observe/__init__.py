@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run reports while it trains: metrics, where the time went, memory, profiles. docs/metrics.md."""
+"""Metrics, time accounting (goodput), memory use and profiles of a training run. See docs/metrics.md."""
 
 from typing import TYPE_CHECKING
 

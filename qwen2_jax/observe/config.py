@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run writes about itself."""
+"""Configuration of logging."""
 
 import dataclasses
 
@@ -9,12 +9,12 @@ from qwen2_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Logging:
-    """What a run writes about itself, besides metrics.jsonl."""
+    """Logging of a run, besides metrics.jsonl."""
 
     every: int = 10  # steps between lines of metrics
-    tensorboard: bool = False  # also event files in out/tensorboard; needs tensorboardX
+    tensorboard: bool = False  # also write event files to out/tensorboard; needs tensorboardX
     wandb: str | None = None  # project of Weights & Biases to send to; WANDB_MODE=offline is respected
-    batch_digest: bool = False  # put a digest of every batch into the lines, to prove what was trained on
+    batch_digest: bool = False  # log a digest of every batch, as a record of the training data
     profile: tuple[int, int] | None = None  # first and last step of a profiler window, written to out/profile
 
     def __post_init__(self):

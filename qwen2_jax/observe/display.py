@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a person sees of a run: a live bar on a terminal, one plain line per line of metrics elsewhere."""
+"""Console output of a run: a progress bar on a terminal, one plain line per metrics line elsewhere."""
 
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -9,7 +9,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn
 from rich.text import Text
 
-# Name in a line of metrics, how it is shown. In this order, those that a line has.
+# Metric name and its format, in display order.
 SHOWN: tuple[tuple[str, Callable[[Any], str]], ...] = (
     ("loss", lambda x: f"loss {x:.4f}"),
     ("reward", lambda x: f"reward {x:.3f}"),
@@ -48,9 +48,9 @@ class Display:
             self._task = self._bar.add_task("step", total=self.total, completed=step, left="")
 
     def step(self, done: int) -> None:
-        """A step has been handed to the devices."""
+        """A step was dispatched to the devices."""
         self._now = done
-        if done == self._first:  # it compiled, which says nothing about the others: the pace is measured from here
+        if done == self._first:  # it included compilation, so the rate is measured from here
             self._began = time.monotonic()
         if self._bar is not None:
             self._bar.update(self._task, completed=done, left=self._left())
@@ -68,12 +68,12 @@ class Display:
             self.console.print("  ".join(filter(None, parts)), soft_wrap=True, highlight=False)
 
     def close(self) -> None:
-        """Leaves the last state of the bar on the screen. Twice is fine."""
+        """Stops the progress bar. May be called twice."""
         if self._bar is not None:
             self._bar.stop()
 
     def _left(self) -> str:
-        """The time left, at the pace since this process began, with its saves and evaluations."""
+        """Time left at the rate of this process so far, including saves and evaluations."""
         if self._now <= self._first:
             return ""
         seconds = (time.monotonic() - self._began) / (self._now - self._first) * (self.total - self._now)
@@ -81,7 +81,7 @@ class Display:
 
 
 class _Bar(Progress):
-    """The bar of steps, with the newest numbers in a line below it."""
+    """The progress bar, with the latest metrics below it."""
 
     def __init__(self, console: Console):
         columns = (
@@ -98,7 +98,7 @@ class _Bar(Progress):
 
 
 def summary(line: Mapping[str, Any]) -> str:
-    """The numbers of a line that a person wants to see, in one line."""
+    """The main metrics of a line, as text."""
     parts = [show(line[name]) for name, show in SHOWN if line.get(name) is not None]
     if "loss" in line and line["loss"] is None:
         parts.insert(0, "loss not finite")

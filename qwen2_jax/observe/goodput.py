@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the time of a run went."""
+"""Time accounting of a run by phase."""
 
 import contextlib
 import time
@@ -10,8 +10,8 @@ import jax
 
 from qwen2_jax import validate
 
-# Waiting for data, sampling answers, training, saving, scoring, compiling, repeating what a crash lost, and whatever
-# nobody named.
+# Waiting for data, sampling completions, training, saving, evaluating, compiling, repeating steps lost in a crash, and
+# everything else.
 PHASES = ("data", "rollout", "step", "save", "evaluation", "compile", "lost", "other")
 USEFUL = ("rollout", "step")
 
@@ -27,17 +27,17 @@ jax.monitoring.register_event_duration_secs_listener(_count)
 
 
 def programs_compiled() -> int:
-    """Programs that this process compiled or read from a cache; a number that grows in a steady run is a bug."""
+    """Number of programs this process has compiled or loaded from the cache; growth in steady state is a bug."""
     return _compiled
 
 
 class Goodput:
-    """A clock that is always in one phase, so that the seconds of all phases add up to the time that passed.
+    """A clock that is always in exactly one phase, so that the phases add up to the elapsed time.
 
         with goodput("data", behind=loss): batch = next(batches)
         with goodput("step"): state, metrics = step(state, batch)
 
-    A phase inside a phase takes its time away from the outer one. A phase in which jax compiled counts as "compile".
+    Time of a nested phase is not counted for the outer one. A phase in which jax compiled counts as "compile".
     """
 
     def __init__(self, now: Callable[[], float] = time.perf_counter):
@@ -46,11 +46,11 @@ class Goodput:
 
     @contextlib.contextmanager
     def __call__(self, phase: str, behind: Any = None) -> Iterator[None]:
-        """Counts what happens inside as `phase`, one of PHASES.
+        """Counts the time inside the block as `phase`, one of PHASES.
 
-        behind: a jax array that the devices were making when this began. If they still are when it ends, nobody waited
-        for what happened inside, and the time counts as "step". An exposed wait counts in full, though the devices may
-        have been busy at its beginning: the share of "data" is an upper bound.
+        behind: a jax array that the devices were computing at the start. If it is still not ready at the end, the block
+        was hidden behind the computation and counts as "step". An exposed wait counts in full, although the devices may
+        have been busy at its start: the share of "data" is an upper bound.
         """
         validate.choice("phase", phase, PHASES)
         outer, programs = self._phase, programs_compiled()
@@ -70,20 +70,20 @@ class Goodput:
         return sum(self.seconds.values())
 
     def share(self) -> float:
-        """The goodput: share of the time that went into training, or into sampling what is trained on."""
+        """The goodput: share of the time spent on training, or on sampling its data."""
         return sum(self.seconds[phase] for phase in USEFUL) / max(self.total(), 1e-9)
 
     def lose(self, seconds: float) -> None:
-        """Adds time of an earlier process whose work was not saved."""
+        """Adds time of an earlier process whose steps were not saved."""
         self.seconds["lost"] += max(0.0, seconds)
 
     def state(self) -> dict[str, float]:
-        """What a checkpoint keeps, fit for JSON."""
+        """The state for a checkpoint, JSON-serializable."""
         self.total()
         return dict(self.seconds)
 
     def load(self, state: Mapping[str, float]) -> None:
-        """Goes on from the `state` of an earlier process; time of this one so far is added to it."""
+        """Resumes from the `state` of an earlier process; adds this process's time so far."""
         for phase in PHASES:
             self.seconds[phase] += float(state.get(phase, 0.0))
 

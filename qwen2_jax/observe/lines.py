@@ -12,7 +12,7 @@ Line = dict[str, Any]
 
 
 def read(path: Path) -> list[Line]:
-    """The lines of a metrics.jsonl; one that a killed process left unfinished is passed over."""
+    """The lines of a metrics.jsonl; skips a line that a killed process left incomplete."""
     lines = []
     for text in path.read_text("utf-8", errors="replace").splitlines():
         try:
@@ -25,16 +25,16 @@ def read(path: Path) -> list[Line]:
 
 
 class Lines:
-    """Appends to a metrics.jsonl. Every line is strict JSON (NaN becomes null) and reaches the system at once."""
+    """Appends to a metrics.jsonl. Every line is strict JSON (NaN becomes null) and is flushed immediately."""
 
     def __init__(self, path: Path):
         self.path = path
         self._file: Any = None
 
     def resume(self, step: int) -> list[Line]:
-        """Makes the file end with the lines up to `step`, and returns all lines that it had.
+        """Truncates the file after `step`, and returns all lines that it had.
 
-        What comes after the step of the checkpoint will be done, and written, again.
+        The steps after the checkpoint are repeated and logged again.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         before = read(self.path) if self.path.exists() else []
@@ -53,13 +53,13 @@ class Lines:
         self._file.flush()
 
     def close(self) -> None:
-        """Closes the file. Twice is fine."""
+        """Closes the file. May be called twice."""
         if self._file is not None:
             self._file.close()
 
 
 def flat(line: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """The finite numbers of a line, those inside others as "outer/inner"; lists and texts are left out."""
+    """The finite numbers of a line, nested ones as "outer/inner"; lists and strings are skipped."""
     numbers: dict[str, float] = {}
     for name, value in line.items():
         if isinstance(value, Mapping):
@@ -74,7 +74,7 @@ def _text(line: Line) -> str:
 
 
 def _strict(value: Any) -> Any:
-    """The value with numbers that JSON does not know as None."""
+    """The value with NaN and infinities replaced by None."""
     if isinstance(value, Mapping):
         return {str(name): _strict(entry) for name, entry in value.items()}
     if isinstance(value, list | tuple):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much memory a run holds."""
+"""Memory use of a run."""
 
 import sys
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ GIB = 2**30
 def memory(devices: Sequence[jax.Device] | None = None) -> dict[str, float]:
     """{"memory_gib": now, "memory_peak_gib": since the start} of the fullest device of this host.
 
-    Where the devices do not tell (a CPU), it is what the process holds. Empty where nobody tells.
+    Without memory statistics of the backend (CPU), the memory of the process. Empty if neither is known.
     """
     devices = jax.local_devices() if devices is None else devices
     stats = [device.memory_stats() for device in devices]
@@ -25,7 +25,7 @@ def memory(devices: Sequence[jax.Device] | None = None) -> dict[str, float]:
 
 
 def _process() -> dict[str, float]:
-    """Resident memory of this process, on systems that tell."""
+    """Resident memory of this process, on systems that report it."""
     try:
         import resource
     except ModuleNotFoundError:  # Windows

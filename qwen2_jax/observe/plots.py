@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures of runs, from their metrics.jsonl: how one went, and how several compare.
 
-python -m qwen2_jax.observe.plots runs/sft                    # runs/sft/curves.png, also while the run goes on
+python -m qwen2_jax.observe.plots runs/sft                    # runs/sft/curves.png, also during the run
 python -m qwen2_jax.observe.plots runs/a runs/b --out ab.png  # side by side, over the tokens each has seen
 """
 
@@ -19,7 +19,7 @@ from qwen2_jax.observe.lines import Line, read
 
 __all__ = ["draw", "overlay", "read"]
 
-# Okabe and Ito's palette, which colour-blind eyes tell apart; markers and dashes say the same again.
+# Okabe and Ito's palette for colour-blind readers; markers and dashes carry the same information.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS, DASHES = "osD^vPX", ("-", "--", "-.", ":")
 STYLE: dict[Any, Any] = {

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The recorder of a run: what the loop tells it becomes lines of metrics, without making the devices wait."""
+"""The recorder of a run: collects metrics and logs them without stalling the devices."""
 
 import hashlib
 import math
@@ -27,14 +27,14 @@ SUMMED = ("targets", "tokens")  # over the steps of a line
 
 
 class Due(NamedTuple):
-    """The steps of a line that is not written yet, because the devices may still be working on the last of them."""
+    """The steps of a pending line; the devices may still be computing the last of them."""
 
     step: int
     steps: list[dict[str, Any]]  # metrics of each
 
 
 class Recorder:
-    """Writes out/metrics.jsonl, the display and what `config` asks for; docs/metrics.md says what a line means.
+    """Writes out/metrics.jsonl, the display and what `config` asks for; docs/metrics.md describes the lines.
 
         with Recorder(config.log, config.out, total=steps, cost=partial(train_flops, model)) as recorder:
             recorder.start(step, state_of_the_recorder_from_the_checkpoint)
@@ -45,9 +45,9 @@ class Recorder:
                 recorder.flush()  # before anything else that uses the devices: the wait for the step is the step's
                 with recorder.goodput("save"): save(state, recorder.state())
 
-    Values are fetched when the step after theirs is running, and only for lines. `step` waits for the step before the
-    one it is given, so that the loop is never more than one step ahead of the devices: clocks tell the truth, and no
-    queue of batches fills their memory. Every process records, the first one writes.
+    Values are fetched while the next step is running, and only for lines. `step` waits for the previous step, so that
+    the loop is never more than one step ahead of the devices: times are accurate, and no queue of batches fills device
+    memory. Every process records; process 0 writes.
     """
 
     def __init__(
@@ -60,8 +60,8 @@ class Recorder:
         about: Mapping[str, Any] | None = None,
         console: Console | None = None,
     ):
-        """total: steps of the run. cost: FLOPs of a step from the lengths of its documents, None leaves the utilisation
-        out. about: the run's configuration, for Weights & Biases."""
+        """total: steps of the run. cost: FLOPs of a step from the lengths of its documents, None: no MFU.
+        about: the run's configuration, for Weights & Biases."""
         self.config, self.out, self.total, self.cost, self.about = config, out, total, cost, about or {}
         self.writes = jax.process_index() == 0
         self.goodput = Goodput()
@@ -102,7 +102,7 @@ class Recorder:
         if self.writes:
             before = self._lines.resume(step)
             saved = sum(state.get("seconds", {}).values())
-            # What the lines know of and the checkpoint does not was work for nothing.
+            # Time that is in the lines but not in the checkpoint was lost.
             self.goodput.lose(max((float(line.get("seconds") or 0) for line in before), default=0.0) - saved)
             if self.config.tensorboard:
                 self._sinks.append(TensorBoard(self.out / "tensorboard", step))
@@ -116,9 +116,9 @@ class Recorder:
         self._profile(step)
 
     def step(self, done: int, metrics: Mapping[str, jax.Array], batch: Batch | None = None) -> Line | None:
-        """Step number `done` (from 1) was handed to the devices. Returns the line that was written, if one was.
+        """Step number `done` (from 1) was dispatched to the devices. Returns the line that was written, if any.
 
-        metrics: see docs/metrics.md for the names with a meaning. batch: this host's rows, for FLOPs and digests.
+        metrics: docs/metrics.md lists the known names. batch: this host's rows, for FLOPs and digests.
         """
         self._wait()
         self.newest = next(x for x in jax.tree.leaves(metrics) if hasattr(x, "block_until_ready"))
@@ -146,7 +146,7 @@ class Recorder:
         return line
 
     def state(self) -> dict[str, Any]:
-        """What the checkpoint of the newest step keeps, fit for JSON. Writes the line that is due first."""
+        """The state for the checkpoint of the newest step, JSON-serializable. Writes the pending line first."""
         self.flush()
         return {
             "tokens": self.tokens,
@@ -156,7 +156,7 @@ class Recorder:
         }
 
     def close(self, failed: bool = False) -> None:
-        """Writes what is due, and closes everything. Twice is fine."""
+        """Writes the pending line and closes everything. May be called twice."""
         try:
             if self._profiling:
                 self._stop_profile()
@@ -176,7 +176,7 @@ class Recorder:
                 self.newest.block_until_ready()
 
     def _facts(self, batch: Batch | None) -> dict[str, Any]:
-        """What the host knows of a batch. Its rows are taken for an average share of the hosts'."""
+        """FLOPs and digest of a batch. FLOPs are scaled from this host's rows to all hosts."""
         if batch is None:
             return {}
         facts: dict[str, Any] = {}
@@ -267,7 +267,7 @@ def reduce(steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def digest(batch: Batch) -> str:
-    """16 hexadecimal digits that change when any number of the batch does."""
+    """A digest of all arrays of the batch, 16 hexadecimal digits."""
     state = hashlib.blake2b(digest_size=8)
     for name, field in ((name, field) for name, field in batch._asdict().items() if field is not None):
         array = np.ascontiguousarray(field)
@@ -277,5 +277,5 @@ def digest(batch: Batch) -> str:
 
 
 def _fetch(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Device values as Python numbers and lists; what is neither stays."""
+    """Fetches device values as Python numbers and lists; other values stay."""
     return jax.tree.map(lambda x: x.tolist() if hasattr(x, "tolist") else x, jax.device_get(dict(metrics)))

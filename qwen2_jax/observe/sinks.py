@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where lines of metrics go besides metrics.jsonl: TensorBoard and Weights & Biases, both optional."""
+"""Optional outputs for metrics besides metrics.jsonl: TensorBoard and Weights & Biases."""
 
 import importlib.util
 import secrets
@@ -19,7 +19,7 @@ class Sink(Protocol):
 
 
 def check_installed(config: Logging) -> None:
-    """Raises UserError where a package is missing that the config needs. Cheap: imports none of them."""
+    """Raises UserError if a package that the config needs is missing. Cheap: imports none of them."""
     if config.tensorboard and importlib.util.find_spec("tensorboardX") is None:
         raise UserError("log.tensorboard needs tensorboardX: pip install tensorboardX, or give --log.no-tensorboard")
     if config.wandb is not None and importlib.util.find_spec("wandb") is None:
@@ -27,7 +27,7 @@ def check_installed(config: Logging) -> None:
 
 
 class TensorBoard:
-    """Event files in `folder`. What an earlier process wrote after `step` is hidden by TensorBoard."""
+    """Event files in `folder`. TensorBoard hides what an earlier process wrote after `step`."""
 
     def __init__(self, folder: Path, step: int):
         import tensorboardX  # type: ignore[import-untyped]
@@ -44,9 +44,9 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """One run per run folder: its id is kept in `folder`/wandb.id, so that the same command goes on with it.
+    """One run per run folder: its id is kept in `folder`/wandb.id, so that the same command resumes it.
 
-    Curves are drawn over our step, because W&B's own only counts upwards: steps done again after a crash are sent
+    Curves use our step as the horizontal axis, because W&B's own only increases: steps repeated after a crash are sent
     again, with the same values.
     """
 

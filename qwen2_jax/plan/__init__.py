@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plans: the real step, lowered and compiled for a machine that is not here, and what it needs there.
+"""Plans: compiles the real step ahead of time for a target machine, and reports memory, collectives and time.
 
-machine.py knows the names of machines and makes their devices; program.py compiles; hlo.py reads the collectives of
-a compiled program; roofline.py turns counts into seconds; train.py and infer.py put the two kinds of plans together;
-report.py prints them. docs/scaling.md says how every number comes about.
+machine.py parses machine names and creates compile-only devices; program.py compiles; hlo.py reads the collectives of
+a compiled program; roofline.py turns counts into seconds; train.py and infer.py plan training and inference;
+report.py prints them. docs/scaling.md explains every number.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What --plan does on the command lines of train.py and infer.py."""
+"""The option --plan of train.py and infer.py."""
 
 import json
 import os
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from qwen2_jax.train.config import Run
     from qwen2_jax.train.config_file import Recipe
 
-WIDTH = 120  # of tables that nobody watches: a file should not be cut to a terminal's width
+WIDTH = 120  # of tables that are not printed to a terminal
 
 
 def train(recipe: "Recipe", machine: str, path: Path, *, as_json: bool = False, search: bool = False) -> int:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FLOPs of one device of a mesh and bytes through its memory, by formula: what roofline.py turns into seconds.
+"""FLOPs and memory traffic of one device of a mesh, by formula; roofline.py converts them to seconds.
 
 Work that a mesh cannot divide is done on every device that shares it: dense layers on each part of the expert axis
 where too few rows are left for it. Heads that do not divide over tensor are padded (head_padding.py); those count too.
@@ -52,7 +52,7 @@ def parts(config: ModelConfig, mesh: Mesh, rows: int, length: int = 1) -> Parts:
 
 
 def cached(cut: Parts, mesh: Mesh, *, slots: int, tokens: int = 1) -> Parts:
-    """Parts of a step over a cache of so many slots, which are divided too, and so may be a prefill's tokens.
+    """Parts of a step over a cache of `slots` slots, which are sharded too, as a prefill's tokens may be.
 
     A prompt fills its slots from the first: while it does, the fullest share has up to twice the mean.
     """

@@ -93,7 +93,7 @@ class _Computation:
 def collectives(text: str, ids: Sequence[int]) -> list[Collective]:
     """All collectives of a compiled module's text (`compiled.as_text()`), `times` filled in.
 
-    ids: of the mesh's devices, in its order. A loop whose number of turns is not known before it runs counts as one
+    ids: of the mesh's devices, in its order. A loop whose trip count is not known at compile time counts as one
     turn: of a decoding loop, one token.
     """
     computations, entry = _parse(text, ids)

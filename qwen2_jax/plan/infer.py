@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The plan of inference: a prefill chunk and a decoding step, compiled for a machine that is not here."""
+"""The plan of inference: a prefill chunk and a decoding step, compiled for the target machine."""
 
 import dataclasses
 import math
@@ -28,8 +28,8 @@ CHUNKS = (128, 512, 2048)  # of a prefill, as Buckets.of chooses on accelerators
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-    """What is asked of a model. context: tokens of prompt and answer together, of each row; None: 4,096, or what the
-    model takes. mesh: sizes of axes; None lets default_mesh choose."""
+    """An inference workload. context: tokens of prompt and completion together in each row; None: 4,096, or the
+    model's limit. mesh: sizes of axes; None lets default_mesh choose."""
 
     context: int | None = None
     rows: int = 1
@@ -164,7 +164,7 @@ def decode_part(
         return Part(program, {}, operations, None, traffic, {}, steps)
     messages = steps * sum(row.seconds for row in traffic)
     seconds = roofline.Seconds(steps * work.compute, steps * work.memory, messages)
-    # The next token waits for the last one's messages: nothing hides them.
+    # The next token depends on the last one's messages: nothing hides them.
     rates = {
         "tokens/s of a row": (steps / seconds.exposed, steps / seconds.hidden),
         "tokens/s of all": (steps * rows / seconds.exposed, steps * rows / seconds.hidden),

@@ -27,8 +27,8 @@ LARGEST = 6144  # chips of a slice that one job can have, v5p
 PER_NODE = 8  # GPUs
 EXAMPLES = ("v5e-16", "v5p-256", "v6e-256", "2xv5p-256", "tpu7x-128", "h100", "8xh100", "2x8xh200")
 
-# What XLA asks about a GPU that is not here. Hopper's numbers are the CUDA C++ Programming Guide's for compute
-# capability 9.0, Ampere's for 8.0, Ada's for 8.9; clock and cache are the data sheets'.
+# What XLA needs to know to compile for a GPU ahead of time. Hopper's numbers are the CUDA C++ Programming Guide's for
+# compute capability 9.0, Ampere's for 8.0, Ada's for 8.9; clock and cache are the data sheets'.
 GPU_TARGET = """
 gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
@@ -179,7 +179,7 @@ def _require(chip: Chip) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """libtpu writes to the process's standard error that it found no TPU, which here is no news."""
+    """Silences stderr: libtpu reports there that it found no TPU, which is expected."""
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One compiled function: its bytes on a device, its collectives, how long the compiler took; or why it was refused."""
+"""A compiled function: memory per device, collectives and compile time; or the memory it needs if it does not fit."""
 
 import dataclasses
 import os

@@ -84,7 +84,7 @@ class Network:
         self.machine, self.chip = machine, machine.chip
         devices = list(mesh.devices.flat)
         per_slice = len(devices) // machine.slices
-        # (slice or node, place in it); a TPU's place is its chip's coordinates.
+        # (slice or node, position in it); a TPU's position is its chip's coordinates.
         if self.chip.is_tpu:
             self.at = [(getattr(d, "slice_index", None) or 0, tuple(d.coords)) for d in devices]
         else:
@@ -158,7 +158,7 @@ class Network:
 
 
 def matmul_rate(chip: Chip) -> float:
-    """Operations per second of one device in large products: the peak where nobody has published what is reached."""
+    """Operations per second of one device in large products: the peak if no reached rate is published."""
     return chip.peak.tflops * 1e12 * (chip.matmul_share or 1.0)
 
 

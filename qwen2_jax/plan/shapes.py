@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parameters as shapes in their places, from the model's declarations: what stands in for arrays in a plan."""
+"""Parameters as jax.ShapeDtypeStruct with shardings, from the model's declarations; a plan has no arrays."""
 
 from collections.abc import Mapping
 from typing import Any, cast

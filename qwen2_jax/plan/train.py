@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The plan of a training run: its step, compiled for a machine that is not here."""
+"""The plan of a training run: its step, compiled for the target machine."""
 
 import dataclasses
 from pathlib import Path
@@ -54,7 +54,7 @@ class Job:
 
     @property
     def batch(self) -> Batch:
-        """Shapes of a batch, in their places."""
+        """Shapes of a batch with shardings."""
         dtypes = Batch(jnp.int32, jnp.int32, jnp.float32, jnp.int32, jnp.int32)
         if online.has_reference(self.run):
             dtypes = dtypes._replace(reference_BT=jnp.float32)
@@ -66,7 +66,7 @@ class Job:
 
     @property
     def frozen(self) -> Tree | None:
-        """Shapes of the weights below adapters, in their places; None where all are trained."""
+        """Shapes of the frozen weights below adapters, with shardings; None if all weights are trained."""
         if self.run.lora is None:
             return None
         dtype = jnp.dtype("bfloat16" if self.run.lora_base == "int8" else self.run.lora_base)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reward functions: how good an answer is, by any Python function, run where it can do no harm to the training.
+"""Reward functions: any Python function that scores completions, run in separate worker processes.
 
     def brief(prompts, completions, answer, **columns):  # in rewards.py
         return [1.0 if right in text.split() else 0.0 for text, right in zip(completions, answer)]
@@ -7,7 +7,7 @@
     with Scorer([Reward(function="rewards.py:brief"), Reward(function="format", weight=0.2, options=...)]) as score:
         score(prompts, completions, answer=answers).totals
 
-call.py has the interface, scorer.py the sums, builtin.py what is ready to use.
+call.py defines the interface, scorer.py adds up rewards, builtin.py has ready-made functions.
 """
 
 from typing import TYPE_CHECKING

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reward functions that are ready to use: Reward(function="number") and so on. Options are their keywords."""
+"""Built-in reward functions, selected by name: Reward(function="number"). Options are their keyword arguments."""
 
 import logging
 import re
@@ -10,7 +10,7 @@ from typing import Any
 from qwen2_jax.errors import UserError
 from qwen2_jax.rewards.sandbox import execute
 
-NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")  # the minus of 23-45 is no sign
+NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")  # the minus in 23-45 is no sign
 FENCED = re.compile(r"^```(?:python|py)?[ \t]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -28,14 +28,14 @@ def maths(
     r"""1 where the answer equals the column's mathematically (1/2, 0.5 and \frac12 are equal), else 0, by math-verify.
 
     The answer is the last \boxed{...}, or else LaTeX in $...$, or else, unless `strict`, the last number. Needs the
-    extra "rewards". Its time limits (5 s for parsing and 5 s for comparing) are alarms of the main thread, where a
-    worker calls this.
+    extra "rewards". Its time limits (5 s for parsing, 5 s for comparing) use signals, so it must run in the main
+    thread, as it does in a worker.
     """
     try:
         from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
     except ImportError as missing:
         raise UserError(f"reward maths: {missing}; pip install 'qwen2-jax[rewards]' brings math-verify") from missing
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it prints a whole answer that takes too long
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it logs the whole answer on a timeout
     latex = LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)
     ways = [latex] if strict else [latex, ExprExtractionConfig()]
     scores = []
@@ -44,7 +44,7 @@ def maths(
         if not gold:
             raise ValueError(f"{column} {value!r} cannot be read as mathematics")
         answer = parse(_last_boxed(text) or text, ways, fallback_mode="no_fallback")
-        scores.append(float(verify(gold, answer)))  # in this order: x = 7 answers 7, and not the other way round
+        scores.append(float(verify(gold, answer)))  # the order matters: x = 7 is a correct answer to 7, not the reverse
     return scores
 
 
@@ -65,13 +65,12 @@ def code(
 ) -> list[float]:  # fmt: skip
     """1 where the Python program in the text's last fenced block passes all its tests, else 0.
 
-    tests: program text that is executed after the answer's (asserts), or a list of such texts, or a list of
-    {"input": text, "output": text}: the program gets the one on its standard input and has to print the other (white
-    space at the ends of lines and of the text does not count). seconds of wall clock and bytes of memory are for one
-    execution. Asserts run in the process of the answer, which could find and change them; printed output is compared
-    outside.
+    tests: a program with asserts that runs after the answer, a list of such programs, or a list of
+    {"input": text, "output": text}: the program reads the input from stdin and must print the output (trailing white
+    space of lines and of the text is ignored). seconds of wall time and bytes of memory limit one execution. Asserts
+    run in the answer's process, which could tamper with them; printed output is compared outside.
 
-    Programs run in sandbox.run, which raises UserError where it cannot shut them in.
+    Programs run in sandbox.run, which raises UserError if it cannot isolate them.
     """
     limits = execute.Limits(seconds=seconds, memory=memory)
     scores = []
@@ -113,7 +112,7 @@ def _last_number(text: str) -> Decimal | None:
 
 
 def _last_boxed(text: str) -> str:
-    r"""The last \boxed{...} with its braces balanced, or an empty text: math-verify would take all of them as a set."""
+    r"""The last \boxed{...} with balanced braces, or an empty string; math-verify would combine all of them."""
     start = text.rfind(r"\boxed{")
     depth = 0
     for at in range(max(start, 0), len(text)):

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loading a reward function, calling it and checking what it returns: the same in a worker as in this process.
+"""Loads a reward function, calls it and checks its result; used in workers and in the main process.
 
 A reward function is any Python callable
 
     f(prompts, completions, **columns) -> list[float | None]
 
-called with keywords. prompts: message lists, completions: texts, columns: the data's other fields (answer, ...) and
-completion_ids, each a list with one value per completion. The reward's `options` are keywords, too. A function that
-names only some of them gets only those. It returns one number per completion, and None where it does not apply.
+called with keyword arguments. prompts: message lists, completions: texts, columns: the data's other fields (answer,
+...) and completion_ids, each a list with one value per completion. The reward's `options` are passed as keywords, too.
+A function gets only the arguments it declares. It returns a number for each completion, or None for no score.
 """
 
 import importlib
@@ -26,7 +26,7 @@ from qwen2_jax.rewards.reward_config import BUILTINS, Function
 
 
 class Failed(Exception):
-    """A call gave nothing usable; the message is the reason."""
+    """A call failed or returned an invalid result; the message is the reason."""
 
 
 def load(reference: str) -> Function:
@@ -40,22 +40,24 @@ def load(reference: str) -> Function:
         raise UserError(f"reward function {reference}: no file {str(Path(place).absolute())!r}")
     try:
         if is_file:
-            sys.path.insert(0, str(Path(place).absolute().parent))  # as for a script: it may import its neighbours
+            sys.path.insert(
+                0, str(Path(place).absolute().parent)
+            )  # as for a script, so that it can import files in its folder
             found = runpy.run_path(place).get(name)
         else:
             found = getattr(importlib.import_module(place), name, None)
-    except (Exception, SystemExit) as why:  # somebody else's file: anything may happen in it
-        raise UserError(f"reward function {reference} cannot be loaded: {told(why)}") from why
+    except (Exception, SystemExit) as why:  # user code may raise anything
+        raise UserError(f"reward function {reference} cannot be loaded: {described(why)}") from why
     if not callable(found):
         raise UserError(f"reward function {reference}: {place} defines no function {name!r}")
     return found
 
 
 def call(function: Function, columns: dict[str, Any], options: dict[str, Any]) -> tuple[list[float | None], list[str]]:
-    """Calls once. Returns scores, and for each an empty text or what is wrong with it (the score is None then).
+    """Calls the function once. Returns the scores and, for each, an empty string or an error (its score is then None).
 
-    columns: "prompts", "completions" and the data's, of equal length. Raises Failed, and UserError where the function
-    does: it means a mistake of the set-up, which no other completion would be spared.
+    columns: "prompts", "completions" and the data's columns, of equal length. Raises Failed, and UserError if the
+    function does, for a configuration error that affects every completion.
     """
     count = len(columns["completions"])
     try:
@@ -64,8 +66,8 @@ def call(function: Function, columns: dict[str, Any], options: dict[str, Any]) -
         values = None if isinstance(returned, str | bytes | dict) or not isinstance(returned, Iterable) else [*returned]
     except UserError:
         raise
-    except (Exception, SystemExit) as why:  # somebody else's function: whatever it raises is the reason
-        raise Failed(told(why)) from why
+    except (Exception, SystemExit) as why:  # user code may raise anything
+        raise Failed(described(why)) from why
     if values is None:
         raise Failed(f"it returned {validate.short(returned)}, not a list of {count} numbers")
     if len(values) != count:
@@ -74,15 +76,15 @@ def call(function: Function, columns: dict[str, Any], options: dict[str, Any]) -
     return [score for score, _ in checked], [wrong for _, wrong in checked]
 
 
-def told(why: BaseException) -> str:
-    """An exception in one line, as the last line of a traceback, and the place it comes from."""
+def described(why: BaseException) -> str:
+    """An exception in one line: the last line of its traceback, with file and line number."""
     last = " ".join("".join(traceback.format_exception_only(why)).split())
     frames = traceback.extract_tb(why.__traceback__)
     return f"{last} ({Path(frames[-1].filename).name} line {frames[-1].lineno})" if frames else last
 
 
 def _accepted(function: Function, given: dict[str, Any]) -> dict[str, Any]:
-    """Those of the keywords that the function takes. Raises UserError where it needs one that is not there."""
+    """The keyword arguments that the function accepts. Raises UserError if a required one is missing."""
     parameters = inspect.signature(function).parameters.values()
     names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     needed = {p.name for p in parameters if p.name in names and p.default is p.empty}

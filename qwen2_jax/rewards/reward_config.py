@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run's config says of a reward: which function, its weight, its limits."""
+"""Configuration of a reward: the function, its weight, its limits."""
 
 import dataclasses
 import sys
@@ -11,20 +11,20 @@ from qwen2_jax import validate
 from qwen2_jax.errors import UserError
 
 BUILTINS = ("number", "maths", "format", "length", "code")  # functions of builtin.py
-BY_PATH = "<run_path>"  # the module's name in which runpy, which loads configs, defines functions
+BY_PATH = "<run_path>"  # __module__ of functions in config files, which runpy loads
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reward:
-    """A reward function and how it is called. call.py says what a function gets and gives."""
+    """A reward function and how it is called. call.py documents its arguments and result."""
 
     function: Any  # "number", "file.py:name", "package.module:name", or the function itself
     weight: float = 1.0  # of its scores in the sum
-    name: str | None = None  # in metrics and messages; None: the function's
-    options: dict[str, Any] = dataclasses.field(default_factory=dict)  # further keywords of every call
-    batch: int | None = None  # completions per call, calls run side by side; None: one call gets them all
-    timeout: float = 60.0  # seconds that a call may take
-    on_error: Literal["stop", "skip"] = "stop"  # a call that fails ends the run, or its completions have no score
+    name: str | None = None  # in metrics and messages; None: the function's name
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)  # extra keyword arguments of every call
+    batch: int | None = None  # completions per call, calls run in parallel; None: all in one call
+    timeout: float = 60.0  # time limit of a call, seconds
+    on_error: Literal["stop", "skip"] = "stop"  # a failed call stops the run, or its completions get no score
 
     def __post_init__(self):
         if isinstance(self.function, str):
@@ -35,7 +35,7 @@ class Reward:
                 )
         elif not callable(self.function):
             raise UserError(
-                f"reward function {validate.short(self.function)} is neither a function nor the place of one"
+                f"reward function {validate.short(self.function)} is neither a function nor the name of one"
             )
         where = f"reward {self.title}"
         validate.number(self, where, ("weight",), float)
@@ -45,16 +45,16 @@ class Reward:
 
     @property
     def title(self) -> str:
-        """What the reward is called in metrics and messages."""
+        """The reward's name in metrics and messages."""
         named = self.function if isinstance(self.function, str) else getattr(self.function, "__name__", "function")
         return self.name or named.rpartition(":")[2]
 
     @property
     def reference(self) -> str | None:
-        """Where another process finds the function: a text as for `function`. None: it cannot.
+        """The string by which another process imports the function, as for `function`. None: not importable.
 
-        It finds functions at the top level of a module or of a config file. It does not find lambdas, functions inside
-        functions, objects, and what a script or notebook defines (`__main__`), which would have to run again for it.
+        Functions at the top level of a module or config file are importable. Lambdas, nested functions, objects and
+        functions of a script or notebook (`__main__`) are not.
         """
         if isinstance(self.function, str):
             return self.function

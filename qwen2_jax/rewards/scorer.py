@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores answers by several reward functions, in worker processes, whatever the functions do."""
+"""Scores completions with several reward functions in worker processes, robust to functions that hang or crash."""
 
 import dataclasses
 import queue
@@ -17,16 +17,16 @@ from qwen2_jax.rewards.reward_config import Reward
 from qwen2_jax.rewards.shaping import weighted
 from qwen2_jax.rewards.worker import Lost, Slow, Worker
 
-HANGS = 3  # completions one after the other that may take too long before the rest of the batch is given up
+HANGS = 3  # consecutive timeouts after which the rest of the batch is skipped
 
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """What the reward functions say of some completions. None: no score."""
+    """The scores of a batch of completions. None: no score."""
 
     totals: list[float | None]  # weighted sums
     by_name: dict[str, list[float | None]]  # each reward's scores, without its weight
-    failures: list[str]  # what went wrong and was skipped, one line each
+    failures: list[str]  # skipped errors, one line each
     metrics: dict[str, float]  # rewards/NAME/mean, std (of those with a score) and failed (a number of completions)
 
 
@@ -38,10 +38,10 @@ class Problem(NamedTuple):
 
 
 class Scorer:
-    """Calls reward functions on completions and adds up what they return.
+    """Calls reward functions on completions and adds up their scores.
 
-    workers: processes for the functions that other processes can find (Reward.reference). The others are called in this
-    process, where no time limit can be kept; `notes` names them. Raises UserError when a function cannot be loaded.
+    workers: processes for the importable functions (Reward.reference). The others run in this process without a time
+    limit; `notes` names them. Raises UserError if a function cannot be loaded.
     """
 
     def __init__(self, rewards: Sequence[Reward], workers: int = 2):
@@ -73,7 +73,7 @@ class Scorer:
     def __call__(self, prompts: Sequence[Any], completions: Sequence[str], **columns: Sequence[Any]) -> Scores:
         """Scores completions. prompts: message lists or texts; columns: further fields; all with one value each.
 
-        Raises UserError for a call that fails under on_error="stop", and for a mistake of the set-up always.
+        Raises UserError for a failed call with on_error="stop", and always for a configuration error.
         """
         columns = {"prompts": prompts, "completions": completions, **columns}
         count = len(completions)
@@ -111,7 +111,7 @@ class Scorer:
         return Scores(totals, by_name, failures, _metrics(by_name, failed))
 
     def close(self) -> None:
-        """Ends the workers, also those that are in a call."""
+        """Stops all workers, also during a call."""
         self._closed = True
         for worker in self._workers:
             worker.kill()
@@ -128,9 +128,9 @@ class Scorer:
     def _score(
         self, reward: Reward, columns: dict[str, Sequence[Any]], rows: range, hangs: Counter[str]
     ) -> tuple[list[float | None], list[Problem]]:
-        """One part of a batch; if it fails as a whole, one by one, to know by which completion.
+        """Scores a part of a batch; if the call fails, one completion at a time, to find the one that fails.
 
-        hangs: how many completions of this batch took too long since the last that did not, by reward.
+        hangs: consecutive timeouts in this batch, by reward.
         """
         try:
             if hangs[reward.title] >= HANGS:
@@ -158,14 +158,14 @@ class Scorer:
         return [score for scores, _ in done for score in scores], problems
 
     def _call(self, reward: Reward, columns: dict[str, list[Any]]) -> tuple[list[float | None], list[str]]:
-        """One call, by a free worker, which is replaced if it has ended. Raises Failed and Lost."""
+        """One call in a free worker, which is replaced if it has exited. Raises Failed and Lost."""
         if reward.reference is None:
             return call(reward.function, columns, reward.options)
         worker = self._idle.get()
         try:
             if self._closed:
                 raise UserError("the Scorer was closed during a call")
-            if worker.ended:  # in its last call, or since by somebody else, such as the kernel when memory is short
+            if worker.ended:  # in its last call, or killed since, for example by the OOM killer
                 worker.end()
                 fresh = Worker(self._references)
                 self._workers[self._workers.index(worker)] = fresh
@@ -176,7 +176,7 @@ class Scorer:
 
 
 def _message(reward: Reward, columns: dict[str, Sequence[Any]], problem: Problem) -> str:
-    """Function, prompt, answer and reason, in one line."""
+    """Reward, prompt, completion and reason in one line."""
     prompt, answer = columns["prompts"][problem.row], columns["completions"][problem.row]
     asked = prompt if isinstance(prompt, str) or not prompt else prompt[-1].get("content")
     advice = "" if reward.on_error == "skip" else '; on_error="skip" would leave such answers without a score'

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arithmetic on scores. None is "no score": it is left out of a sum, and a sum of nothing is None."""
+"""Arithmetic on scores. None means no score: sums skip it, and a sum without scores is None."""
 
 import math
 from collections.abc import Sequence

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A process that calls reward functions, so that it can be ended when one of them does not return.
+"""A worker process that calls reward functions, so that a function that hangs can be killed.
 
-Requests and replies are lines of JSON on what was the standard input and output: nothing is pickled. The process lives
-as long as its input stays open, which is as long as the process that started it.
+Requests and replies are lines of JSON over stdin and stdout; nothing is pickled. The process exits when its stdin
+closes, which is when its parent ends.
 """
 
 import contextlib
@@ -20,17 +20,17 @@ from qwen2_jax.errors import UserError
 from qwen2_jax.rewards.call import Failed, call, load
 from qwen2_jax.rewards.reward_config import Function
 
-# sys.path is the parent's, so that modules are found which it finds.
+# Uses the parent's sys.path, to import the same modules.
 PROGRAM = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from qwen2_jax.rewards import worker; worker.main()"
-LOADING = 300.0  # seconds that importing the functions may take
+LOADING = 300.0  # time limit for importing the functions, seconds
 
 
 class Lost(Exception):
-    """The worker ended or was ended before it replied; the message is the reason."""
+    """The worker exited or was killed before it replied; the message is the reason."""
 
 
 class Slow(Lost):
-    """It was ended because its time was over."""
+    """The worker was killed at its time limit."""
 
 
 class Worker:
@@ -40,8 +40,8 @@ class Worker:
         self._process = subprocess.Popen(
             [sys.executable, "-c", PROGRAM, json.dumps(sys.path)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8",
-            env={**os.environ, "JAX_PLATFORMS": "cpu"},  # the accelerator's memory is the training's
-            start_new_session=True,  # a group of its own, to be ended with all it started
+            env={**os.environ, "JAX_PLATFORMS": "cpu"},  # leaves the accelerator's memory to training
+            start_new_session=True,  # its own process group, killed with its children
         )  # fmt: skip
         self._references = references
         self._ready = False
@@ -58,29 +58,29 @@ class Worker:
     def call(
         self, reference: str, columns: dict[str, Any], options: dict[str, Any], seconds: float
     ) -> tuple[list[float | None], list[str]]:
-        """call.call, in the worker. Raises as that does, and Lost when there is no reply; the worker has ended then."""
+        """Runs call.call in the worker. Raises the same errors, and Lost if the worker exited without a reply."""
         self.wait()
         scores, wrong = self._ask([reference, columns, options], seconds)
         return scores, wrong
 
     @property
     def ended(self) -> bool:
-        """Whether the process is no more, by whatever cause."""
+        """Whether the process has exited."""
         return self._process.poll() is not None
 
     def kill(self) -> None:
-        """Ends the process and what it started; a call that waits for it raises Lost."""
+        """Kills the process and its children; a waiting call raises Lost."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
 
     def end(self) -> None:
-        """Ends the process and closes its pipes. No call may be waiting."""
+        """Kills the process and closes its pipes. No call may be waiting."""
         if not self.ended:
             self.kill()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             assert pipe is not None
-            with contextlib.suppress(BrokenPipeError):  # a request that was not written to its end
+            with contextlib.suppress(BrokenPipeError):  # a partly written request
                 pipe.close()
 
     def _ask(self, request: Any, seconds: float) -> Any:
@@ -91,7 +91,7 @@ class Worker:
 
         def stop() -> None:
             over.set()
-            self.kill()  # writing and reading come to an end by that
+            self.kill()  # which unblocks writing and reading
 
         timer = threading.Timer(seconds, stop)
         timer.start()
@@ -104,7 +104,7 @@ class Worker:
         finally:
             timer.cancel()
             timer.join()
-        if over.is_set():  # even if the reply came just before
+        if over.is_set():  # even if a reply arrived just before
             self.end()
             raise Slow(f"it took longer than {seconds:g} s and was ended")
         if not line.endswith("\n"):
@@ -119,7 +119,7 @@ class Worker:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON does not know: arrays and numpy's numbers become lists and numbers."""
+    """Converts arrays and numpy scalars to lists and numbers for JSON."""
     if hasattr(value, "tolist"):
         return value.tolist()
     kind = type(value).__name__
@@ -127,9 +127,9 @@ def _plain(value: Any) -> Any:
 
 
 def main() -> None:
-    """The worker process: the first request are references of functions, the others are calls of these."""
+    """The worker process: the first request lists the functions to load, later ones are calls."""
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what functions print does not mix with replies
+    os.dup2(2, 1)  # keeps output of functions out of the replies
     requests: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(requests,), daemon=True).start()
     functions: dict[str, Function] = {}
@@ -151,9 +151,9 @@ def main() -> None:
 
 
 def _listen(requests: "queue.SimpleQueue[str]") -> None:
-    """Takes requests in, also while a function runs: the end of the input ends it."""
+    """Reads requests, also while a function runs; kills the process at the end of the input."""
     lines = os.fdopen(os.dup(0), encoding="utf-8")
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # a function that reads its input gets nothing
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # functions that read stdin get end of file
     for line in lines:
         requests.put(line)
     os.killpg(os.getpgrp(), signal.SIGKILL)

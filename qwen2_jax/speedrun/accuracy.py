@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exact-match accuracy of the demo's skills on items that training never saw.
+"""Exact-match accuracy of the demo's skills on held-out items.
 
 python -m qwen2_jax.speedrun.accuracy --ckpt demo --items 200
 """
@@ -23,7 +23,7 @@ TRIES = 100  # draws per item that is wanted, before it is said that there are n
 
 
 class HeldOut:
-    """Draws held-out items. Filler sentences and words come from documents that training never saw, too."""
+    """Draws held-out items. Filler sentences and words come from held-out documents, too."""
 
     def __init__(self, tokenizer: Tokenizer, *, length: int):
         self.tokenizer, self.length = tokenizer, length
@@ -32,7 +32,7 @@ class HeldOut:
         self.draw = corpus.Skills.of(train, unseen, tokenizer.vocabulary)
 
     def items(self, skill: str, count: int, seed: int = 0) -> list[skills.Item]:
-        """`count` different items of one skill; those of recall fill lengths up to the trained one evenly."""
+        """`count` different items of one skill; recall items cover lengths up to the trained one evenly."""
         if skill not in SKILLS:
             raise UserError(f"unknown skill {skill!r}; choose from {', '.join(SKILLS)}")
         rng = np.random.default_rng([seed, SKILLS.index(skill)])
@@ -54,12 +54,12 @@ class HeldOut:
         )
 
     def prompt(self, item: skills.Item) -> list[int]:
-        """Token ids that a chat about this one question would start with."""
+        """Token ids of the prompt of a chat with this one question."""
         return self.tokenizer.chat_ids([{"role": "user", "content": item.question}])
 
 
 def measure(lm: LM, held_out: HeldOut, count: int, *, batch: int = 32, seed: int = 0) -> dict[str, dict[str, Any]]:
-    """Skill -> {accuracy, items, wrong}: greedy answers of a loaded checkpoint, right when equal to the last letter."""
+    """Skill -> {accuracy, items, wrong}: greedy answers of a loaded checkpoint, scored by exact match."""
     results = {}
     for skill in SKILLS:
         items = held_out.items(skill, count, seed)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report's part about the stages after fine-tuning: what each raised, seed by seed, and what it cost in prose."""
+"""The report on post-training stages: the gain of each, by seed, and the loss of text quality."""
 
 import dataclasses
 import json
@@ -45,7 +45,7 @@ class Trained:
         return plots.numbers(scored, "step"), np.array(values, float)
 
     def change(self, name: str) -> float:
-        """Of one of alignment_tax.py's measures, from the first checkpoint to the last."""
+        """Change of one of alignment_tax.py's measures, from the first checkpoint to the last."""
         return self.tax[-1][name] - self.tax[0][name]
 
     @property
@@ -99,7 +99,7 @@ TAXED = (
 
 
 def gains(stages: dict[str, list[Trained]]) -> str:
-    """Before and after, on held-out data; of several seeds the mean, the least and the largest."""
+    """Held-out scores before and after; for several seeds mean, minimum and maximum."""
     rows = ["| stage | before | after | minutes | seeds |", "| --- | ---: | ---: | ---: | ---: |"]
     for stage, trained in stages.items():
         source, key, what = MEASURED[stage]
@@ -111,7 +111,7 @@ def gains(stages: dict[str, list[Trained]]) -> str:
 
 
 def taxes(taxed: dict[str, list[Trained]]) -> str:
-    """What each way of training gained, and by how much the loss of the text rose."""
+    """The gain of each method, and the rise of the text's loss."""
     rows = ["| optimizer | sums right | preferred | prose | seeds |", "| --- | ---: | ---: | ---: | ---: |"]
     first = next(iter(taxed.values()))[0].tax[0]
     rows.append(f"| before | {first['sums']:.1%} | {first['preferred']:.1%} | {first['prose']:.3f} | |")
@@ -144,7 +144,7 @@ def _curves(stages: dict[str, list[Trained]], png: Path) -> None:
 
 
 def _tax(taxed: dict[str, list[Trained]], png: Path) -> None:
-    """One point for each run: what it gained against what it lost."""
+    """One point for each run: gain against loss."""
 
     def panel(axes, name: str, title: str) -> None:
         for i, (stage, trained) in enumerate(taxed.items()):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The speedrun's corpus, made from nothing but Python's standard library: a tokenizer and JSON Lines files.
+"""Builds the speedrun's corpus from Python's standard library: a tokenizer and JSON Lines files.
 
 python -m qwen2_jax.speedrun.corpus runs/speedrun/data
 
@@ -38,7 +38,7 @@ Record = dict[str, object]
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """How much is made. The defaults are the speedrun's; tests take less."""
+    """Sizes of the corpus. The defaults are the speedrun's; tests use less."""
 
     vocabulary: int = 2000  # learned tokens; three special ones follow
     stories: int = 3000
@@ -86,7 +86,7 @@ def write(out: Path, size: Size = Size(), *, seed: int = 0, documents: Mapping[s
 
 
 def tokenizer_texts(documents: Mapping[str, tuple[str, bool]]) -> list[str]:
-    """What the tokenizer learns from: the prose twice, the code once, and the words of the chat format often enough."""
+    """The tokenizer's training data: prose twice, code once, and enough words of the chat format."""
     questions = (*skills.SUM_QUESTIONS, *skills.COPY_QUESTIONS, *skills.RECALL_QUESTIONS, *skills.NAMED_QUESTIONS)
     talk = (*skills.COMPARE_QUESTIONS, *skills.SMALL_TALK, *skills.SMALL_TALK.values(), *skills.NAMES)
     chat = f"system\n{bpe.SYSTEM}\nuser\nassistant\n" + "\n".join((*questions, *talk))
@@ -157,7 +157,7 @@ def messages(items: Iterable[skills.Item]) -> Record:
 
 
 def pools(documents: Mapping[str, tuple[str, bool]]) -> tuple[list[str], list[str]]:
-    """Plain sentences (filler) and words of the documents' prose, each sorted so that order means nothing."""
+    """Plain sentences (filler) and words of the documents' prose, each sorted."""
     prose = [t for t, is_prose in documents.values() if is_prose]
     sentences = sorted({re.sub(r"\s+", " ", s) for t in prose for s in SENTENCE.findall(re.sub(r"\s+", " ", t))})
     counts: dict[str, int] = {}
@@ -174,7 +174,7 @@ def pieces(vocabulary: Iterable[str]) -> list[str]:
 
 
 def main(out: tyro.conf.Positional[Path], *, seed: int = 0, size: Size = Size()) -> int:
-    """Makes the speedrun's corpus in a new folder."""
+    """Writes the speedrun's corpus to a new folder."""
     write(out, size, seed=seed)
     print(f"wrote {out}", file=sys.stderr)
     return 0

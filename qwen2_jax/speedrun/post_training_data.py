@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data of the speedrun's stages after fine-tuning: sums asked in words that the demo was never asked in.
+"""Data of the speedrun's stages after fine-tuning: sums phrased in words that are new to the demo.
 
 python -m qwen2_jax.speedrun.post_training_data runs/speedrun/tasks
 
@@ -33,7 +33,7 @@ NEAR = ((1, 2), (10, 20), (30, 40))  # how far the second, third and fourth resp
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """How much is made."""
+    """Sizes of the data."""
 
     train: int = 3000  # questions
     held_out: int = 200
@@ -72,7 +72,7 @@ def responses(rng: np.random.Generator, total: int) -> list[str]:
 
 
 def write(out: Path, size: Size = Size(), *, seed: int = 0) -> None:
-    """Makes the data in the folder `out`, which appears whole or not at all."""
+    """Writes the data to the folder `out`, atomically."""
     if out.exists():
         raise UserError(f"{out} exists already; choose a new folder or remove that one first")
     work = out.with_name(out.name + ".unfinished")
@@ -97,7 +97,7 @@ def write(out: Path, size: Size = Size(), *, seed: int = 0) -> None:
 
 
 def main(out: tyro.conf.Positional[Path], *, seed: int = 0, size: Size = Size()) -> int:
-    """Makes the data of the stages after fine-tuning in a new folder."""
+    """Writes the data of the stages after fine-tuning to a new folder."""
     write(out, size, seed=seed)
     print(f"wrote {out}", file=sys.stderr)
     return 0

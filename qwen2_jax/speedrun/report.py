@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One report of the speedrun's stages: what they cost, their held-out losses and answers, and their curves.
+"""One report of the speedrun's stages: cost, held-out losses, accuracy and curves.
 
 python -m qwen2_jax.speedrun.report runs/speedrun docs/speedrun
 
@@ -52,7 +52,7 @@ COMPARED = (
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """What one stage left behind."""
+    """The results of one stage."""
 
     name: str
     config: ModelConfig
@@ -131,7 +131,7 @@ def answers(stages: Sequence[Stage]) -> str:
 
 
 def effects(stages: dict[str, Stage]) -> list[str]:
-    """What the stages were meant to show, with the numbers that say whether they did."""
+    """The goal of each stage, with the numbers that show whether it was reached."""
 
     def compare(what: str, after: str, before: str, values: Callable[[Stage], dict[str, float]], form: str) -> str:
         a, b = values(stages[after]), values(stages[before])
@@ -151,7 +151,7 @@ def effects(stages: dict[str, Stage]) -> list[str]:
 
 
 def machine() -> str:
-    """Processor, cores and versions, for a reader who compares numbers."""
+    """Processor, cores and versions."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -137,7 +137,7 @@ def recall(
     named: bool = False,
     held_out: bool = False,
 ) -> list[Item]:
-    """A code of four digits hidden at a random place in about `characters` of filler; the question comes last.
+    """A code of four digits hidden at a random position in about `characters` of filler; the question comes last.
 
     named: two to four codes, each of one person, and one question for each. The first item's question carries the text;
     the others are follow-up turns of the same conversation. The key is the code.
@@ -205,7 +205,7 @@ UNKNOWN_QUESTIONS = (
 
 
 def small_talk(rng: np.random.Generator, words: Words) -> Item:
-    """A greeting, a question about the model, a wish for a story, or what it cannot answer. Nothing is held out."""
+    """A greeting, a question about the model, a story request, or an unanswerable question. Nothing is held out."""
     kind = rng.random()
     if kind < 0.2:
         question = pick(rng, STORY_QUESTIONS)
@@ -251,7 +251,7 @@ TIMES = ("a cold night", "a warm day", "early in the morning", "late in the even
 
 
 def story(rng: np.random.Generator) -> str:
-    """A short tale from a dozen sentence patterns in a fixed order, some left out: plain prose is rare in a library."""
+    """A short story from sentence patterns in a fixed order, some omitted; the library has little prose."""
     words = {
         "name": pick(rng, NAMES),
         "animal": pick(rng, ANIMALS),

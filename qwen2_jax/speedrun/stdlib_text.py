@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text that is on every machine with Python: the sources and the documentation of its standard library."""
+"""Text from every Python installation: the standard library's source code and docstrings."""
 
 import ast
 import hashlib

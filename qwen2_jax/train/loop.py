@@ -44,7 +44,7 @@ def run(config: Run, console: Console | None = None, *, group: Group | None = No
     stop before the end: everything is saved then, and the same configuration goes on.
     """
     console, group = console or Console(stderr=True), group or Group()
-    group.at("reading the data", unhurried=True)
+    group.at("reading the data", no_time_limit=True)
     job = prepare(config, console)
     trainer = Trainer(config, job.config, job.steps, mesh=job.mesh, objective=objective_and_batches.objective_of(job))
     if config.dry_run:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who is told what of several hosts by flags, variables and clusters; one process alone asks nobody."""
+"""The launch found from flags, variables and clusters; a single process opens no socket."""
 
 import subprocess
 import sys
@@ -54,12 +54,16 @@ def test_flags_and_variables(flags, environ, wanted):
 @pytest.mark.parametrize(
     ("flags", "environ", "message"),
     [
-        (Flags(processes=2), {}, "--processes given, but no --coordinator and no --process, and no cluster"),
+        (
+            Flags(processes=2),
+            {},
+            "--processes given, but no --coordinator and no --process, and no cluster was detected",
+        ),
         (Flags("b", 2, 0), {}, "HOST:PORT, as in 10.0.0.2:1234"),
         (Flags("b:99999", 2, 0), {}, "port below 65536"),
         (Flags("b:1", 2, 2), {}, "process 2 of 2: --process counts from 0 to 1"),
-        (Flags("b:1", 0, 0), {}, "--processes 0: there is at least 1"),
-        (Flags("b:1", 2, 0, host_timeout=1), {}, "--host-timeout 1: at least 5"),
+        (Flags("b:1", 0, 0), {}, "--processes 0: give at least 1"),
+        (Flags("b:1", 2, 0, host_timeout=1), {}, "--host-timeout 1: give at least 5"),
         (Flags(), JAX | {"JAX_PROCESS_ID": "x"}, "JAX_PROCESS_ID='x' is not a number"),
     ],
 )
@@ -90,7 +94,9 @@ def test_open_mpi(cluster):
 
 
 def test_a_cluster_that_does_not_say_enough(cluster):
-    with pytest.raises(UserError, match="looks like Ompi, but it does not say enough .*: give --coordinator HOST:PORT"):
+    with pytest.raises(
+        UserError, match="looks like Ompi, but cluster detection failed .*: give --coordinator HOST:PORT"
+    ):
         cluster(MPI | {"OMPI_MCA_orte_hnp_uri": "1531576320.0;pipe://"})
 
 

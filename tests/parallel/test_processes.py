@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real processes that disagree, fail, wait for each other in vain, or are killed. No devices: starting is quick."""
+"""Real processes whose settings differ, that fail, stall, are missing or are killed. No devices: they start fast."""
 
 import os
 import socket
@@ -58,13 +58,13 @@ FATES = [
         {0: 2, 1: 2},
         "$XLA_FLAGS is absent on process 0 on HOST and --xla_cpu_enable_fast_math=false on process 1 on HOST",
     ),
-    ("absent", 3, {}, {0: 2, 1: 2, 2: 2}, "process 2 did not come to the meeting 'before step 5' within 2 s"),
-    ("uncompared", 3, {}, {0: 2, 1: 2, 2: 2}, "process 2 did not come to the meeting 'comparing data' within 2 s"),
+    ("absent", 3, {}, {0: 2, 1: 2, 2: 2}, "process 2 did not reach the barrier 'before step 5' within 2 s"),
+    ("uncompared", 3, {}, {0: 2, 1: 2, 2: 2}, "process 2 did not reach the barrier 'comparing data' within 2 s"),
     ("error", 3, {}, {0: 2, 2: 2}, "process 1 on HOST has ended: no such file: chats.jsonl"),
     ("bug", 3, {}, {1: 1, 2: 1}, "process 0 on HOST has ended: TypeError: 3 is not a string"),
-    ("stuck", 2, {}, {0: 75, 1: 75}, "nothing has moved on any host for 4 s (process 0: step 3; process 1: step 4)"),
-    ("killed", 2, {}, {0: 75}, "process 1 on HOST is gone, without a sign of life for 6 s: killed, "),
-    ("coordinator", 2, {}, {1: 75}, "process 0 on HOST, the coordinator at ADDRESS, is gone: killed, "),
+    ("stuck", 2, {}, {0: 75, 1: 75}, "no process has made progress for 4 s (process 0: step 3; process 1: step 4)"),
+    ("killed", 2, {}, {0: 75}, "process 1 on HOST is lost, without a heartbeat for 6 s: the process was killed "),
+    ("coordinator", 2, {}, {1: 75}, "process 0 on HOST, the coordinator at ADDRESS, is lost: killed "),
 ]
 
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a record contains: a text, a conversation, ranked responses, a prompt."""
+"""Parsers for records: plain text, conversations, ranked responses, prompts."""

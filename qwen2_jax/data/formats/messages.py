@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Conversations as fields of records hold them: lists of messages, turns of ShareGPT, questions of Alpaca, plain texts.
+"""Parses conversations from records: message lists, ShareGPT turns, Alpaca questions, plain strings.
 
-Every mistake is named with its place, its field and the remedy. where: the record's place, for messages.
+Errors name the record's location, the field and the remedy. where: the record's location, for error messages.
 """
 
 import json
@@ -21,10 +21,10 @@ SHAREGPT_ROLES = {
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation. messages: dicts as the tokenizer's chat template takes them, each with role and content.
+    """A conversation. messages: dicts in the format of the tokenizer's chat template, each with role and content.
 
-    train: for each message, whether it may be a target. Which of those are is the encoder's business: by default the
-    assistant's only.
+    train: for each message, whether it may be a target. The encoder decides which of those are; by default only the
+    assistant's messages.
     """
 
     messages: list[dict[str, Any]]
@@ -35,7 +35,7 @@ class Chat:
 
 
 def check_conversation(chat: Chat, where: str) -> None:
-    """Refuses a system message that is not the first."""
+    """Raises UserError for a system message that is not the first."""
     systems = [i for i, message in enumerate(chat.messages) if message["role"] == "system"]
     if len(systems) > 1:
         raise UserError(f"{where}: {len(systems)} system messages; a conversation has at most one, at its start")
@@ -44,7 +44,7 @@ def check_conversation(chat: Chat, where: str) -> None:
 
 
 def refuse_tools(record: Mapping[str, Any], where: str) -> None:
-    """Refuses a record whose chat template would have to describe tools."""
+    """Raises UserError for a record with tool definitions."""
     if record.get("tools") not in (None, [], "", "[]"):
         raise UserError(
             f"{where}: tools are not supported; describe them in the system message and leave the field out"
@@ -52,7 +52,7 @@ def refuse_tools(record: Mapping[str, Any], where: str) -> None:
 
 
 def messages(record: Mapping[str, Any], field: str, where: str) -> Chat:
-    """The field's list of messages."""
+    """The conversation in a list of messages."""
     chat = Chat([], [])
     for i, given in enumerate(listed(record, field, where)):
         place = f"{where}: {field}[{i}]"
@@ -71,14 +71,14 @@ def messages(record: Mapping[str, Any], field: str, where: str) -> Chat:
 
 
 def side(record: Mapping[str, Any], field: str, role: str, where: str) -> Chat:
-    """The field's list of messages, or its text as one message of this role."""
+    """The conversation in a list of messages, or a string as one message of this role."""
     if isinstance(record.get(field), list):
         return messages(record, field, where)
     return Chat([{"role": role, "content": text(record, field, where, "text or a list of messages")}], [True])
 
 
 def turns(record: Mapping[str, Any], field: str, where: str) -> Chat:
-    """The field's list of ShareGPT's turns."""
+    """The conversation in a list of ShareGPT turns."""
     chat = Chat([], [])
     for i, given in enumerate(listed(record, field, where)):
         place = f"{where}: {field}[{i}]"
@@ -91,7 +91,7 @@ def turns(record: Mapping[str, Any], field: str, where: str) -> Chat:
 
 
 def question(record: Mapping[str, Any], where: str) -> Chat:
-    """Alpaca's system message, earlier questions with their answers, and the question to be answered."""
+    """The prompt of an Alpaca record: system message, history and instruction."""
     chat = system(record, where)
     history = record.get("history")
     if history is not None and not isinstance(history, list):
@@ -108,14 +108,14 @@ def question(record: Mapping[str, Any], where: str) -> Chat:
 
 
 def system(record: Mapping[str, Any], where: str) -> Chat:
-    """The system message of a record that has its text in a field of its own; none if that is empty."""
+    """The system message from the record's field `system`; no message if that is empty."""
     if record.get("system") in (None, ""):
         return Chat([], [])
     return Chat([{"role": "system", "content": text(record, "system", where)}], [True])
 
 
 def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
-    """The calls with their arguments as objects: templates write them as JSON, and a text would be quoted twice."""
+    """The calls with their arguments as objects: templates serialize them, and a string would be quoted twice."""
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise UserError(f"{where} tool_calls is {validate.short(calls)}; it must be a list of objects")
     result = []
@@ -139,7 +139,7 @@ def _flag(message: Mapping[str, Any], role: str, where: str) -> bool:
     """Whether the message may be trained: "train": true or false, or OpenAI's "weight": 1 or 0. Absent: yes."""
     given = [(key, message[key]) for key in ("train", "weight") if message.get(key) is not None]
     for key, value in given:
-        if value not in (0, 1):  # True and False are among them
+        if value not in (0, 1):  # includes True and False
             raise UserError(
                 f"{where} {key} is {validate.short(value)}; it must be "
                 f"{'true or false' if key == 'train' else '0 or 1'}"

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts to be answered, with whatever their records hold for judging the answers.
+"""Prompts to sample completions for, with the columns that reward functions need.
 
-    {"prompt": "What is 2 + 3?", "answer": "5"}                         a text is one message of the user
+    {"prompt": "What is 2 + 3?", "answer": "5"}                         a string is one user message
     {"prompt": [{"role": "user", "content": "..."}], "level": 3}        or a list of messages, as verl has it
-    {"messages": [{"role": "user", ...}, {"role": "assistant", ...}]}   the answer at the end is no part of the prompt
+    {"messages": [{"role": "user", ...}, {"role": "assistant", ...}]}   a final answer is not part of the prompt
 
-Every other field is a column: a reward function gets it by its name. An answer at the end of a conversation becomes the
+Every other field is a column, passed to reward functions by name. A final answer of a conversation becomes the
 column `answer`, and verl's reward_model.ground_truth the column `ground_truth`.
 """
 
@@ -30,7 +30,7 @@ from qwen2_jax.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """messages: up to the user's last turn. ids: of the chat template's text, with the beginning of an answer."""
+    """messages: up to the last user turn. ids: tokens of the rendered chat template with the generation prompt."""
 
     messages: list[dict[str, Any]]
     ids: list[int]
@@ -38,10 +38,10 @@ class Prompt:
 
 
 class Prompts:
-    """The prompts of a run. `batch` n is a function of (data, seed, n): a run may go on anywhere."""
+    """The prompts of a run. `batch` n is a function of (data, seed, n), so a run can resume at any batch."""
 
     def __init__(self, data: PromptData, tokenizer: Tokenizer, *, seed: int, cache: Path):
-        """Reads and tokenises everything. Raises UserError with file and line for a record that has no prompt."""
+        """Reads and tokenises everything. Raises UserError with file and line for a record without a prompt."""
         self.data = data
         self._prompts: list[Prompt] = []
         self._report: list[dict[str, Any]] = []
@@ -66,7 +66,7 @@ class Prompts:
         return [self._prompts[self._order[i]] for i in range(number * size, (number + 1) * size)]
 
     def first(self, count: int) -> list[Prompt]:
-        """The first so many, in the order of the files."""
+        """The first prompts, in file order."""
         return self._prompts[:count]
 
     def subset(self, numbers: Sequence[int], *, as_given: bool) -> "Prompts":
@@ -80,12 +80,12 @@ class Prompts:
         return (order.shuffle(seed=self._seed) if shuffled else order).repeat()
 
     def report(self) -> list[dict[str, Any]]:
-        """One dict per source: records, and how many were left out because they are too long."""
+        """One dict per source: records, and how many were dropped because they are too long."""
         return self._report
 
     @property
     def identity(self) -> list[str]:
-        """What must be equal for a run to be continued on the same prompts."""
+        """A digest of all prompts; a resumed run must have the same."""
         digest = hashlib.sha256()
         for prompt in self._prompts:
             digest.update(json.dumps([prompt.ids, prompt.columns], default=str).encode() + b"\n")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Responses to one prompt, the best first: what preference stages learn from.
+"""Parses ranked responses to one prompt, best first: the data of preference training.
 
     preference        {"prompt": "...", "chosen": "...", "rejected": "..."}, each a text or a list of messages
     ranked            {"prompt": "...", "responses": ["...", "...", "..."], "scores": [9, 7.5, 2]}
@@ -7,10 +7,10 @@
     alpaca_ranking    {"instruction": "...", "input": "...", "chosen": "...", "rejected": "..."}, or with
                       "output": ["...", "..."], the best first; system and history as in alpaca
 
-preference: without a prompt, or where chosen and rejected are lists that repeat it, both are whole conversations, and
-what they have in common up to an answer is the prompt. ranked: the best response first, or sorted by scores, of which
-more is better; of responses with equal scores only the first is kept, for nothing says which is better. Answers within
-a prompt are not trained.
+preference: without a prompt, or if chosen and rejected are lists that repeat it, both are whole conversations and their
+common prefix up to an answer is the prompt. ranked: best response first, or sorted by scores, higher is better; of
+responses with equal scores only the first is kept, because they have no order. Answers within a prompt are not
+targets.
 """
 
 import itertools
@@ -29,14 +29,14 @@ PAIR = ("chosen", "rejected")
 
 @dataclass(frozen=True)
 class Ranking:
-    """A prompt's messages, and two or more responses to it, the best first."""
+    """The messages of a prompt and two or more responses to it, best first."""
 
     prompt: list[dict[str, Any]]
     responses: list[Chat]
 
     @property
     def chats(self) -> list[Chat]:
-        """Each response behind the prompt, which is not trained."""
+        """The prompt, which is not trained, followed by each response."""
         return [Chat(self.prompt, [False] * len(self.prompt)) + response for response in self.responses]
 
 
@@ -63,7 +63,7 @@ def _preference(record: Mapping[str, Any], where: str) -> Ranking:
 
 
 def _common_prompt(sides: Sequence[Chat], where: str) -> Ranking:
-    """Of two whole conversations, which must be equal up to an answer."""
+    """The ranking of two whole conversations, which must be equal up to an answer."""
     chosen, rejected = (side.messages for side in sides)
     alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False))
     shared = min(sum(1 for _ in alike), len(chosen) - 1, len(rejected) - 1)
@@ -117,7 +117,7 @@ def _alpaca(record: Mapping[str, Any], where: str) -> Ranking:
 
 
 def _responses(record: Mapping[str, Any], field: str, where: str) -> tuple[list[Chat], list[str]]:
-    """The field's list of responses, and what each is called."""
+    """The responses in the field's list, and a name for each."""
     given = messages.listed(record, field, where, "response")
     names = [f"{field}[{i}]" for i in range(len(given))]
     named = dict(zip(names, given, strict=True))
@@ -125,7 +125,7 @@ def _responses(record: Mapping[str, Any], field: str, where: str) -> tuple[list[
 
 
 def _ranking(prompt: list[dict[str, Any]], responses: Sequence[Chat], names: Sequence[str], where: str) -> Ranking:
-    """names: what the record calls the responses."""
+    """names: of the responses in the record, for errors."""
     if len(responses) < 2:
         raise UserError(f"{where}: one response ({names[0]}); a ranking needs two or more, the best first")
     if not prompt or prompt[-1]["role"] == "assistant":

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a record means: a text, a conversation, or ranked responses. Mistakes are named with place, field and remedy.
+"""Formats of records: text, conversation or ranked responses. Errors name location, field and remedy.
 
     text               {"text": "..."}
     messages           {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
     sharegpt           {"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", ...}], "system": "..."}
     alpaca             {"instruction": "...", "input": "...", "output": "...", "system": "...", "history": [["q", "a"]]}
-    prompt_completion  {"prompt": "...", "completion": "..."}, each a text or a list of messages
+    prompt_completion  {"prompt": "...", "completion": "..."}, each a string or a list of messages
 
-and the formats of rankings.py. A field that is null counts as absent, since Parquet writes it so.
+and the formats of rankings.py. A null field counts as absent, because Parquet writes absent fields as null.
 """
 
 from collections.abc import Mapping
@@ -26,8 +26,8 @@ Format = Literal[
 ]  # fmt: skip
 FORMATS: tuple[str, ...] = get_args(Format)
 
-# The fields that tell a format, in the order in which they are looked for: UltraChat has a prompt beside its messages,
-# UltraFeedback a pair as well, Alpaca a text beside its instruction.
+# The fields that identify a format, in the order of the checks: UltraChat has a prompt besides its messages,
+# UltraFeedback also a pair, Alpaca a text besides its instruction.
 TELLING = (
     ("messages", ("messages",)),
     ("sharegpt_ranking", ("conversations", "chosen", "rejected")),
@@ -43,7 +43,7 @@ TELLING = (
 
 @dataclass(frozen=True)
 class Text:
-    """A document to be learnt as it stands."""
+    """A plain-text document."""
 
     text: str
 
@@ -52,7 +52,7 @@ Document = Text | Chat | Ranking
 
 
 def detect(record: Mapping[str, Any], where: str = "the first record") -> str:
-    """The format whose fields the record has. Alpaca's output is a ranking if it is a list."""
+    """The format that the record's fields identify. An Alpaca record whose output is a list is a ranking."""
     for format, fields in TELLING:
         if all(record.get(field) is not None for field in fields):
             return "alpaca_ranking" if format == "alpaca" and isinstance(record["output"], list) else format
@@ -61,7 +61,7 @@ def detect(record: Mapping[str, Any], where: str = "the first record") -> str:
 
 
 def read(record: Mapping[str, Any], format: str, where: str) -> Document:
-    """The record in this format ("auto": the one its fields tell). where: its place, for messages."""
+    """Parses a record in this format ("auto": detected from its fields). where: its location, for errors."""
     if format == "auto":
         format = detect(record, where)
     validate.choice("format", format, FORMATS)
@@ -94,7 +94,7 @@ def _alpaca(record: Mapping[str, Any], where: str) -> Chat:
 
 
 def _prompt_completion(record: Mapping[str, Any], where: str) -> Chat:
-    """Answers within the prompt are not trained; a text is one message."""
+    """Answers within the prompt are not targets; a string is one message."""
     prompt = messages.side(record, "prompt", "user", where)
     asked = [message["role"] != "assistant" for message in prompt.messages]
     return Chat(prompt.messages, asked) + messages.side(record, "completion", "assistant", where)

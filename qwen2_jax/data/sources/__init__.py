@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where records come from: JSON Lines, text, Parquet, Arrow, ArrayRecord, with random access."""
+"""Readers of data files: JSON Lines, text, Parquet, Arrow, ArrayRecord, with random access."""

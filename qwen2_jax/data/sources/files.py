@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bytes of files and what is written in them: decompression, UTF-8, JSON, with errors that name file and line."""
+"""Reads files: decompression, UTF-8 and JSON, with errors that name file and line."""
 
 import contextlib
 import gzip
@@ -17,13 +17,13 @@ from typing import Any, BinaryIO
 from qwen2_jax import validate
 from qwen2_jax.errors import UserError
 
-MARK = b"\xef\xbb\xbf"  # a byte order mark, as Windows writes it at the start of UTF-8
-STEP = 1 << 20  # bytes unpacked at a time
+MARK = b"\xef\xbb\xbf"  # byte order mark at the start of a UTF-8 file
+STEP = 1 << 20  # bytes decompressed at a time
 
 
 @contextlib.contextmanager
 def reading(where: str) -> Iterator[None]:
-    """Errors of the operating system, with the file's name and without a traceback."""
+    """Converts OSError to a UserError that names the file."""
     try:
         yield
     except OSError as error:
@@ -47,14 +47,14 @@ def first_line(error: Exception) -> str:
 
 
 def parse(line: bytes, where: str) -> dict[str, Any]:
-    """The JSON object written in `line`. where: for the message of the UserError if it is none."""
+    """The JSON object in `line`; raises UserError, which begins with `where`, if it is not one."""
     text = decode(line.rstrip(b"\r\n"), where, numbered=True)
     try:
         record = json.loads(text)
     except json.JSONDecodeError as error:
         start = validate.short(text.strip())
         raise UserError(f"{where}: not valid JSON ({error.msg}, column {error.colno}): {start}") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets a thousand deep
+    except (ValueError, RecursionError) as error:  # an extremely long number or extremely deep nesting
         raise UserError(f"{where}: not valid JSON ({error})") from error
     return json_object(record, where)
 
@@ -68,7 +68,7 @@ def json_object(record: Any, where: str) -> dict[str, Any]:
 
 
 def decode(data: bytes, where: str, numbered: bool = False) -> str:
-    """UTF-8 as text. numbered: `where` names the line already."""
+    """Decodes UTF-8. numbered: `where` already names the line."""
     try:
         return data.decode()
     except UnicodeDecodeError as error:
@@ -120,7 +120,7 @@ def _zstandard(opened: BinaryIO) -> Iterator[bytes]:
 
 
 def decompressed(file: str, cache: Path) -> Path:
-    """The decompressed copy in `cache`, made now if it is not there. Its name says path, size and time of the file."""
+    """The decompressed copy in `cache`, created if missing. Its name is derived from path, size and mtime."""
     with reading(file):
         status = os.stat(file)
     key = hashlib.sha256(f"{os.path.abspath(file)}\0{status.st_size}\0{status.st_mtime_ns}".encode()).hexdigest()[:16]
@@ -130,11 +130,11 @@ def decompressed(file: str, cache: Path) -> Path:
     temporary = None
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        for left in cache.glob("*.unfinished"):  # by a run that was killed; a living one writes all the time
-            with contextlib.suppress(FileNotFoundError):  # another host has just finished it
+        for left in cache.glob("*.unfinished"):  # of a killed run; a running one keeps writing
+            with contextlib.suppress(FileNotFoundError):  # another host has just removed it
                 if time.time() - left.stat().st_mtime > 3600:
                     left.unlink()
-        # Not by mkstemp, which lets nobody else read: the users of a machine may share the cache.
+        # Not mkstemp, whose files only the owner can read: users of a machine may share the cache.
         temporary = cache / f"{target.stem}-{socket.gethostname()}-{os.getpid()}.unfinished"
         with open(temporary, "wb") as out:
             for piece in pieces(file):

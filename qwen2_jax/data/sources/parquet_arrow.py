@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Records that libraries read: rows of Parquet files and of Hugging Face datasets, records of ArrayRecord files."""
+"""Records read through libraries: Parquet files, Hugging Face datasets, ArrayRecord files."""
 
 import collections
 import contextlib
@@ -17,7 +17,7 @@ ROW_GROUPS = 4  # of Parquet files, kept in memory
 
 
 class RowGroups:
-    """The row groups of Parquet files read last. One lock: pyarrow's readers are not meant for several threads."""
+    """Cache of the last row groups read from Parquet files. One lock: pyarrow readers are not thread-safe."""
 
     def __init__(self) -> None:
         self._tables: collections.OrderedDict[tuple[str, int], Any] = collections.OrderedDict()
@@ -48,7 +48,7 @@ def _parquet(file: str, metadata: Any = None) -> Iterator[Any]:
 
 
 class Parquet:
-    """The rows of one file; only the row groups asked for are read."""
+    """The rows of one file; row groups are read on demand."""
 
     def __init__(self, file: str, row_groups: RowGroups):
         self._file, self._row_groups = file, row_groups
@@ -72,12 +72,12 @@ class Parquet:
 
 
 class ArrayRecord:
-    """JSON objects if the first record is one, else texts."""
+    """The records of one file: JSON objects if the first record is one, else texts."""
 
     def __init__(self, file: str):
         module = library("array_record.python.array_record_module", "reading .array_record files")
         self._file, self._lock = file, threading.Lock()
-        with reading(file), open(file, "rb"):  # the library does not say why it cannot open a file
+        with reading(file), open(file, "rb"):  # the library gives no reason if it cannot open a file
             self._reader = module.ArrayRecordReader(file, "readahead_buffer_size:0")
         if not self._reader.ok():
             raise UserError(f"{file}: damaged, truncated or not ArrayRecord; copy it again")
@@ -86,7 +86,7 @@ class ArrayRecord:
         first = self._read(0)
         try:
             self._json = isinstance(json.loads(first), dict)
-        except (ValueError, RecursionError):  # brackets a thousand deep, in a text
+        except (ValueError, RecursionError):  # extremely deep nesting
             self._json = False
 
     def __len__(self) -> int:
@@ -109,7 +109,7 @@ class ArrayRecord:
 
 
 class Dataset:
-    """A folder of Hugging Face's datasets, memory-mapped by that library."""
+    """A folder written by Hugging Face datasets, memory-mapped by that library."""
 
     def __init__(self, folder: str):
         datasets = library("datasets", "reading a folder of Hugging Face datasets")

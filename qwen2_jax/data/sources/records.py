@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random access to the records of files: any record can be had directly, from any thread, with the place it stands at.
+"""Random access to the records of files, from any thread, with the location of each record for error messages.
 
-A record is a dict. Which files hold what:
+A record is a dict. Supported files:
 
     .jsonl .json              one JSON object per line; blank lines are skipped, a .json file may also be one array
     .txt .md .py              the whole file, as {"text": ...}
     .parquet                  one row
     .array_record             JSON objects or UTF-8 text
-    a folder of `datasets`    what Dataset.save_to_disk of Hugging Face wrote: one row
+    a folder of `datasets`    written by Hugging Face's Dataset.save_to_disk: one row
 
-JSON and text may be compressed (.gz, .zst). A folder or a glob stands for its files, sorted, all of one kind.
+JSON and text may be compressed (.gz, .zst). A folder or a glob means its files, sorted, all of one kind.
 """
 
 import functools
@@ -36,11 +36,11 @@ KINDS = {
 COMPRESSED = (".gz", ".zst")
 META, TOKENS = "meta.json", "tokens.u32"  # a folder with both holds token ids and no records: see store.py
 DATASET, SPLITS = "state.json", "dataset_dict.json"  # a folder with one of these was written by Hugging Face's datasets
-STEP = 1 << 24  # bytes looked at together
+STEP = 1 << 24  # bytes scanned at once
 
 
 class Records(Protocol):
-    """Records by number. `fingerprint` changes when the files do: names below the folder, sizes and times are in it."""
+    """Indexed records. `fingerprint` is a digest of the files' relative names, sizes and modification times."""
 
     @property
     def fingerprint(self) -> str: ...
@@ -50,15 +50,15 @@ class Records(Protocol):
     def __getitem__(self, i: int) -> dict[str, Any]: ...
 
     def where(self, i: int) -> str:
-        """The record's place for a message: "file.jsonl line 7". Lines, rows and items count from 1."""
+        """The record's location: "file.jsonl line 7". Lines, rows and items count from 1."""
         ...
 
 
 def open_records(path: str, cache: Path) -> Records:
     """Records of a file, a folder or a glob; compressed JSON is decompressed once into the folder `cache`.
 
-    Files are found and their sizes and times taken now; they are opened when the first record or their number is asked
-    for. Raises UserError that names file and line for whatever cannot be read, now or then.
+    This lists the files and takes their fingerprint; they are opened when a record or the length is first needed.
+    Raises UserError that names file and line for anything that cannot be read, now or then.
     """
     path = os.path.expanduser(path)
     found = _find(path)
@@ -96,8 +96,8 @@ class _Part(Protocol):
 class _Joined:
     """Records of several files, one after the other.
 
-    The fingerprint is taken before any file is opened: a file that is replaced meanwhile then counts as changed at the
-    next start, and never as read.
+    The fingerprint is taken before any file is opened, so a file that is replaced in between counts as changed at the
+    next start.
     """
 
     def __init__(self, files: Sequence[str], opened: Callable[[], list[_Part]]):
@@ -160,12 +160,12 @@ def _find(path: str) -> dict[str, str]:
 
 
 def _walk(folder: str) -> dict[str, str]:
-    """Data files below a folder. Hidden ones, those with other endings and folders of token ids are passed over."""
+    """Data files below a folder. Skips hidden files, unknown extensions and folders of token ids."""
     found: dict[str, str] = {}
     seen: set[str] = set()
     for place, folders, files in os.walk(folder, onerror=_raise, followlinks=True):
         real = os.path.realpath(place)
-        if real in seen or is_store(place):  # a link may lead back up, or to what is found on another way
+        if real in seen or is_store(place):  # a link may form a cycle or lead to a folder visited before
             folders.clear()
             continue
         seen.add(real)
@@ -181,12 +181,12 @@ def _walk(folder: str) -> dict[str, str]:
 
 
 def is_store(path: str) -> bool:
-    """Whether this folder holds token ids, made by store.build."""
+    """Whether this folder holds token ids written by store.build."""
     return all(os.path.isfile(os.path.join(path, name)) for name in (META, TOKENS))
 
 
 def _of_one_kind(path: str, kinds: Mapping[str, Sequence[str]]) -> str:
-    """A path that stands for the data without the texts beside it, such as a README.md."""
+    """A glob for the data files without other texts, such as a README.md."""
     kind = next(kind for kind in kinds if kind != "text")
     file = kinds[kind][0]
     if kind == "dataset":
@@ -278,7 +278,7 @@ class _Lines:
         return f"{self._name} line {i + 1 if self._numbers is None else self._numbers[i]}"
 
     def read(self, i: int) -> dict[str, Any]:
-        # Opened anew each time: any thread may come, and a thousand shards would use up the file descriptors.
+        # Opened for each read: threads read concurrently, and many shards would exhaust the file descriptors.
         with reading(self._name), open(self._file, "rb") as opened:
             opened.seek(int(self._starts[i]))
             line = opened.readline()
@@ -286,7 +286,7 @@ class _Lines:
 
 
 class _Array:
-    """A .json file that is one array of objects, as Alpaca's and ShareGPT's are published. It is read whole."""
+    """A .json file with one array of objects, as for Alpaca and ShareGPT. It is read into memory."""
 
     def __init__(self, file: str | Path, name: str):
         with reading(name):

@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Documents as token ids, each with a flag: is it a prediction target? loss_mask.py has the rule for conversations.
+"""Encodes documents as token ids with a target flag for each. loss_mask.py has the rule for conversations.
 
-A conversation's ids are exactly `tokenizer.chat_ids(messages, add_generation_prompt=False)`. Where the answers lie in
-them is found out from what the chat template writes, in one of two ways:
+A conversation's ids are exactly `tokenizer.chat_ids(messages, add_generation_prompt=False)`. The
+positions of the answers are derived from the rendered chat template, in one of two ways:
 
 ChatML, Qwen2's template and its like. If the rendered text is <|im_start|>ROLE, newline, CONTENT, <|im_end|>, newline
 for every message, the pieces between the special tokens are encoded one by one: which are targets is then known.
 
-Any other template. The conversation up to an answer, with the generation prompt, and the conversation up to the
-answer's end are rendered too: what the second has more than the first is the answer. Both must be beginnings of the
-whole, or the template is refused.
+Any other template. The conversation is also rendered up to an answer, with the generation prompt, and up to the
+answer's end; the difference is the answer. Both must be prefixes of the whole text, or UserError is raised.
 
-Text that spells a special token stays text everywhere, in plain documents too.
+Text that spells a special token is encoded as ordinary text, in plain documents too.
 
 A ranking is one document: its conversations one after another, the best response's first, each with the prompt.
 """
@@ -34,8 +33,8 @@ from qwen2_jax.data.tokens.loss_mask import Targets, trained_answers, turn_loss_
 from qwen2_jax.errors import UserError
 from qwen2_jax.tokenizer import END_OF_TEXT, IM_END, IM_START, Tokenizer, pipeline
 
-PIECE = 1 << 17  # characters of a long text that are encoded in one piece
-TOGETHER = 8  # pieces encoded at once: the library needs more than 100 bytes a character meanwhile
+PIECE = 1 << 17  # characters of a long text encoded at once
+TOGETHER = 8  # pieces encoded together: the library needs more than 100 bytes per character
 # Qwen2's pre-tokenisation ends a word behind each run of newlines, whatever follows, so ids do not change if a text is
 # cut there: before a character that is no white space and neither combines with anything (NFC) before it.
 CUT = re.compile(r"\n(?=\S)")
@@ -59,9 +58,9 @@ class Encoded:
 class Encoder:
     """Encodes documents. A message whose `train` flag is off has no targets, whatever `targets` says.
 
-    A text ends with <|endoftext|>, and all of it is target. A conversation without an answer has no targets under
-    "assistant", "assistant_newline" and "last_assistant"; the caller leaves it out. Of a ranking only responses have
-    targets, so "turns_qwen1" and "all" are refused for it.
+    A text ends with <|endoftext|>, and all its tokens are targets. A conversation without answers has no targets under
+    "assistant", "assistant_newline" and "last_assistant"; the caller skips it. In a ranking only responses have
+    targets, so "turns_qwen1" and "all" raise UserError.
     """
 
     def __init__(self, tokenizer: Tokenizer, targets: Targets = "assistant"):
@@ -125,9 +124,9 @@ class Encoder:
 
     @functools.cached_property
     def _may_cut(self) -> bool:
-        """Whether this tokenizer splits as Qwen2's, and has no token of its own that reaches over a newline."""
+        """Whether this tokenizer splits text as Qwen2's does, and has no added token that spans a newline."""
         ours, theirs = (json.loads(backend.to_str()) for backend in (pipeline(models.BPE()), self.tokenizer._backend))
-        for settings in (ours, theirs):  # how offsets are counted does not change ids
+        for settings in (ours, theirs):  # offsets do not change ids
             for part in (settings["pre_tokenizer"] or {}).get("pretokenizers", []):
                 part.pop("trim_offsets", None)
         added = [token for token in theirs["added_tokens"] if not token["special"]]
@@ -167,7 +166,7 @@ class Encoder:
             return None
         bodies = self.tokenizer.encode_batch([*map(_body, [*system, *probe])], allow_special=False)
         joined = self._join(Chat([*system, *probe], [True] * (len(system) + len(probe))), iter(bodies))
-        # A special token that swallows the white space beside it would make a difference here.
+        # Differs if a special token strips the white space next to it.
         return system if joined.tokens == self.tokenizer.chat_ids(probe, add_generation_prompt=False) else None
 
     def _turns(self, chat: Chat) -> Chat | None:
@@ -202,8 +201,8 @@ class Encoder:
     def _head(self, role: str, body: list[int]) -> int:
         """How many tokens at the start of a turn hold its role and the newline.
 
-        A content that begins with newlines shares a token with that one. It belongs to the head: after a generation
-        prompt, which ends with a newline of its own, that token never comes.
+        Content that begins with newlines shares a token with that newline. The token belongs to the head: after a
+        generation prompt, which ends with a newline, the model never produces it.
         """
         head = self._heads[role]
         if body[: len(head)] == head:
@@ -251,7 +250,7 @@ class Encoder:
         )
 
     def _bytes_before(self, tokens: list[int], messages: list[dict[str, Any]], i: int, prompt: bool) -> int:
-        """Length in bytes of messages[:i] as the template writes them, which must be how it begins the whole."""
+        """Length in bytes of messages[:i] as rendered, which must be a prefix of the whole text."""
         if i == 0 and not prompt:
             return 0
         if i == 0:
@@ -273,7 +272,7 @@ class Encoder:
 
 
 def _laid_out(sequences: Sequence[Encoded]) -> Encoded:
-    """A ranking's sequences one after another."""
+    """Concatenates the sequences of a ranking."""
     flat = itertools.chain.from_iterable
     return Encoded(
         [*flat(one.tokens for one in sequences)],
@@ -300,7 +299,7 @@ def _chatml(messages: Sequence[dict[str, Any]]) -> str:
 
 
 def _check_tool_calls(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> None:
-    """Refuses tool calls that the template would silently leave out."""
+    """Raises UserError for tool calls that the template would silently drop."""
     for i, message in enumerate(messages):
         if message.get("tool_calls"):
             without = {key: value for key, value in message.items() if key != "tool_calls"}

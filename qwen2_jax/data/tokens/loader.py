@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a Data configuration to batches. Batch s is a function of (data, seed, s): not of hosts, threads or restarts.
+"""Loads batches for a Data configuration. Batch s depends only on (data, seed, s), not on hosts, threads or restarts.
 
-Each source is tokenised once (store.py), packed by a plan (packing_plan.py), its rows are shuffled by a formula that
-needs no memory; a batch is the next so many rows of the mixture. To continue at batch s, start there.
+Each source is tokenised once (store.py), packed by a plan (packing_plan.py), and its rows are shuffled by a formula
+that needs no memory. A batch is the next B rows of the mixture. To resume at batch s, start there.
 """
 
 import contextlib
@@ -32,17 +32,17 @@ from qwen2_jax.errors import UserError
 from qwen2_jax.parallel import hosts
 from qwen2_jax.tokenizer import Tokenizer
 
-THREADS = 4  # that read rows ahead
-AHEAD = 8  # batches
+THREADS = 4  # that prefetch rows
+AHEAD = 8  # prefetched batches
 HOSTS_WAIT = 24 * 3600.0  # seconds: a host may still be tokenising
 Host = slice | tuple[int, int]
 
 
 class Loaded:
-    """Opened data of a run: `batches` for training, `once` for held-out data, `report` and `epochs` for people.
+    """The data of a run: `batches` for training, `once` for held-out data, `report` and `epochs` for the log.
 
-    plans: the rows themselves, each plan's in its own fixed order. ranks: K, which numbers the sequences of groups
-    (packing.py), 1 for documents that are none. groups_per_row: the most groups that any row has, 0 without groups.
+    plans: the rows, in a fixed order in each plan. ranks: the largest number of sequences of a group (packing.py), 1
+    without groups. groups_per_row: the largest number of groups in a row, 0 without groups.
     """
 
     def __init__(self, data: Data, plans: Sequence[Rows], *, seed: int, found: Sequence[stores.Meta]):
@@ -52,9 +52,9 @@ class Loaded:
         self._padding = empty_row(self.length, self.pad)
 
     def with_ranks(self, ranks: int) -> "Loaded":
-        """The same rows with groups numbered by `ranks`, so that one objective takes them and other data alike.
+        """The same rows with groups numbered by `ranks`, so that one objective can take data with different `ranks`.
 
-        It comes before `with_reference`. Raises UserError if this data has no groups.
+        Call it before `with_reference`. Raises UserError if this data has no groups.
         """
         if self.ranks == 1:
             raise UserError(
@@ -67,7 +67,7 @@ class Loaded:
         return Loaded(self.data, plans, seed=self._seed, found=self._found)
 
     def with_reference(self, arrays: Sequence[np.ndarray]) -> "Loaded":
-        """The same batches with reference_BT: row r of plan p has arrays[p][r], wherever the shuffle puts it.
+        """The same batches with reference_BT: row r of plan p has arrays[p][r], independent of the shuffle.
 
         arrays: float32 [rows, length] for each of `plans`, in memory or mapped; rows of padding have zeros.
         """
@@ -85,7 +85,7 @@ class Loaded:
         return sum(map(len, self.plans))
 
     def batches(self, rows: int, start: int = 0, host: Host = (0, 1)) -> Iterator[Batch]:
-        """Endless batches of `rows` rows, from number `start` on, prepared ahead by threads.
+        """Endless batches of `rows` rows, starting with batch `start`, prefetched by threads.
 
         host: (index, count) for this host's contiguous part of each batch, or the slice of rows itself.
         """
@@ -93,10 +93,10 @@ class Loaded:
         return _read_ahead(_Batches(self._stream(), rows, start, part))
 
     def once(self, rows: int, host: Host = (0, 1)) -> Iterator[Batch]:
-        """Every row of every source once; the last batch is filled up with rows of padding.
+        """Every row of every source once; the last batch is padded with empty rows.
 
-        The order is one fixed shuffle of each source, so that its first batches stand for all of it: best fit puts
-        long documents first, and a file may be sorted as well.
+        Each source has one fixed shuffle, so that the first batches are a fair sample: best fit puts long documents
+        first, and a file may be sorted.
         """
         part = _part(rows, host)
         dataset = _grain().MapDataset
@@ -106,9 +106,9 @@ class Loaded:
             yield stack([every[r] if r < len(every) else self._padding for r in numbers])
 
     def epochs(self, batches: int, rows: int) -> list[float]:
-        """How often each source is gone through in that many batches. Raises UserError if that exceeds max_epochs.
+        """Epochs of each source in `batches` batches. Raises UserError if a source exceeds its max_epochs.
 
-        The last batch may go beyond: the number of rows is seldom a multiple of a batch.
+        The last batch may exceed it: the number of rows is rarely a multiple of the batch size.
         """
         total = batches * rows
         if self.data.weighted:
@@ -127,7 +127,7 @@ class Loaded:
         return [float(count) for count in counts]
 
     def report(self) -> list[dict[str, Any]]:
-        """One dict per plan for a table: what was found, used and left out, and how well the rows are filled."""
+        """One dict per plan for a table: documents found, used and skipped, and packing efficiency."""
         table = []
         for group, plan in zip(_groups(self.data), self.plans, strict=True):
             found = list({id(self._found[i]): self._found[i] for i in group}.values())  # a store listed twice: once
@@ -146,7 +146,7 @@ class Loaded:
 
     @property
     def identity(self) -> list[str]:
-        """What must be equal for a run to be continued on the same batches: a digest of each source's tokens."""
+        """A digest of each source's tokens; a resumed run must have the same."""
         return [meta.digest for meta in self._found]
 
     def _stream(self) -> Any:
@@ -199,7 +199,7 @@ def _part(rows: int, host: Host) -> slice:
 
 
 def _grain() -> Any:
-    return library("grain", "training")  # takes seconds to import, and answering needs no training data
+    return library("grain", "training")  # takes seconds to import, and inference does not need it
 
 
 def _read_ahead(source: _Batches) -> Iterator[Batch]:
@@ -214,9 +214,9 @@ def _read_ahead(source: _Batches) -> Iterator[Batch]:
 def open_data(
     data: Data, tokenizer: Tokenizer, *, length: int, seed: int, cache: Path, console: Console | None = None
 ) -> Loaded:
-    """Tokenises what is not in the cache yet and plans the rows of `length` tokens.
+    """Tokenises sources that are not in the cache yet and plans rows of `length` tokens.
 
-    Hosts call this together; it raises UserError on all of them if they do not hold the same tokens.
+    All hosts call this; it raises UserError on all of them if their tokens differ.
     """
     if length < 1:
         raise UserError(f"rows have {length} tokens; give at least one")
@@ -239,7 +239,7 @@ def open_data(
 
 
 def _check_hosts(data: Data, digests: Sequence[str]) -> None:
-    """Each host takes its part of what it believes to be the batch of all: they must have read the same tokens."""
+    """Raises UserError if hosts have read different tokens: each takes its rows of one global batch."""
     facts = {f"{i} {source.path}": digest for i, (source, digest) in enumerate(zip(data.sources, digests, strict=True))}
     told = []
     for found in hosts.differences("comparing data", facts, seconds=HOSTS_WAIT):
@@ -266,7 +266,7 @@ def _open_source(
             "cache (data.cache, or out, the folder of the run), or a source without it"
         )
     records, encoder = open_records(source.path, cache), Encoder(tokenizer, targets)
-    # What the first record says is not known yet; but all formats of chats share one folder, and texts have theirs.
+    # The format is not known yet; all chat formats share one folder, and texts have another.
     for format in ("text", "messages") if source.format == "auto" else (source.format,):
         folder = _folder(cache, source, stores.recipe(records, format, encoder))
         if (made := stores.opened(records, source.format, encoder, folder)) is not None:
@@ -278,9 +278,9 @@ def _open_source(
 
 
 def _folder(cache: Path, source: Source, recipe: stores.Meta) -> Path:
-    """Named by all that decides about the tokens, so that none is ever replaced while another run or host reads it.
+    """Named by a digest of everything that determines the tokens, so that no folder is replaced while it is read.
 
-    The time of the source's files is among it: hosts with copies of their own may share one cache.
+    This includes the modification times of the source's files: hosts with separate copies may share one cache.
     """
     parts = (os.path.abspath(source.path), source.format, recipe.source, recipe.tokenizer, recipe.targets)
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
@@ -301,7 +301,7 @@ def _made_ahead(source: Source, targets: Targets, tokenizer: Tokenizer) -> Token
 
 
 def _ranks(data: Data, found: Sequence[TokenStore]) -> int:
-    """The most sequences that a document of any source has: with it all of them number groups."""
+    """The largest number of sequences in a document of any source; all sources number groups by it."""
     ranked = [store.ranks > 1 for store in found]
     if any(ranked) and not all(ranked):
         paths = [source.path for source in data.sources]
@@ -329,7 +329,7 @@ def _plan(data: Data, documents: Documents, length: int, pad: int, ranks: int, n
 
 
 def _groups(data: Data) -> list[list[int]]:
-    """Numbers of the sources that are packed together."""
+    """Indices of the sources that are packed together."""
     every = list(range(len(data.sources)))
     return [[i] for i in every] if data.weighted else [every]
 

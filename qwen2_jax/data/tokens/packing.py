@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packs documents into rows: segment ids keep them apart, positions start again in each.
+"""Packs documents into rows: segment ids separate them, positions restart in each.
 
-A group is a document of several sequences that belong together: a prompt with each of its ranked responses. Its row has
-all of it, and a sequence's segment is the group's number in the row times K plus its rank, 0 for the best response. K
-is how many sequences a group of the data has at most.
+A group is a document of several sequences: a prompt with each of its ranked responses. A group is never split.
+A sequence's segment is the group's number in the row times `ranks` plus its rank, 0 for the best response; `ranks` is
+the largest number of sequences in any group of the data.
 """
 
 from collections.abc import Sequence
@@ -15,13 +15,13 @@ import numpy as np
 class Batch(NamedTuple):
     """One training batch; every field is an array [B, T]. Padding has segment -1, position -1 and weight 0.
 
-    The last four are what stages with a reference or a policy add to each target, float32; None elsewhere.
+    The last four are float32 values per target for stages with a reference model or a policy; None elsewhere.
     """
 
     tokens_BT: Any  # int32, inputs
     targets_BT: Any  # int32, the next token of the same document
     weights_BT: Any  # float32, weight of each target in the loss; 0 = not a target
-    segments_BT: Any  # int32, document number within the row; of groups: group number x K + rank
+    segments_BT: Any  # int32, document number within the row; of groups: group number x ranks + rank
     positions_BT: Any  # int32, position within the document; of groups: within the sequence
     reference_BT: Any = None  # log-probability under the reference
     old_BT: Any = None  # under the weights that the rows were sampled with, as training computes it
@@ -42,7 +42,7 @@ class Tokens(Protocol):
 
 
 def empty_row(length: int, pad: int) -> Batch:
-    """A row [length] of nothing but padding."""
+    """A row [length] of padding."""
     return Batch(
         np.full(length, pad, np.int32),
         np.full(length, pad, np.int32),
@@ -53,7 +53,7 @@ def empty_row(length: int, pad: int) -> Batch:
 
 
 def pack_row(documents: Sequence[Tokens], length: int, *, pad: int) -> Batch:
-    """One row [length] from documents in order. What does not fit is cut off; the loss never crosses a boundary."""
+    """One row [length] from documents in order. The rest is truncated; no target crosses a document boundary."""
     row = empty_row(length, pad)
     at = 0
     for number, document in enumerate(documents):
@@ -80,8 +80,8 @@ class Group(Tokens, Protocol):
 def pack_groups(groups: Sequence[Group], length: int, ranks: int, *, pad: int) -> Batch:
     """One row [length] from groups that fit it, of at most `ranks` sequences each.
 
-    Every token is an input, for a reward model reads its score at a sequence's last one. That has no target: its weight
-    is 0.
+    Every token is an input, because a reward model computes its score at a sequence's last token, which has no target:
+    its weight is 0.
     """
     row = empty_row(length, pad)
     at = 0

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packing plans: which tokens of which documents make row r. Nothing is read or copied until a row is asked for.
+"""Packing plans: which tokens of which documents form row r. Tokens are read when a row is indexed.
 
-A plan is a pure function of the documents' lengths, so every row can be had directly, on every host, in any order.
+A plan is a pure function of the documents' lengths, so any host can build any row independently, in any order.
 """
 
 import bisect
@@ -19,17 +19,17 @@ from qwen2_jax.data.tokens.packing import Batch, empty_row, pack_groups, pack_ro
 from qwen2_jax.errors import UserError
 
 TooLong = Literal["drop", "cut", "error"]
-WINDOW = 1 << 20  # documents that best fit looks at together: bounds its memory, and loses nothing measurable
+WINDOW = 1 << 20  # documents packed together by best fit: bounds its memory at no measurable loss
 
 
 class Store(Protocol):
-    """Tokenised documents one after another. Documents of length 0 are those that were left out."""
+    """Tokenised documents one after another. Documents of length 0 were skipped."""
 
     tokens: np.ndarray  # uint32 [tokens]
     offsets: np.ndarray  # int64 [documents + 1]
 
     @property
-    def all_targets(self) -> bool: ...  # every token is one; then is_target need not be asked
+    def all_targets(self) -> bool: ...  # every token is a target, and is_target need not be called
 
     def is_target(self, start: int, stop: int) -> np.ndarray: ...
 
@@ -106,7 +106,7 @@ class Documents:
         return found
 
     def where(self, i: int) -> str:
-        """What a person calls document i: its file and line."""
+        """Location of document i: its file and line."""
         return self._stores[self._store_of(i)].where(int(self._ids[i]))
 
     def document(self, i: int, most: int | None = None) -> Document:
@@ -118,7 +118,7 @@ class Documents:
         """Tokens [start, stop) of all documents laid end to end."""
         first = int(np.searchsorted(self.starts, start, "right")) - 1
         last = int(np.searchsorted(self.starts, stop, "left"))
-        # Neighbours in the same file are read in one go: documents are short, and a row may hold hundreds.
+        # Adjacent documents of a store are read at once: a row may hold hundreds of short ones.
         shifts = self._begins[first:last] - self.starts[first:last]
         stores = np.searchsorted(self._firsts, np.arange(first, last), "right") - 1
         breaks = np.nonzero((np.diff(shifts) != 0) | (np.diff(stores) != 0))[0] + 1
@@ -142,18 +142,18 @@ class Documents:
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """What a plan does with its documents."""
+    """How many documents and tokens a plan uses and skips."""
 
     documents: int  # that are in a row, whole or in part
     tokens: int  # of them that are inputs
     targets: int  # of them that are trained
-    dropped: int = 0  # documents too long for a row and left out
-    cut: int = 0  # documents too long for a row of which only the beginning is used
+    dropped: int = 0  # documents too long for a row, skipped
+    cut: int = 0  # documents too long for a row, truncated
     outside: int = 0  # documents that are shorter than min_tokens or longer than max_tokens
 
 
 class Rows(Protocol):
-    """Rows of one length. Row r is the same whenever and wherever it is asked for.
+    """Rows of one length. Row r is the same on every call and every host.
 
     ranks: what groups are numbered by (packing.py); 1: no groups. most_groups: that any row has, 0 without groups.
     """
@@ -175,10 +175,10 @@ def efficiency(rows: Rows) -> float:
 
 
 class ConcatRows:
-    """All documents end to end, cut every `length` tokens: for pre-training, where no position may be wasted.
+    """All documents end to end, split every `length` tokens: for pre-training, without padding.
 
-    A document that a cut splits goes on in the next row as a segment of its own, with positions from 0: it does not
-    see its beginning. No target is lost to the cut: the first token of a row is the last target of the row before.
+    A split document continues in the next row as a separate segment with positions from 0 and cannot attend to its
+    beginning. No target is lost: the first token of a row is the last target of the row before.
     """
 
     ranks, most_groups = 1, 0
@@ -214,7 +214,7 @@ class ConcatRows:
 
 
 class BestFitRows:
-    """Whole documents, each in the fullest row that still has room for it: for chats, whose beginning must be seen."""
+    """Whole documents, each in the fullest row with room for it: for chats, which must not be split."""
 
     def __init__(
         self, documents: Documents, length: int, *, pad: int, too_long: TooLong = "drop", ranks: int | None = None
@@ -277,7 +277,7 @@ def _fit(documents: Documents, length: int, last: int, too_long: TooLong) -> tup
         )
     if too_long == "cut":
         within = documents.targets_within(over, most)
-        long[over] = within == 0  # a chat whose first answer lies behind the cut teaches nothing
+        long[over] = within == 0  # a chat whose first answer is truncated has no target
         cut = int((within > 0).sum())
         return np.nonzero(~long)[0], len(over) - cut, cut, targets + int(within.sum())
     return np.nonzero(~long)[0], len(over), 0, targets
@@ -302,7 +302,7 @@ def best_fit(sizes: np.ndarray, length: int, window: int = WINDOW) -> tuple[np.n
 
 
 def _rows_by_best_fit(sizes: list[int], length: int):
-    """The row of each document, in the given order. Rows with equal room wait in one heap; `rooms` is sorted."""
+    """The row of each document, in the given order. Rows with equal room share a heap; `rooms` is sorted."""
     rows: dict[int, list[int]] = {}  # room -> rows that have it, the oldest on top
     rooms: list[int] = []
     count = 0

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokens as a terminal may show them: targets stand out, special tokens are spelled, and nothing in them is obeyed.
+"""Formats tokens for a terminal: highlights targets, spells out special tokens and escapes control characters.
 
-Data comes from others, and a terminal carries out what it is sent: an escape sequence in a document could rewrite the
-window's title or hide lines. Everything of the data that is printed goes through `visible`.
+Documents are untrusted, and an escape sequence in one could change the terminal's state or hide lines. All printed data
+goes through `visible`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,13 +10,13 @@ from collections.abc import Iterator, Sequence
 from qwen2_jax.tokenizer import Tokenizer
 
 STYLES = {"target": "bold green", "context": "dim", "special": "underline"}
-MARKS = (">>", "<<")  # around targets, where the console has no colours
+MARKS = (">>", "<<")  # around targets on a console without colours
 
 
 def runs(
     tokenizer: Tokenizer, ids: Sequence[int], is_target: Sequence[bool], marks: tuple[str, str] = ("", "")
 ) -> Iterator[tuple[str, str]]:
-    """(text, style) of neighbouring tokens that are alike; joined, so that characters cut into tokens are whole.
+    """(text, style) for each run of tokens of one kind; joined, so that multi-token characters decode correctly.
 
     style: of rich, from STYLES. marks: put around targets. Control characters are spelled out.
     """
@@ -36,10 +36,10 @@ def runs(
 
 
 def rank_name(rank: int, ranks: int) -> str:
-    """What a person calls the sequence of this rank, of groups with at most so many."""
+    """The name of the sequence of this rank, in groups of at most `ranks` sequences."""
     return ("chosen", "rejected")[rank] if ranks == 2 else f"rank {rank + 1}"
 
 
 def visible(text: str) -> str:
-    """The text with control characters spelled out, so that data cannot command the terminal."""
+    """The text with control characters escaped, so that data cannot control the terminal."""
     return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A corpus as token ids in a folder: written once, then mapped into memory and read anywhere at once.
+"""A tokenised corpus in a folder: written once, then memory-mapped for random access.
 
     tokens.u32    every document's ids, one document after another, little-endian
-    offsets.i64   where each begins, and the end of the last
-    targets.bits  one bit per token, whether it is trained, lowest bit first; absent where all are
+    offsets.i64   the start of each document, and the end of the last
+    targets.bits  one bit per token, whether it is a target, lowest bit first; absent if all are
     counts.u32    trained tokens of each document; absent with targets.bits
     begins.bits   of rankings: one bit per token, whether a sequence begins there; absent for other documents
-    meta.json     what it was made from, and how many of everything
+    meta.json     source, settings and counts
 
-A record that teaches nothing (empty, or a chat without an answer) is a document of length 0, so numbers stay those of
-the records.
+A record without a target (empty, or a chat without an answer) is a document of length 0, so that document and record
+numbers agree.
 """
 
 import contextlib
@@ -33,14 +33,14 @@ from qwen2_jax.files.build_once import alone_in, aside, publish
 from qwen2_jax.tokenizer import Tokenizer
 
 VERSION = 2
-BATCH_RECORDS, BATCH_CHARACTERS = 1024, 1 << 22  # what is tokenised together: enough for all cores, bounded in memory
+BATCH_RECORDS, BATCH_CHARACTERS = 1024, 1 << 22  # tokenised at once: enough for all cores, bounded memory
 
 Progress = Callable[[int, int], Any]  # records done, records in all
 
 
 @dataclasses.dataclass(frozen=True)
 class Meta:
-    """What meta.json holds."""
+    """The contents of meta.json."""
 
     version: int
     source: str  # fingerprint of the files it was made from
@@ -57,7 +57,7 @@ class Meta:
 
     @property
     def kept(self) -> int:
-        """Documents that teach something."""
+        """Documents with at least one target."""
         return self.documents - self.empty - self.untargeted
 
     @property
@@ -72,9 +72,9 @@ class Meta:
 
 
 class TokenStore:
-    """An opened folder. tokens: uint32 [tokens]; offsets: int64 [documents + 1]; both are mapped, not read.
+    """An opened folder. tokens: uint32 [tokens]; offsets: int64 [documents + 1]; both are memory-mapped.
 
-    path is what the user called the data, for messages; locate turns a document's number into file and line.
+    locate: returns the file and line of a document number, for messages.
     """
 
     def __init__(self, folder: str | Path, locate: Callable[[int], str] | None = None):
@@ -123,11 +123,11 @@ class TokenStore:
         return None if self._begins is None else _flags(self._begins, start, stop)
 
     def target_counts(self) -> np.ndarray:
-        """How many tokens of each document are trained; the first one never is, for nothing stands before it."""
+        """How many tokens of each document are trained; the first one never is, because no token precedes it."""
         return np.maximum(self.lengths - 1, 0) if self._counts is None else np.asarray(self._counts, np.int64)
 
     def where(self, document: int) -> str:
-        """What a person calls this document: its file and line if the records are at hand."""
+        """Location of this document: file and line, or the folder and number if the records are not open."""
         return self._locate(document) if self._locate else f"{self.folder} document {document + 1}"
 
     def _map(self, name: str, dtype: str, count: int) -> np.ndarray:
@@ -150,7 +150,7 @@ def _flags(bits: np.ndarray, start: int, stop: int) -> np.ndarray:
 
 
 class _BitsFile:
-    """Flags on their way into a file. What does not fill a byte yet waits for the next ones."""
+    """Writes flags as bits; buffers those that do not fill a byte yet."""
 
     def __init__(self, file: IO[bytes]):
         self._file, self._left = file, np.zeros(0, bool)
@@ -184,10 +184,10 @@ def read_meta(folder: Path) -> Meta:
 
 
 def tokenizer_fingerprint(tokenizer: Tokenizer, *, chat: bool) -> str:
-    """Changes when the tokenizer gives other ids or, with chat, when its chat template writes other text.
+    """A digest of the tokenizer and, with chat, of its chat template.
 
-    Of the special tokens that tokenizer_config.json names, such as eos_token, only those count that the template
-    names: fine-tuning renames eos_token, and most templates do not write it.
+    Of the special tokens in tokenizer_config.json, such as eos_token, it covers only those that the template uses:
+    fine-tuning changes eos_token, which most templates do not contain.
     """
     parts = [tokenizer._backend.to_str(), ""]
     if chat and (template := tokenizer.chat_template):
@@ -198,19 +198,19 @@ def tokenizer_fingerprint(tokenizer: Tokenizer, *, chat: bool) -> str:
 
 
 def same_tokenizer(meta: Meta, tokenizer: Tokenizer) -> bool:
-    """Whether this tokenizer would give the same ids."""
+    """Whether this tokenizer produces the same ids."""
     return meta.tokenizer == tokenizer_fingerprint(tokenizer, chat=meta.format != "text")
 
 
 def recipe(records: Records, format: str, encoder: Encoder) -> Meta:
-    """What meta.json says before anything is counted. A text depends on neither targets nor chat template."""
+    """The Meta of a build before counting. Plain text depends on neither targets nor chat template."""
     chat = format != "text"
     fingerprint = tokenizer_fingerprint(encoder.tokenizer, chat=chat)
     return Meta(VERSION, records.fingerprint, fingerprint, format, str(encoder.targets) if chat else "")
 
 
 def detect(records: Records, format: str, name: str) -> str:
-    """The format, or what the first record tells where it is "auto": one that differs is a mistake, not another."""
+    """The format; "auto": detected from the first record, and all others must have it."""
     if not len(records):
         raise UserError(f"{name} has no records")
     return record_formats.detect(records[0], records.where(0)) if format == "auto" else format
@@ -227,8 +227,8 @@ def build(
 ) -> TokenStore:
     """Tokenises the records into `folder`, or opens what is there if it was made from the same data in the same way.
 
-    The folder appears when it is whole. Several processes may call this at once: the first one on a machine works and
-    the others wait for it. Raises UserError with file and line for a record that cannot be used.
+    The folder is published when it is complete. Several processes may call this at once: the first one on a machine
+    builds it and the others wait. Raises UserError with file and line for a record that cannot be used.
     """
     folder = Path(folder).absolute()
     if (made := opened(records, format, encoder, folder)) is not None:
@@ -238,7 +238,7 @@ def build(
     wanted = recipe(records, detect(records, format, name), encoder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with alone_in(folder) as alone:
-        if not _matches(folder, wanted):  # nobody made it while this process waited
+        if not _matches(folder, wanted):  # not built by another process while this one waited
             with aside(folder, alone) as work:
                 meta = _write(records, encoder, work, wanted, name, progress)
                 write_file(work / META, (json.dumps(dataclasses.asdict(meta), indent=2) + "\n").encode())
@@ -247,8 +247,8 @@ def build(
 
 
 def opened(records: Records, format: str, encoder: Encoder, folder: Path) -> TokenStore | None:
-    """What is in the folder, if it was made from these records in this way. Of the records nothing is read."""
-    if format == "auto":  # what was found in the first record then, it holds now: the files are the same
+    """The store in the folder, if it was built from these records in this way; reads no record."""
+    if format == "auto":  # detected then from the first record; still valid, as the files are unchanged
         try:
             format = read_meta(folder).format
         except UserError:
@@ -264,7 +264,7 @@ def _matches(folder: Path, wanted: Meta) -> bool:
 
 
 def _write(records: Records, encoder: Encoder, work: Path, meta: Meta, name: str, progress: Progress | None) -> Meta:
-    """Writes the data files; gives back what meta.json is to say."""
+    """Writes the data files and returns the Meta to write."""
     done = total = trained = empty = untargeted = 0
     ranks, ranked = 1, meta.format in rankings.READERS
     digest = hashlib.sha256()
@@ -339,7 +339,7 @@ def _characters(document: record_formats.Document) -> int:
 def _encode(batch: list[record_formats.Document], encoder: Encoder, records: Records, first: int) -> list[Encoded]:
     try:
         return encoder.encode_batch(batch)
-    except UserError:  # one of many; find it, for only its line helps
+    except UserError:  # find the record, to report its line
         for i, document in enumerate(batch):
             try:
                 encoder.encode(document)
@@ -350,7 +350,7 @@ def _encode(batch: list[record_formats.Document], encoder: Encoder, records: Rec
 
 @contextlib.contextmanager
 def _files(work: Path) -> Iterator[tuple[IO[bytes], ...]]:
-    """The data files, on the disk when the block ends."""
+    """Opens the data files, and syncs them to disk when the block ends."""
     with contextlib.ExitStack() as stack:
         names = (TOKENS, "targets.bits", "offsets.i64", "counts.u32", "begins.bits")
         files = tuple(stack.enter_context(open(work / name, "xb")) for name in names)

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several processes that do one job together: starting, agreeing, and ending together.
+"""Jobs of several processes: starting them, comparing their settings, and stopping them together.
 
-    launch = hosts.find(flags)              # a TPU pod, GKE, SLURM, Open MPI, flags, or None: this process is alone
-    with hosts.joined(launch) as group:     # before anything asks jax for devices
-        hosts.check(group, settings)        # the same code, packages and settings everywhere, or an error that names it
+    launch = hosts.find(flags)              # flags, TPU pod, GKE, SLURM or Open MPI; None: a single process
+    with hosts.joined(launch) as group:     # before jax initializes its devices
+        hosts.check(group, settings)        # raises an error that names what differs between hosts
         ...
 
-None of this imports jax, opens a socket or reads a file where one process works alone. docs/pods.md says how to launch.
+For a single process nothing here imports jax, opens a socket or reads a file. docs/pods.md has launch recipes.
 
-What the hosts tell each other here goes through jax's coordination service, a server in process 0, and not through the
-devices' collectives: it works before there are any, has time limits, and can say who is missing.
+Messages between hosts go through jax's coordination service, a server in process 0, not through collectives on devices:
+it works before devices are initialized, has time limits, and can name missing processes.
 """
 
 from typing import TYPE_CHECKING

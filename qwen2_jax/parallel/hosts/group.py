@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The processes of a job as one of them sees them."""
+"""The group of processes that work on one job, and helpers for messages about them."""
 
 import dataclasses
 import os
@@ -9,45 +9,47 @@ from typing import Any, NoReturn
 
 from qwen2_jax.errors import UserError
 
-LOST = 75  # exit code of a process that stops because another one is gone (EX_TEMPFAIL: the same command goes on)
+LOST = 75  # exit code when another process was lost (EX_TEMPFAIL: running the same command again resumes)
 
 
 class HostError(UserError):
-    """Processes that should work together do not."""
+    """The processes of a job cannot connect, do not agree, or were lost."""
 
 
 @dataclasses.dataclass
 class Group:
-    """The processes of a job. process, processes: this one's number and how many there are; hosts: their machines.
+    """The processes of a job.
 
-    place: what this process is doing, in words, and `moves`, how often it began something: where no process moves for
-    a long time, the watcher stops them and tells where each one is. unhurried: the place may take any time.
+    process: this process's number. processes: their count. hosts: host name of each process.
+    activity: what this process is doing, for messages. started: how many activities it has begun; if no process begins
+    a new one for a long time, the watchdog stops the job and reports what each one was doing. no_time_limit: the
+    current activity may take any time.
     """
 
     process: int = 0
     processes: int = 1
     hosts: tuple[str, ...] = ()
-    place: str = "starting"
-    moves: int = 0
-    unhurried: bool = False
+    activity: str = "starting"
+    started: int = 0
+    no_time_limit: bool = False
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that tells and writes what is told and written once."""
+        """Whether this is process 0, which does the logging and the shared writes."""
         return self.process == 0
 
-    def at(self, place: str, *, unhurried: bool = False) -> None:
-        """This process begins something. Costs nothing: it is told to nobody until somebody asks."""
-        self.place, self.unhurried = place, unhurried
-        self.moves += 1
+    def at(self, activity: str, *, no_time_limit: bool = False) -> None:
+        """Records that this process begins `activity`; reported only if the job stalls."""
+        self.activity, self.no_time_limit = activity, no_time_limit
+        self.started += 1
 
     def named(self, process: int) -> str:
-        """A process in a message."""
+        """A process and its host, for a message."""
         return f"process {process}" + (f" on {self.hosts[process]}" if process < len(self.hosts) else "")
 
 
 def processes_named(processes: Iterable[int]) -> str:
-    """Numbers in a message: "process 3", "processes 0-2, 5"."""
+    """Process numbers for a message: "process 3", "processes 0-2, 5"."""
     runs: list[list[int]] = []
     for number in sorted(processes):
         if runs and runs[-1][1] == number - 1:
@@ -62,11 +64,11 @@ def processes_named(processes: Iterable[int]) -> str:
 def client_and_place() -> tuple[Any, int, int]:
     """(client of jax's coordination service or None, number of this process, number of processes).
 
-    Touches no device. Where jax.distributed was not started, this process is alone.
+    Initializes no device. Without jax.distributed there is one process.
     """
     if "jax" not in sys.modules:
         return None, 0, 1
-    from jax._src.distributed import global_state  # jax has no public way to the service's keys and barriers
+    from jax._src.distributed import global_state  # no public API for the service's keys and barriers
 
     if global_state.client is None or global_state.num_processes == 1:
         return None, 0, 1
@@ -74,7 +76,7 @@ def client_and_place() -> tuple[Any, int, int]:
 
 
 def leave(code: int) -> NoReturn:
-    """Ends the program. One of several that failed ends at once: what else would wait for the others has no end."""
+    """Exits; one of several processes without exit handlers, which could wait for the others forever."""
     if client_and_place()[0] is None:
         sys.exit(code)
     sys.stdout.flush()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Joining the other processes and leaving them, whichever way the work ends."""
+"""Starts the processes of a job together and ends them together, also when one of them fails."""
 
 import os
 import sys
@@ -14,8 +14,8 @@ from qwen2_jax.parallel.hosts.group import Group, client_and_place, leave
 from qwen2_jax.parallel.hosts.launch import Launch
 from qwen2_jax.parallel.hosts.watchdog import Watcher
 
-ARRIVAL = 300.0  # seconds for all processes to come
-STALL = 3600.0  # seconds without a step, an evaluation or a save of any process
+ARRIVAL = 300.0  # seconds in which all processes must connect
+STALL = 3600.0  # seconds in which some process must begin a step, an evaluation or a save
 
 
 @contextmanager
@@ -27,21 +27,24 @@ def joined(
     arrival: float = ARRIVAL,
     stall: float = STALL,
 ) -> Iterator[Group]:
-    """The processes of the job, as long as the block runs. None, one process: nothing happens.
+    """Connects the processes of the job and yields their Group. launch None: a single process, nothing is done.
 
-    goes_on: what to do when another process was lost, a sentence without its full stop. preemption: SIGTERM to one
-    process becomes a request to all (qwen2_jax/train/state/preemption.py asks for it). arrival: seconds to wait for the
-    others. stall: seconds without any process beginning anything after which the job counts as stuck; 0: never.
+    goes_on: what the user can do when another process was lost, a sentence without its full stop. preemption: SIGTERM
+    to one process becomes a request to all (qwen2_jax/train/state/preemption.py polls it). arrival: seconds to wait for
+    the other processes. stall: seconds after which a job counts as stuck if no process has begun anything; 0: no limit.
 
-    Must be entered before jax is asked for devices. An exception in the block is told to the other processes, which
-    stop with it; when one of them is lost or fails, this process ends with a message and exit code: that of the other
-    one where it says, else LOST. Raises HostError where the others do not come.
+    Enter it before jax initializes its devices. An exception in the block stops all processes. When another process
+    fails or is lost, this one exits with a message and the other one's exit code, or LOST if that is unknown. Raises
+    HostError if not all processes connect.
     """
     if launch is None:
         yield Group()
         return
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # warnings of the service's C++, read when jax is imported
-    hosts = rendezvous.call(launch, seconds=arrival, bind=os.environ.get("JAX_COORDINATOR_BIND_ADDRESS"))
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # hides C++ warnings; read when jax is imported
+    launch = rendezvous.with_routable_address(launch)
+    key = rendezvous.token(launch)
+    bind = rendezvous.bind_address(launch, seconds=arrival) if launch.process == 0 else ""
+    hosts = rendezvous.call(launch, seconds=arrival, bind=bind, key=key)
     import jax
 
     if hasattr(jax.config, "jax_enable_recoverability"):  # see watchdog.py
@@ -54,8 +57,9 @@ def joined(
         launch.processes,
         launch.process,
         local_device_ids=None if launch.devices is None else list(launch.devices),
-        cluster_detection_method="deactivate",  # launch.py has asked
-        initialization_timeout=60,  # all are there
+        cluster_detection_method="deactivate",  # launch.py has run it
+        coordinator_bind_address=bind or None,  # jax's default is all interfaces
+        initialization_timeout=60,  # all processes are running
         heartbeat_timeout_seconds=launch.heartbeat,
         shutdown_timeout_seconds=60,
     )
@@ -66,8 +70,8 @@ def joined(
     if group.first:
         machines = len(set(hosts))
         print(
-            f"{group.processes} processes on {machines} host{'s' * (machines > 1)} have met at {launch.address} "
-            f"(known from {launch.how})",
+            f"{group.processes} processes on {machines} host{'s' * (machines > 1)} connected at {launch.address} "
+            f"(found by: {launch.how})",
             file=sys.stderr,
             flush=True,
         )
@@ -79,7 +83,7 @@ def joined(
     group.at("at the end")
     watcher.stop()
     barrier("the end", seconds=stall or STALL)
-    if group.first and hasattr(client, "get_live_nodes"):  # who loses the service before having left it is aborted
+    if group.first and hasattr(client, "get_live_nodes"):  # jax aborts a process that loses the service before leaving
         while len(client.get_live_nodes(list(range(launch.processes)))) > 1:
             pass
     del client
@@ -89,18 +93,18 @@ def joined(
 
 
 def _failed(watcher: Watcher, error: BaseException) -> None:
-    """Tells the others. Returns for errors that the caller puts into words; ends the process after all others."""
+    """Notifies the other processes. Returns if the caller reports the error; otherwise prints it and exits."""
     mine = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
     if isinstance(error, RuntimeError) and not mine:
-        watcher.wait()  # a collective fails where another process is gone: that is then the reason to give
-    said = isinstance(error, (UserError, OSError, KeyboardInterrupt))
-    code = 130 if isinstance(error, KeyboardInterrupt) else 2 if said else 1
-    reason = str(error) if said and str(error) else f"{type(error).__name__}: {error}".removesuffix(": ")
-    if isinstance(error, SystemExit):  # it has said why
+        watcher.wait()  # a collective also fails because another process was lost; report that instead
+    reported = isinstance(error, (UserError, OSError, KeyboardInterrupt))
+    code = 130 if isinstance(error, KeyboardInterrupt) else 2 if reported else 1
+    reason = str(error) if reported and str(error) else f"{type(error).__name__}: {error}".removesuffix(": ")
+    if isinstance(error, SystemExit):  # its message is printed already
         code = error.code if isinstance(error.code, int) else 1
-        reason = "its output says why"
+        reason = "see its output"
     watcher.fail(code, reason)
-    if not said:
+    if not reported:
         if not isinstance(error, SystemExit):
             traceback.print_exception(error, file=sys.stderr)
         leave(code)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which process of how many this is, and where the first one is: from flags, the environment, or the cluster."""
+"""Finds the coordinator, the process count and this process's number: flags, environment, cluster detection."""
 
 import argparse
 import dataclasses
@@ -10,20 +10,20 @@ from collections.abc import Mapping
 
 from qwen2_jax.errors import UserError
 
-FLAGS = """several hosts (found by itself on TPU pods, GKE, SLURM and Open MPI; docs/pods.md has a recipe for each):
-  --coordinator HOST:PORT   where process 0 can be reached, the same on all hosts (or JAX_COORDINATOR_ADDRESS)
-  --processes N             how many processes there are (or JAX_NUM_PROCESSES); 1: this one is alone, wherever it runs
-  --process I               which one this is, from 0 (or JAX_PROCESS_ID)
-  --host-timeout SECONDS    how long a process may show no sign of life before the others stop (default 30)"""
+FLAGS = """several hosts (automatic on TPU pods, GKE, SLURM and Open MPI; docs/pods.md has a recipe for each):
+  --coordinator HOST:PORT   address of process 0, the same on all hosts (or JAX_COORDINATOR_ADDRESS)
+  --processes N             number of processes (or JAX_NUM_PROCESSES); 1: run as a single process on any machine
+  --process I               number of this process, from 0 (or JAX_PROCESS_ID)
+  --host-timeout SECONDS    stop when a process has sent no heartbeat for this long (default 30)"""
 
 HEARTBEAT = 30  # seconds
-SHORTEST = 5  # of --host-timeout: jax sends a sign of life every second or so
-HOW_TO_SAY = "give --coordinator HOST:PORT --processes N --process I, or --processes 1 if this process is to work alone"
+SHORTEST = 5  # seconds, least --host-timeout; jax sends a heartbeat about every second
+HOW_TO_SAY = "give --coordinator HOST:PORT --processes N --process I, or --processes 1 to run as a single process"
 
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
-    """What the command line says; None where it says nothing."""
+    """The flags of the command line; None for those not given."""
 
     coordinator: str | None = None
     processes: int | None = None
@@ -33,10 +33,10 @@ class Flags:
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """A process of a job of several.
+    """One process of a job of several.
 
-    address: "host:port" of process 0. devices: ids of the local devices that are this process's, None for all.
-    how: what told so. heartbeat: seconds without a sign of life after which a process counts as gone.
+    address: "host:port" of process 0. devices: ids of the local devices that this process uses, None for all.
+    how: what these values come from. heartbeat: seconds without a heartbeat after which a process counts as lost.
     """
 
     address: str
@@ -58,36 +58,36 @@ class Launch:
                 "number for each process"
             )
         if self.heartbeat < SHORTEST:
-            raise UserError(f"--host-timeout {self.heartbeat}: at least {SHORTEST}, or a busy host counts as gone")
+            raise UserError(f"--host-timeout {self.heartbeat}: give at least {SHORTEST}, or a busy host counts as lost")
 
 
 def add_flags(parser: argparse._ActionsContainer) -> None:
-    """Adds the flags of several hosts."""
-    parser.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 of several hosts can be reached")
-    parser.add_argument("--processes", type=int, metavar="N", help="how many there are (1: this one, wherever it runs)")
-    parser.add_argument("--process", type=int, metavar="I", help="which one this is, from 0")
+    """Adds the flags for several hosts."""
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0 of several hosts")
+    parser.add_argument("--processes", type=int, metavar="N", help="number of processes (1: a single process)")
+    parser.add_argument("--process", type=int, metavar="I", help="number of this process, from 0")
     parser.add_argument(
         "--host-timeout", type=int, metavar="S", default=HEARTBEAT,
-        help=f"seconds without a sign of life until the others stop (default {HEARTBEAT})",
+        help=f"seconds without a heartbeat until the others stop (default {HEARTBEAT})",
     )  # fmt: skip
 
 
 def flags_of(found: argparse.Namespace) -> Flags:
-    """The flags that a parser with add_flags has found."""
+    """The flags parsed by a parser with add_flags."""
     return Flags(found.coordinator, found.processes, found.process, found.host_timeout)
 
 
 def find(flags: Flags, environ: Mapping[str, str] = os.environ) -> Launch | None:
-    """Flags, then JAX_* variables, then what the cluster says, each for what the ones before leave open.
+    """The launch from flags, then JAX_* variables, then cluster detection; each fills what the earlier ones leave open.
 
-    None: this process is alone. Raises UserError where something is said but not all of it can be known. Imports jax
-    only where something hints at a cluster.
+    None: a single process. Raises UserError if only some of the values can be found. Imports jax only if the
+    environment looks like a cluster.
     """
     address = flags.coordinator or environ.get("JAX_COORDINATOR_ADDRESS") or None
     processes = _number(flags.processes, "JAX_NUM_PROCESSES", environ)
     process = _number(flags.process, "JAX_PROCESS_ID", environ)
     if processes is not None and processes < 1:
-        raise UserError(f"--processes {processes}: there is at least 1")
+        raise UserError(f"--processes {processes}: give at least 1")
     if processes == 1:
         return None
     if address is not None and processes is not None and process is not None:
@@ -103,7 +103,7 @@ def find(flags: Flags, environ: Mapping[str, str] = os.environ) -> Launch | None
     if len(missing) < len(given):
         raise UserError(
             f"{', '.join(name for name in given if name not in missing)} given, but no {' and no '.join(missing)}, and "
-            f"no cluster was found that would tell: {HOW_TO_SAY}"
+            f"no cluster was detected: {HOW_TO_SAY}"
         )
     return None
 
@@ -127,7 +127,7 @@ class _Found:
 
 
 def _hinted(environ: Mapping[str, str]) -> bool:
-    """Whether anything here may be a cluster. Cheap, and never wrong where it says no."""
+    """Whether this may be a cluster. Cheap; False is always right."""
     return (
         "SLURM_STEP_NODELIST" in environ
         or "OMPI_COMM_WORLD_SIZE" in environ
@@ -138,10 +138,10 @@ def _hinted(environ: Mapping[str, str]) -> bool:
 
 
 def _cluster(environ: Mapping[str, str]) -> _Found | None:
-    """What jax's own detection of clusters finds. It reads os.environ, of which `environ` is to be a copy."""
+    """The result of jax's own cluster detection, which reads os.environ; `environ` must equal it."""
     if not _hinted(environ):
         return None
-    import jax  # noqa: F401 - finds out whether this is a TPU VM
+    import jax  # noqa: F401 - detects whether this is a TPU VM
     from jax._src.clusters import ClusterEnv
 
     for kind in ClusterEnv._cluster_types:
@@ -158,22 +158,22 @@ def _cluster(environ: Mapping[str, str]) -> _Found | None:
                 timeout_secs=300, override_coordinator_port=port
             )
             return _Found(address, processes, kind.get_process_id(), _own_devices(kind, environ), name)
-        except (ImportError, OSError) as why:  # no `requests`, or a metadata server that is not to be reached
-            print(f"warning: not asked whether this is one of several hosts ({name}): {why}", file=sys.stderr)
+        except (ImportError, OSError) as why:  # no `requests`, or the metadata server is unreachable
+            print(f"warning: cluster detection ({name}) failed, running as a single process: {why}", file=sys.stderr)
         except (RuntimeError, ValueError, KeyError) as why:
-            raise UserError(f"this looks like {name}, but it does not say enough ({why}): {HOW_TO_SAY}") from why
+            raise UserError(f"this looks like {name}, but cluster detection failed ({why}): {HOW_TO_SAY}") from why
     return None
 
 
 def _own_devices(kind, environ: Mapping[str, str]) -> tuple[int, ...] | None:
-    """One device for each of several processes on a host; a process that is alone on its host has all of them.
+    """One device for each of several processes on a host; all devices for a process that is alone on its host.
 
-    jax gives the first one to a process alone, and the others to nobody.
+    jax.distributed gives such a process the first device only and leaves the others unused.
     """
     from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm
 
-    if running_in_cloud_tpu_vm or "JAX_LOCAL_DEVICE_IDS" in environ or (place := kind.get_local_process_id()) is None:
+    if running_in_cloud_tpu_vm or "JAX_LOCAL_DEVICE_IDS" in environ or (local := kind.get_local_process_id()) is None:
         return None
     tasks = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE", "")  # "8(x2)" or "2,1"
     one_each = {part.split("(")[0] for part in tasks.split(",")} == {"1"}
-    return None if one_each or environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1" else (place,)
+    return None if one_each or environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1" else (local,)

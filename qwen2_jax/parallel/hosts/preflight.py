@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Before the work: whether all hosts have the same code, packages, settings and devices.
+"""Checks before a job starts that all hosts have the same code, packages, settings and devices.
 
-Programs that differ in anything deadlock in their first unequal collective, or worse: they train on.
+Processes whose programs differ deadlock in the first collective that differs, or silently compute wrong results.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from qwen2_jax.parallel.hosts.barriers import Difference, differences
 from qwen2_jax.parallel.hosts.group import Group, HostError, processes_named
 
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers")
-# What may differ between hosts: where they are, and where things lie on their disks.
+# Variables that may differ between hosts: addresses, process numbers and local paths.
 OWN = {
     "JAX_PROCESS_ID", "JAX_COORDINATOR_ADDRESS", "JAX_COORDINATOR_BIND_ADDRESS", "JAX_COORDINATOR_PORT",
     "JAX_LOCAL_DEVICE_IDS", "JAX_NUM_PROCESSES", "JAX_COMPILATION_CACHE_DIR", "JAX_PARTITION_INDEX", "JAX_SLICE_INDEX",
@@ -27,9 +27,9 @@ SHOWN, LONG = 6, 90  # differences in a message, characters of a value
 
 
 def check(group: Group, settings: Mapping[str, Any], *, seconds: float = 120) -> None:
-    """Raises HostError on all hosts, naming what differs, on which processes, and the values. Touches no device.
+    """Raises HostError on all hosts that names what differs, on which processes, and the values. Initializes no device.
 
-    settings: what the command asks for, nested as it likes.
+    settings: of the command, a mapping nested to any depth.
     """
     if group.processes > 1:
         facts = dict(itertools.chain(_code(), _packages(), _variables(), _flat("setting ", settings)))
@@ -37,7 +37,7 @@ def check(group: Group, settings: Mapping[str, Any], *, seconds: float = 120) ->
 
 
 def check_devices(group: Group, *, seconds: float = 300) -> None:
-    """The same for the devices of each host. The first thing that touches them."""
+    """The same check for the devices of each process; initializes them."""
     if group.processes > 1:
         import jax
 
@@ -50,12 +50,12 @@ def _refuse(group: Group, found: Sequence[Difference]) -> None:
     if found:
         more = f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
         raise HostError(
-            f"hosts disagree: {'; '.join(_told(group, one) for one in found[:SHOWN])}{more}. Give all hosts the same "
-            "code, packages, command and number of devices"
+            f"hosts disagree: {'; '.join(_described(group, one) for one in found[:SHOWN])}{more}. Give all hosts the "
+            "same code, packages, command and number of devices"
         )
 
 
-def _told(group: Group, one: Difference) -> str:
+def _described(group: Group, one: Difference) -> str:
     said = []
     for value, who in one.values:
         here = group.named(who[0]) if len(who) == 1 else processes_named(who)
@@ -67,7 +67,10 @@ def _code() -> Iterator[tuple[str, str]]:
     """A digest of every source file of the package."""
     root = Path(__file__).parents[2]  # qwen2_jax/
     kernels = root / "kernels"
-    for folder in (root, kernels if kernels.is_dir() else root.parent / "kernels"):  # in a clone it lies beside
+    for folder in (
+        root,
+        kernels if kernels.is_dir() else root.parent / "kernels",
+    ):  # in a clone, kernels/ is beside qwen2_jax/
         for path in sorted(folder.rglob("*.py")):
             digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
             yield f"file {folder.name}/{path.relative_to(folder).as_posix()}", digest
@@ -83,7 +86,7 @@ def _packages() -> Iterator[tuple[str, str]]:
 
 
 def _variables() -> Iterator[tuple[str, str]]:
-    """What of the environment changes the programs."""
+    """The environment variables that change compiled programs."""
     for name, value in os.environ.items():
         if name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS") or (name.startswith("JAX_") and name not in OWN):
             yield f"${name}", " ".join(word for word in value.split() if not word.startswith("--xla_dump"))

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Executes a Python program that a model wrote, shut in; namespaces.py is what shuts it in.
+"""Executes a Python program written by a model in a sandbox, which namespaces.py creates.
 
-The program sees the interpreter, its packages and the system's libraries, all of it read-only, and an empty folder of
-its own in memory. It sees no other file, no environment, no network and no other process, and may not use more than its
-limits. This takes namespaces of Linux, for which no rights and no installation are needed on most machines; containers
-often forbid them. It is a wall against what a model does in training, not against an exploit of the kernel.
+The program has read-only access to the interpreter, its packages and the system's libraries, and an empty writable
+folder in memory. It has no other files, no environment, no network, sees no other process, and its resources are
+limited. The sandbox uses Linux namespaces, which need no privileges and no installation on most machines, but which
+containers often forbid. It contains programs that a model writes during training; it is no defence against kernel
+exploits.
 """
 
 import dataclasses
@@ -23,12 +24,12 @@ from qwen2_jax import validate
 from qwen2_jax.errors import UserError
 
 JAIL = Path(__file__).with_name("namespaces.py")
-STARTING = 10.0  # seconds for making the sandbox, beside the program's own
+STARTING = 10.0  # seconds for creating the sandbox, in addition to the program's limit
 SYSTEM = ("/usr", "/bin", "/lib", "/lib64", "/lib32", "/etc/ld.so.cache", "/etc/localtime")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 
-# The answer runs first, then its tests; a word that cannot be guessed tells that both came to their end, which an exit
-# code would not: the answer may call exit(0).
+# The answer runs first, then its tests; printing a random word proves that both completed, which an exit code does not:
+# the answer may call exit(0).
 TESTED = """
 import sys
 program, tests, word = sys.stdin.read().split(sys.argv[1])
@@ -41,11 +42,11 @@ sys.__stdout__.write(word)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a program may use."""
+    """Resource limits of a program."""
 
-    seconds: float = 5.0  # of wall clock; of processor time one more
+    seconds: float = 5.0  # wall time; CPU time is limited to one more
     memory: int = 2**30  # bytes of address space, for each process
-    disk: int = 2**24  # bytes of files, and of what it prints
+    disk: int = 2**24  # bytes of files, and of output
     processes: int = 16  # and threads
 
     def __post_init__(self):
@@ -57,16 +58,16 @@ class Limits:
 class Ran:
     """How a program ended."""
 
-    exit_code: int | None  # 128 + N: by signal N; None: its time was over
-    output: str  # what it printed
-    errors: str  # on stderr
+    exit_code: int | None  # 128 + N: killed by signal N; None: time limit
+    output: str  # stdout
+    errors: str  # stderr
 
 
 def run(program: str, stdin: str = "", limits: Limits = Limits(), *, unsandboxed: bool = False) -> Ran:
-    """Executes Python text. Raises UserError, naming what is missing, where it cannot be shut in.
+    """Executes a Python program. Raises UserError that names what is missing if no sandbox can be created.
 
-    unsandboxed: with limits of time, memory and file size and an empty environment, but with network and the user's
-    files. Only for programs that you would run yourself, or inside a container that has nothing to lose.
+    unsandboxed: with limits of time, memory and file size and an empty environment, but with access to the network and
+    the user's files. Only for trusted programs, or in a disposable environment.
     """
     folder = tempfile.mkdtemp(prefix="qwen2-jax-sandbox-")
     try:
@@ -93,7 +94,7 @@ def _run(program: str, stdin: str, limits: Limits, folder: Path, unsandboxed: bo
         "seen": [*dict.fromkeys(path for path in (*SYSTEM, *prefixes, *DEVICES) if os.path.exists(path))],
         **dataclasses.asdict(limits),
     }
-    # All that is kept of the environment; the interpreter may need it.
+    # The only variable that is passed on; the interpreter may need it.
     kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
     if sys.platform != "linux" and not unsandboxed:
         raise UserError(_refusal("it needs Linux"))
@@ -133,6 +134,6 @@ def _text(file: Any, most: int) -> str:
 
 def _refusal(what: str) -> str:
     return (
-        f"programs written by a model cannot be shut in here: {what}. Run on a machine or in a container that allows "
-        'namespaces, or give options={"unsandboxed": True} if nothing here can come to harm'
+        f"no sandbox for programs written by a model can be created here: {what}. Run on a machine or in a container "
+        'that allows namespaces, or give options={"unsandboxed": True}, only in a disposable environment'
     )

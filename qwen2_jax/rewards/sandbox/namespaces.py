@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The process that shuts a program in and executes it; started by execute.py as a file of its own, without packages.
+"""Creates the sandbox and executes a program in it; execute.py runs this file as a script without packages.
 
-Three processes: this one, which keeps the time; the first process of new namespaces, which makes the file system, and
-with which everything inside ends; and the program. Files and limits are those of execute.py's docstring.
+Three processes: this one, which enforces the time limit; the init process of new namespaces, which builds the file
+system and whose end kills everything inside; and the program. execute.py's docstring describes files and limits.
 """
 
 import contextlib
@@ -24,17 +24,17 @@ MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE, MNT_DETACH = 2, 4, 4096, 16384
 MOUNT_SETATTR, AT_RECURSIVE, ATTR_RDONLY_NOSUID = 442, 0x8000, 3  # the call has one number on all machines
 PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
-HOME = "/tmp"  # the program's folder
+HOME = "/tmp"  # the program's working directory
 
 
 class Refused(Exception):
-    """What is missing."""
+    """No sandbox can be created; the message names what is missing."""
 
 
 def main() -> NoReturn:
     with os.fdopen(int(sys.argv[1])) as file:
         job = json.load(file)
-    job["user"] = 30000 + os.getpid() % 30000  # whom root's programs run as: limits of processes count per user
+    job["user"] = 30000 + os.getpid() % 30000  # user id of the program under root: the process limit counts per user
     report = int(sys.argv[2])
     os.set_inheritable(report, False)
     try:
@@ -42,12 +42,12 @@ def main() -> NoReturn:
     except (Refused, OSError) as why:
         said = f"refused: {why}"
     os.write(report, said.encode())
-    os.killpg(0, signal.SIGKILL)  # what the program left behind without a sandbox, and this process
+    os.killpg(0, signal.SIGKILL)  # processes left behind by an unsandboxed program, and this process
     raise AssertionError
 
 
 def enclose(job: dict[str, Any], report: int) -> str:
-    """Runs the program in new namespaces. Returns "ended CODE", or "over" where its time was."""
+    """Runs the program in new namespaces. Returns "ended CODE", or "over" at the time limit."""
     if sys.platform == "linux":
         dies_with_parent()
     if not job["bare"]:
@@ -66,14 +66,14 @@ def enclose(job: dict[str, Any], report: int) -> str:
     end = time.monotonic() + job["seconds"]
     while not (ended := os.waitpid(child, os.WNOHANG))[0]:
         if time.monotonic() > end:
-            os.kill(child, signal.SIGKILL)  # and with it, as the first of its namespace, every process inside
+            os.kill(child, signal.SIGKILL)  # as init of its namespace it takes every process inside with it
             return "over"
         time.sleep(0.005)
     return f"ended {exit_code(ended[1])}"
 
 
 def unshare() -> None:
-    """Gives this process namespaces of its own, and its children another numbering of processes."""
+    """Moves this process into new namespaces, and its children into a new PID namespace."""
     user, group = os.geteuid(), os.getegid()
     try:
         os.unshare(NAMESPACES | (NEWUSER if user else 0))
@@ -81,20 +81,20 @@ def unshare() -> None:
             Path("/proc/self/setgroups").write_text("deny")
             Path("/proc/self/uid_map").write_text(f"{user} {user} 1")
             Path("/proc/self/gid_map").write_text(f"{group} {group} 1")
-            with contextlib.suppress(OSError):  # read-only in some containers; the walls stand without it
-                Path("/proc/sys/user/max_user_namespaces").write_text("0")  # inside: no mounts in namespaces of its own
+            with contextlib.suppress(OSError):  # read-only in some containers; the sandbox does not depend on it
+                Path("/proc/sys/user/max_user_namespaces").write_text("0")  # forbids nested user namespaces
     except OSError as why:
         raise Refused(f"no new namespaces ({why.strerror})") from why
 
 
 def furnish(job: dict[str, Any]) -> None:
-    """Makes a file system in memory, of at most `disk` bytes, with what the program may see, and moves into it."""
+    """Creates a tmpfs of at most `disk` bytes, bind-mounts the visible paths read-only, and makes it the root."""
     root = job["folder"]
     mount("none", "/", None, MS_REC | MS_PRIVATE)
     mount("tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, f"size={job['disk']},nr_inodes=10000,mode=755")
     for path in sorted(job["seen"]):
         place = Path(root + path)
-        if place.exists():  # inside of one that was brought in before
+        if place.exists():  # inside a path that is mounted already
             continue
         place.parent.mkdir(parents=True, exist_ok=True)
         if os.path.isdir(path):
@@ -116,25 +116,27 @@ def furnish(job: dict[str, Any]) -> None:
 
 
 def init(job: dict[str, Any]) -> NoReturn:
-    """Runs the program as a process that is not the first, waits for it and takes its exit code."""
+    """Runs the program as a child process, waits for it and exits with its exit code."""
     program = os.fork()
     if not program:
         execute(job, HOME)
     while True:
-        child, status = os.wait()  # also of processes that lost their parent
+        child, status = os.wait()  # also reaps orphans
         if child == program:
             os._exit(exit_code(status))
 
 
 def execute(job: dict[str, Any], folder: str) -> NoReturn:
-    """Becomes the program: limits, rights, environment."""
+    """Sets limits, user and environment, and executes the program."""
     try:
         os.chdir(folder)
         Path("program.py").write_text(job["program"], encoding="utf-8", errors="replace")
         seconds = int(job["seconds"]) + 2
         limits = {"CPU": seconds, "AS": job["memory"], "FSIZE": job["disk"], "NOFILE": 64, "CORE": 0}
         if not job["bare"]:
-            limits["NPROC"] = job["processes"] + 2  # and the two that watch; without a sandbox the user's would count
+            limits["NPROC"] = (
+                job["processes"] + 2
+            )  # plus the two supervisors; without a sandbox it would count all processes of the user
         if not job["bare"] and os.geteuid() == 0:
             user = job["user"]
             os.setgroups([])
@@ -172,7 +174,7 @@ def check(what: str, result: int) -> None:
 
 
 def exit_code(status: int) -> int:
-    """As a shell has it: 128 + N for a process that signal N ended."""
+    """The shell's exit code: 128 + N for a process killed by signal N."""
     code = os.waitstatus_to_exitcode(status)
     return code if code >= 0 else 128 - code
 
