@@ -22,7 +22,7 @@ from cpu_decode import cpu_model
 import qwen2_jax
 from qwen2_jax.infer.engine.programs import Request
 from qwen2_jax.infer.engine.rollouts import Rollouts
-from qwen2_jax.infer.engine.sampling_params import Settings
+from qwen2_jax.infer.engine.sampling_params import SamplingParams
 
 LENGTH = 512  # slots of a row
 
@@ -34,7 +34,7 @@ def requests_of(count: int, mean: int, seed: int) -> list[Request]:
     return [
         Request(
             tuple(rng.integers(0, 2000, rng.integers(16, 65)).tolist()),
-            Settings(max_new_tokens=int(limit), temperature=1.0, seed=number, ignore_eos=True),
+            SamplingParams(max_new_tokens=int(limit), temperature=1.0, seed=number, ignore_eos=True),
         )
         for number, limit in enumerate(limits)
     ]

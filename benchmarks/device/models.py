@@ -22,7 +22,7 @@ from qwen2_jax.config import PRESETS, DualChunk, ModelConfig
 from qwen2_jax.data.spec import Data, Source
 from qwen2_jax.data.tokens.packing import Batch
 from qwen2_jax.infer.engine.programs import Request
-from qwen2_jax.infer.engine.sampling_params import Settings
+from qwen2_jax.infer.engine.sampling_params import SamplingParams
 from qwen2_jax.infer.lm import LM
 from qwen2_jax.model import flops
 from qwen2_jax.parallel import chips, sharding
@@ -198,7 +198,7 @@ def share(amount, seconds, peak):
 
 def requests(config, rows, length, new):
     ids = np.random.default_rng(0).integers(1, config.vocab_size, (rows, length))
-    settings = Settings(max_new_tokens=new, ignore_eos=True)
+    settings = SamplingParams(max_new_tokens=new, ignore_eos=True)
     return [Request(tuple(row), settings) for row in ids.tolist()]
 
 
@@ -227,7 +227,8 @@ def decoding(name, setting, rows, length, floor=None):
     """Greedy tokens of all rows together, behind prompts of `length` tokens, in calls of sixteen steps."""
     lm = random_lm(name, setting.small)
     calls = 2 if setting.small else 6
-    started = lm.generator.start(requests(lm.config, rows, length, 16 * (calls + 1)))
+    asked = requests(lm.config, rows, length, 16 * (calls + 1))
+    started = lm.generator.start([lm.generator.check(request) for request in asked])
     started.advance()
     start = time.perf_counter()
     for _ in range(calls):

@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One answer while its tokens arrive: text without half characters, cut before a stop text."""
+"""Tokens of one answer to text as they arrive: no incomplete characters, cut before a stop text."""
 
 import bisect
 import dataclasses
 from collections.abc import Sequence
 
-from qwen2_jax.infer.engine.programs import Decoding, reason
-from qwen2_jax.infer.engine.sampling_params import Settings
+from qwen2_jax.infer.engine.programs import DecodeBatch, finish_reason
+from qwen2_jax.infer.engine.sampling_params import SamplingParams
 from qwen2_jax.tokenizer import StreamDecoder, Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """What a prompt was continued with.
+    """The answer to a prompt.
 
     text: the answer; empty where there is no tokenizer. token_ids: its tokens, an end-of-sequence token included; at a
     stop text they end with the token that completes the text before it. logprobs: log p of each token in nats under
-    the model itself (log-softmax of the raw logits, no temperature or filter).
+    the model itself (log-softmax of the logits, without temperature, filters and penalty).
     finish_reason: "stop" (end-of-sequence token or stop text) or "length" (max_new_tokens or the context is used up).
     """
 
@@ -26,21 +26,21 @@ class Generation:
     finish_reason: str
 
 
-class Answer:
-    """Collects tokens of one row. `reason` is empty until the answer is complete."""
+class IncrementalDetokenizer:
+    """Collects the tokens of one row as text. `reason` is empty until the answer is complete."""
 
-    def __init__(self, tokenizer: Tokenizer | None, settings: Settings):
-        self.settings = settings
+    def __init__(self, tokenizer: Tokenizer | None, params: SamplingParams):
+        self.params = params
         self.token_ids: list[int] = []
         self.logprobs: list[float] = []
         self.reason = ""
         self._decoder = StreamDecoder(tokenizer) if tokenizer else None
         self._text = ""  # decoded so far
-        self._shown = 0  # characters of it handed out
+        self._shown = 0  # characters of it returned so far
         self._ends: list[int] = []  # length of the text after each token
 
     def add(self, token: int, logprob: float) -> str:
-        """Takes the next token and returns the text that is now certain: what no stop text can still take back."""
+        """Adds a token. Returns the new text that is final: what no stop text can still cut off."""
         self.token_ids.append(token)
         self.logprobs.append(logprob)
         if self._decoder is not None and not self._is_end(token):
@@ -49,7 +49,7 @@ class Answer:
         return self._show(final=False)
 
     def finish(self, reason: str) -> str:
-        """Ends the answer for `reason`, or for a stop text that its last characters complete. Returns the last text."""
+        """Ends the answer for `reason`, or for a stop text in its last characters. Returns the rest of the text."""
         if self._decoder is not None:
             self._text += self._decoder.flush()
             self._ends[-1:] = [len(self._text)] if self._ends else []
@@ -63,10 +63,10 @@ class Answer:
         return Generation(text, list(self.token_ids), list(self.logprobs), self.reason or "length")
 
     def _is_end(self, token: int) -> bool:
-        return not self.settings.ignore_eos and token in self.settings.eos_ids
+        return not self.params.ignore_eos and token in self.params.eos_ids
 
     def _show(self, final: bool) -> str:
-        stops, start = self.settings.stop, self._shown
+        stops, start = self.params.stop, self._shown
         found = min((at for at in (self._text.find(s, start) for s in stops) if at >= 0), default=-1)
         if found >= 0:
             self._cut(found)
@@ -82,15 +82,15 @@ class Answer:
         self.reason = "stop"
 
 
-def advance(decoding: Decoding, answers: Sequence[Answer], steps: int) -> list[str]:
-    """One call of the device loop: adds its tokens to the answers and returns the text that each gained."""
-    cancel = [row for row, answer in enumerate(answers) if answer.reason and not decoding.finished[row]]
+def advance(batch: DecodeBatch, answers: Sequence[IncrementalDetokenizer], steps: int) -> list[str]:
+    """Calls the decode loop once, adds its tokens to the answers and returns the new text of each."""
+    cancel = [row for row, answer in enumerate(answers) if answer.reason and not batch.finished[row]]
     pieces = []
-    for row, (answer, new) in enumerate(zip(answers, decoding.advance(steps, cancel), strict=True)):
-        gained = [answer.add(token, value) for token, value in new if not answer.reason]
-        if decoding.finished[row] and not answer.reason:
-            gained.append(answer.finish(reason(answer.settings, answer.token_ids)))
-        pieces.append("".join(gained))
+    for row, (answer, new) in enumerate(zip(answers, batch.advance(steps, cancel), strict=True)):
+        texts = [answer.add(token, value) for token, value in new if not answer.reason]
+        if batch.finished[row] and not answer.reason:
+            texts.append(answer.finish(finish_reason(answer.params, answer.token_ids)))
+        pieces.append("".join(texts))
     return pieces
 
 

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model with its tokenizer and generation defaults: what `qwen2_jax.load` returns.
 
-Text enters and leaves here. Everything below (programs.py) works on token ids.
+Prompts are tokenized and answers detokenized at this level; the engine below (programs.py) works on token ids.
 """
 
-import dataclasses
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +16,11 @@ import numpy as np
 from qwen2_jax import checkpoint, ops
 from qwen2_jax.config.model_config import DTYPES, ModelConfig
 from qwen2_jax.errors import UserError
-from qwen2_jax.infer.detokenize import Answer, Generation, advance
+from qwen2_jax.infer.detokenize import Generation, IncrementalDetokenizer, advance
 from qwen2_jax.infer.engine import memory
 from qwen2_jax.infer.engine.buckets import context_limit
-from qwen2_jax.infer.engine.programs import STEPS, Generator, Progress, Request
-from qwen2_jax.infer.engine.sampling_params import Settings
+from qwen2_jax.infer.engine.programs import STEPS, CheckedRequest, Generator, Progress, Request
+from qwen2_jax.infer.engine.sampling_params import SamplingKwargs, SamplingParams, stored_eos_ids
 from qwen2_jax.infer.stream import Stream
 from qwen2_jax.model import decoder, head_padding
 from qwen2_jax.model.decoder import check_head
@@ -33,16 +32,16 @@ from qwen2_jax.weights.params import Tree
 
 Messages = Sequence[Mapping[str, str]]
 Prompt = str | Sequence[int] | Messages
-Talk = Sequence[int] | Messages  # what a reward model scores
-INT8 = "int8"  # besides the dtypes of arrays
+Conversation = Sequence[int] | Messages  # as a reward model scores it
+INT8 = "int8"  # a value of load's dtype, beside the dtypes of arrays
 
 
 class LM:
     """A language model ready to generate, or a reward model ready to score.
 
     config: ModelConfig. tokenizer: Tokenizer, or None where the checkpoint has none: token ids then still work.
-    generation_config: the checkpoint's defaults for settings. generator: the layer below, for token ids.
-    Calls raise UserError for anything the caller can mend.
+    generation_config: the checkpoint's generation_config.json. generator: the layer below, for token ids.
+    Calls raise UserError for errors that the caller can fix.
     """
 
     def __init__(
@@ -63,8 +62,8 @@ class LM:
         """params: nested dict of arrays of dtype `dtype` (model.init, model.split or checkpoint.load_params makes one);
         on a mesh that does not divide the heads it is emptied, see head_padding.py.
 
-        source: the checkpoint whose tokenizer and other small files travel along in `save`. max_rows: most prompts in
-        one batch. implementation: of the kernels, see ops.
+        source: the checkpoint whose tokenizer and other small files `save` copies. max_rows: most prompts in one batch.
+        implementation: of the kernels, see ops.
         """
         if long_context not in MODES:
             raise UserError(f"long_context={long_context!r}; choose one of {', '.join(map(repr, MODES))}")
@@ -103,8 +102,8 @@ class LM:
         if self.tokenizer is None or self.tokenizer.chat_template is None:
             return False
         turn_end = self.tokenizer.token_id(IM_END)
-        ends = (*Settings.resolve({}, self.generation_config, self.config.eos_ids).eos_ids, self.tokenizer.eos_id)
-        return turn_end is None or turn_end in ends
+        ends = stored_eos_ids(self.generation_config, self.config.eos_ids)
+        return turn_end is None or turn_end in (*ends, self.tokenizer.eos_id)
 
     def logits(self, ids) -> np.ndarray:
         """Next-token logits at every position, float32 [B, T, V], of int [B, T]. For small inputs: V is 152k."""
@@ -130,93 +129,78 @@ class LM:
         return np.stack(found) if len({len(row) for row in rows}) == 1 else found
 
     @overload
-    def score(self, talks: Messages) -> float: ...
+    def score(self, conversations: Messages) -> float: ...
 
     @overload
-    def score(self, talks: Sequence[Talk]) -> np.ndarray: ...
+    def score(self, conversations: Sequence[Conversation]) -> np.ndarray: ...
 
-    def score(self, talks: Messages | Sequence[Talk]) -> float | np.ndarray:
-        """What a reward model thinks of a conversation, a float, or of each of several, float32 [n]: higher is better.
+    def score(self, conversations: Messages | Sequence[Conversation]) -> float | np.ndarray:
+        """A reward model's score of a conversation, a float, or of each of several, float32 [n]: higher is better.
 
-        talks: messages that end in an assistant's, a list of such, or rows of token ids. Any length, bounded memory.
-        The score is that of the last token, for messages of the text that the chat template writes: in Qwen2's the
-        newline behind <|im_end|>. Scores of answers to one prompt compare; their zero has no meaning.
+        conversations: messages that end in an assistant's, a list of such, or rows of token ids. Any length, in bounded
+        memory. The score is that of the last token: for messages, of the text that the chat template writes, in which
+        Qwen2's has a newline after <|im_end|>. Compare scores of answers to one prompt; their zero has no meaning.
         """
         check_head(self.config, scores=True)
-        alone = _is_messages(talks)
-        rows = [self._talk(talk) for talk in ([talks] if alone else _listed(talks, "score"))]
+        single = _is_messages(conversations)
+        rows = [self._scored_ids(one) for one in ([conversations] if single else _listed(conversations, "score"))]
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))  # a batch takes as long as its longest row
         scores = np.zeros(len(rows), np.float32)
         for start in range(0, len(order), self.max_rows):
             batch = order[start : start + self.max_rows]
             scores[batch] = self.generator.scores([rows[i] for i in batch], self.long_context)
-        return float(scores[0]) if alone else scores
+        return float(scores[0]) if single else scores
 
     def generate(
         self,
         prompts: Sequence[str] | Sequence[Sequence[int]],
         max_new_tokens: int | None = None,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        top_k: int | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float | None = None,
-        seed: int | Sequence[int] | None = None,
-        stop: str | Sequence[str] = (),
-        ignore_eos: bool = False,
+        **sampling: Unpack[SamplingKwargs],
     ) -> list[Generation]:
         """Continues each prompt: text, or token ids.
 
-        What is None comes from the checkpoint's generation_config.json as in transformers, else: 64 new tokens,
-        temperature 0 (greedy), top_p 1, top_k 0 (off), min_p 0, repetition_penalty 1, seed 0. A temperature above 0
-        samples. seed: one for every prompt (equal prompts get equal answers), or one per prompt; the same seed gives
-        the same tokens whatever else is in the list. stop: the text ends before the first of these that appears.
+        max_new_tokens: at most so many tokens per answer; fewer where the context limit is reached.
+        temperature: 0 takes the most likely token; above 0 the answer is sampled.
+        top_p, top_k, min_p: sample from the most likely tokens only, as in transformers (1, 0 and 0: off).
+        repetition_penalty: above 1 makes tokens of the prompt and the answer less likely (1: off).
+        seed: one for every prompt (equal prompts get equal answers), or a list with one per prompt. The same seed gives
+        the same tokens whatever else is in the list.
+        stop: a text or a list of texts; the answer ends before the first that appears.
         ignore_eos: do not end at an end-of-sequence token.
-        A row ends at the context limit too. Generation.logprobs are of the model itself, before any of the settings.
+
+        What is None or not given comes from the checkpoint's generation_config.json as in transformers, else:
+        max_new_tokens=64, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, repetition_penalty=1.0, seed=0, stop=(),
+        ignore_eos=False. Generation.logprobs do not depend on any of these: they are the model's own.
         """
-        given = _given(max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, stop, ignore_eos)
         prompts = _listed(prompts, "generate")
-        return self.run([self.request(p, seed=s, **given) for p, s in zip(prompts, _seeds(seed, prompts), strict=True)])
+        seeds = _seeds(sampling.pop("seed", None), prompts)
+        given = {"max_new_tokens": max_new_tokens, **sampling}
+        return self.run([self.request(p, seed=seed, **given) for p, seed in zip(prompts, seeds, strict=True)])
 
     def chat(
         self,
         messages: Sequence[Mapping[str, str]],
         max_new_tokens: int | None = None,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        top_k: int | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float | None = None,
-        seed: int | None = None,
-        stop: str | Sequence[str] = (),
-        ignore_eos: bool = False,
+        **sampling: Unpack[SamplingKwargs],
     ) -> Generation:
-        """The assistant's next message in a conversation: [{"role": "user", "content": "..."}, ...]. See `generate`."""
-        given = _given(max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, stop, ignore_eos)
-        if self.tokenizer is None:
-            raise UserError("this checkpoint has no tokenizer, so it cannot chat; call generate with token ids")
-        self.tokenizer.render_chat(messages)  # its error for messages that are none
-        return self.run([self.request(messages, seed=seed, **given)])[0]
+        """The assistant's next message in a conversation: [{"role": "user", "content": "..."}, ...].
+
+        max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed, stop, ignore_eos: see `generate`.
+        """
+        return self.run([self._request(messages, True, {"max_new_tokens": max_new_tokens, **sampling})])[0]
 
     def stream(
         self,
         prompt: Prompt,
         max_new_tokens: int | None = None,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        top_k: int | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float | None = None,
-        seed: int | None = None,
-        stop: str | Sequence[str] = (),
-        ignore_eos: bool = False,
+        **sampling: Unpack[SamplingKwargs],
     ) -> Stream:
-        """Like `generate` for one prompt (text, token ids or chat messages), yielding the text as it comes.
+        """Like `generate` for one prompt (text, token ids or chat messages), yielding the text piece by piece.
 
         The pieces add up to the text that `generate` returns. Nothing is computed before the first piece is asked for.
+        max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed, stop, ignore_eos: see `generate`.
         """
-        given = _given(max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, stop, ignore_eos)
-        request = self.request(prompt, seed=seed, **given)
+        request = self.request(prompt, max_new_tokens=max_new_tokens, **sampling)
         return Stream(self.generator, self.tokenizer, request, long_context=self.long_context)
 
     def save(self, path: str | Path, format: str = "hf") -> None:
@@ -230,64 +214,63 @@ class LM:
             )
         writers[format](Path(path), self.config, self.params, tokenizer_files_from=self.source)
 
-    def request(self, prompt: Prompt, **given: Any) -> Request:
-        """A prompt and the settings given for it (None: not given), complete and checked."""
-        check_head(self.config, scores=False)
-        settings = Settings.resolve(given, self.generation_config, self.config.eos_ids)
-        if settings.stop and self.tokenizer is None:
-            raise UserError("stop texts need a tokenizer, and this checkpoint has none")
-        if _is_messages(prompt):
-            if self.tokenizer is None:
-                raise UserError("this checkpoint has no tokenizer; give token ids instead of messages")
-            ids = self.tokenizer.chat_ids(prompt)  # type: ignore[arg-type]  # a Mapping first means all are
-            turn_end = self.tokenizer.token_id(IM_END)  # ends a turn even where the checkpoint does not list it
-            if turn_end is not None and turn_end not in settings.eos_ids:
-                settings = dataclasses.replace(settings, eos_ids=(*settings.eos_ids, turn_end))
-        else:
-            ids = self._ids(prompt)
-        request = Request(tuple(ids), settings)
-        self.generator.check(request, self.long_context)
-        return request
+    def request(self, prompt: Prompt, **given: Any) -> CheckedRequest:
+        """A prompt with its sampling parameters (None: not given), complete and checked, for `run`."""
+        return self._request(prompt, _is_messages(prompt), given)
 
-    def run(self, requests: Sequence[Request], progress: Progress | None = None) -> list[Generation]:
+    def run(self, requests: Sequence[CheckedRequest], progress: Progress | None = None) -> list[Generation]:
         """Answers requests, longest prompts first, in batches of at most max_rows; results in the order given."""
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i].tokens))
         results: dict[int, Generation] = {}
         for start in range(0, len(order), self.max_rows):
-            batch = order[start : start + self.max_rows]
-            decoding = self.generator.start([requests[i] for i in batch], self.long_context, progress)
-            answers = [Answer(self.tokenizer, request.settings) for request in decoding.requests]
+            numbers = order[start : start + self.max_rows]
+            batch = self.generator.start([requests[i] for i in numbers], self.long_context, progress)
+            answers = [IncrementalDetokenizer(self.tokenizer, requests[i].sampling_params) for i in numbers]
             while True:
-                advance(decoding, answers, STEPS)
+                advance(batch, answers, STEPS)
                 if all(answer.reason for answer in answers):
                     break
-            results |= {i: answer.generation() for i, answer in zip(batch, answers, strict=True)}
+            results |= {i: answer.generation() for i, answer in zip(numbers, answers, strict=True)}
         return [results[i] for i in range(len(requests))]
 
-    def _talk(self, talk: Any) -> list[int]:
-        """The token ids of a conversation to score."""
-        if isinstance(talk, str | Mapping):
-            raise UserError(f"score needs conversations, each a list of messages or of token ids; given {_short(talk)}")
-        if not _is_messages(talk):
-            return self._ids(talk)
-        if self.tokenizer is None:
-            raise UserError("this checkpoint has no tokenizer; give token ids instead of messages")
-        ids = self.tokenizer.chat_ids(talk, add_generation_prompt=False)
-        if talk[-1]["role"] != "assistant":
-            raise UserError(f"a conversation to score ends in an answer; the last role is {talk[-1]['role']!r}")
+    def _request(self, prompt: Any, chat: bool, given: Mapping[str, Any]) -> CheckedRequest:
+        check_head(self.config, scores=False)
+        # <|im_end|> ends a message of a chat even where the checkpoint does not list it.
+        turn_end = self.tokenizer.token_id(IM_END) if chat and self.tokenizer else None
+        params = SamplingParams.resolve(given, self.generation_config, self.config.eos_ids, turn_end)
+        if params.stop and self.tokenizer is None:
+            raise UserError("stop texts need a tokenizer, and this checkpoint has none")
+        ids = self._needed_tokenizer("messages").chat_ids(prompt) if chat else self._ids(prompt)
+        return self.generator.check(Request(tuple(ids), params), self.long_context)
+
+    def _scored_ids(self, conversation: Any) -> list[int]:
+        """The token ids of a conversation for `score`."""
+        if isinstance(conversation, str | Mapping):
+            raise UserError(
+                f"score needs conversations, each a list of messages or of token ids; given {_short(conversation)}"
+            )
+        if not _is_messages(conversation):
+            return self._ids(conversation)
+        ids = self._needed_tokenizer("messages").chat_ids(conversation, add_generation_prompt=False)
+        if (role := conversation[-1]["role"]) != "assistant":
+            raise UserError(f"a conversation to score ends in an answer; the last role is {role!r}")
         return ids
 
     def _ids(self, prompt: Any) -> list[int]:
         if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise UserError("this checkpoint has no tokenizer; give token ids instead of text")
+            tokenizer = self._needed_tokenizer("text")
             if not prompt:
                 raise UserError("the prompt is empty; give at least one character")
-            return self.tokenizer.encode(prompt)
+            return tokenizer.encode(prompt)
         ids = np.asarray(prompt)
         if ids.ndim != 1 or not ids.size or not np.issubdtype(ids.dtype, np.integer):
             raise UserError(f"a prompt must be text or a list of token ids, not empty; given {_short(prompt)}")
         return ids.tolist()
+
+    def _needed_tokenizer(self, what: str) -> Tokenizer:
+        if self.tokenizer is None:
+            raise UserError(f"this checkpoint has no tokenizer; give token ids instead of {what}")
+        return self.tokenizer
 
 
 def load(
@@ -313,24 +296,51 @@ def load(
     if long_context not in MODES:
         raise UserError(f"long_context={long_context!r}; choose one of {', '.join(map(repr, MODES))}")
     ops.check_implementation(implementation)
-    rounded, dtype = dtype == INT8, "bfloat16" if dtype == INT8 else dtype
     source = checkpoint.locate(name)
-    config = checkpoint.read_config(source)
+    return load_source(
+        source,
+        checkpoint.read_config(source),
+        dtype=dtype,
+        mesh=mesh,
+        long_context=long_context,
+        implementation=implementation,
+        progress=progress,
+    )
+
+
+def load_source(
+    source: checkpoint.Source,
+    config: ModelConfig,
+    *,
+    dtype: str,
+    mesh: jax.sharding.Mesh | None,
+    long_context: LongContext,
+    implementation: str | None,
+    progress: Callable[[int, int], None] | None,
+) -> LM:
+    """`load` for a checkpoint that has been located and whose config.json has been read."""
+    weights_dtype = "bfloat16" if dtype == INT8 else dtype
     devices = None if mesh is None else list(mesh.devices.flat)
     length = min(4096, context_limit(config, long_context))
-    memory.check_load(config, rows=1, length=length, dtype=dtype, devices=devices)
+    memory.check_load(config, rows=1, length=length, dtype=weights_dtype, devices=devices)
     # One array per layer: a scan would copy each layer's weights out of a stack at every token (docs/decisions.md).
     params = checkpoint.load_params(
-        source, config, dtype=jnp.dtype(dtype), unroll=True, mesh=mesh, rules=sharding.SERVING, progress=progress
+        source,
+        config,
+        dtype=jnp.dtype(weights_dtype),
+        unroll=True,
+        mesh=mesh,
+        rules=sharding.SERVING,
+        progress=progress,
     )
-    if rounded:
+    if dtype == INT8:
         params = quantize(params, decoder.declare(config, unroll=True)[1])
     return LM(
         config,
         params,
         tokenizer=_tokenizer(source),
         generation_config=source.read_json("generation_config.json"),
-        dtype=dtype,
+        dtype=weights_dtype,
         unroll=True,
         mesh=mesh,
         long_context=long_context,
@@ -350,19 +360,6 @@ def _tokenizer(source: checkpoint.Source) -> Tokenizer | None:
             return Tokenizer.from_folder(folder)
     except FileNotFoundError:
         return None
-
-
-def _given(max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, stop, ignore_eos) -> dict[str, Any]:
-    return {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-        "stop": stop,
-        "ignore_eos": ignore_eos,
-    }
 
 
 def _is_messages(given: Any) -> bool:

@@ -14,7 +14,7 @@ from qwen2_jax.infer.engine import lowering
 from qwen2_jax.infer.engine.buckets import Buckets
 from qwen2_jax.infer.engine.programs import Generator, Request
 from qwen2_jax.infer.engine.rollouts import Rollouts
-from qwen2_jax.infer.engine.sampling_params import Settings
+from qwen2_jax.infer.engine.sampling_params import SamplingParams
 from qwen2_jax.model import lora
 from qwen2_jax.model.lora import Lora
 from qwen2_jax.parallel import sharding
@@ -85,10 +85,10 @@ def _answers(name, rows, mesh):
         params = jax.tree.map(place, params, specs)
     buckets = Buckets(rows=rows, chunks=(16, 32), limit=4096)
     generator = Generator(graphdef, params, config, dtype=jnp.float32, unroll=True, mesh=mesh, buckets=buckets)
-    assert mesh is None or not generator.places.cache(config, rows, 256).is_fully_replicated
+    assert mesh is None or not generator.shardings.cache(config, rows, 256).is_fully_replicated
     prompts = [tuple(np.random.default_rng(n).integers(100, 4096, n).tolist()) for n in LENGTHS]
     requests = [
-        Request(prompt, Settings(max_new_tokens=20, ignore_eos=True, temperature=temperature))
+        Request(prompt, SamplingParams(max_new_tokens=20, ignore_eos=True, temperature=temperature))
         for prompt, temperature in zip(prompts, (0, 0.8, 0, 0), strict=True)
     ]
     tokens, logprobs, _ = zip(*generator.run(requests, mode), strict=True)
@@ -126,9 +126,9 @@ def _rollouts(name, mesh, trained, rank):
         params = lora.attach(params | {"stacks": small}, fresh, settings)
     made = Rollouts.of(config, rows=8, length=128, dtype="float32", mesh=mesh, long_context=mode)
     generator = made.generator
-    assert mesh is None or not generator.places.cache(generator.config, 8, 128).is_fully_replicated
+    assert mesh is None or not generator.shardings.cache(generator.config, 8, 128).is_fully_replicated
     requests = [
-        Request(tuple(range(100, 100 + length)), Settings(max_new_tokens=3 * new, temperature=0.9, seed=new))
+        Request(tuple(range(100, 100 + length)), SamplingParams(max_new_tokens=3 * new, temperature=0.9, seed=new))
         for new, length in enumerate(LENGTHS * 3, start=1)
     ]
     completions, stats = made(params, requests)
@@ -136,8 +136,8 @@ def _rollouts(name, mesh, trained, rank):
     again, _ = made(params, requests)
     assert [c.tokens.tolist() for c in again] == [c.tokens.tolist() for c in completions]
     assert generator.for_cache(8, 128).decode._cache_size() == made._admit._cache_size() == 1
-    if mesh is not None:  # one row is exchanged to admit a prompt, not the antechamber
-        cache, small = (lowering._cache(generator, rows, 128) for rows in (8, made.ahead))
+    if mesh is not None:  # one row is exchanged to admit a prompt, not the staging cache
+        cache, small = (lowering._cache(generator, rows, 128) for rows in (8, made.staging_rows))
         at = lowering._shape(generator, (), jnp.int32)
         found = hlo.collectives(made._admit.lower(cache, small, at, at).compile().as_text(), range(8))
         heads = generator.config.num_key_value_heads // mesh.shape["tensor"]  # of each device

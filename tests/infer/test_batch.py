@@ -7,7 +7,6 @@ import pytest
 
 from qwen2_jax.errors import UserError
 from qwen2_jax.infer.cli import batch
-from qwen2_jax.infer.cli.main import _defaults
 
 
 def write(path, objects):
@@ -16,7 +15,7 @@ def write(path, objects):
 
 def answer(lm, source, output, **given):
     given = {"max_new_tokens": 4, **given}
-    return batch.answer(lm, batch.Lines(source, output), given, _defaults, raw=True)
+    return batch.answer(lm, batch.Lines(source, output), given, raw=True)
 
 
 @pytest.fixture

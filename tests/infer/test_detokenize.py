@@ -5,13 +5,13 @@ import random
 
 import pytest
 
-from qwen2_jax.infer.detokenize import Answer, held_back
-from qwen2_jax.infer.engine.sampling_params import Settings
+from qwen2_jax.infer.detokenize import IncrementalDetokenizer, held_back
+from qwen2_jax.infer.engine.sampling_params import SamplingParams
 
 
 def play(tokenizer, ids, **settings):
     """(pieces, generation) of an answer that gets these ids one by one and then ends for its length."""
-    answer = Answer(tokenizer, Settings(**settings))
+    answer = IncrementalDetokenizer(tokenizer, SamplingParams(**settings))
     pieces = []
     for n, token in enumerate(ids):
         pieces.append(answer.add(token, -float(n)))

@@ -13,7 +13,7 @@ from qwen2_jax.config import DualChunk, ModelConfig, RopeScaling
 from qwen2_jax.errors import UserError
 from qwen2_jax.infer.engine.buckets import Buckets, context_limit
 from qwen2_jax.infer.engine.programs import Generator, Request
-from qwen2_jax.infer.engine.sampling_params import Settings
+from qwen2_jax.infer.engine.sampling_params import SamplingParams
 from tiny import random_params
 
 from .conftest import TINY
@@ -61,7 +61,7 @@ def test_decoding_equals_a_full_forward_at_every_position(name, dense):
     """Greedy tokens of a ragged batch are the argmax of cache-free logits, and their log-probabilities agree."""
     changes, unroll, mode = VARIANTS[name]
     generator = make(changes, unroll) if changes else dense
-    requests = [Request(prompt(n), Settings(max_new_tokens=25)) for n in (23, 1)]
+    requests = [Request(prompt(n), SamplingParams(max_new_tokens=25)) for n in (23, 1)]
     answers = generator.run(requests, mode)
     wholes = [[*request.tokens, *tokens] for request, (tokens, _, _) in zip(requests, answers, strict=True)]
     padded = np.asarray([whole + [0] * (48 - len(whole)) for whole in wholes])
@@ -82,10 +82,10 @@ def test_decoding_equals_a_full_forward_at_every_position(name, dense):
 def test_a_ragged_batch_equals_each_row_alone(dense):
     """Different lengths, settings and limits; sampled and greedy; a row of padding in two of the batches."""
     requests = [
-        Request(prompt(40), Settings(max_new_tokens=12)),
-        Request(prompt(17), Settings(max_new_tokens=20, temperature=0.8, top_k=10, top_p=0.9, seed=1)),
-        Request(prompt(1), Settings(max_new_tokens=20, repetition_penalty=20.0)),
-        Request(prompt(33), Settings(max_new_tokens=18, temperature=1.5, min_p=0.05, seed=2**32 - 1)),
+        Request(prompt(40), SamplingParams(max_new_tokens=12)),
+        Request(prompt(17), SamplingParams(max_new_tokens=20, temperature=0.8, top_k=10, top_p=0.9, seed=1)),
+        Request(prompt(1), SamplingParams(max_new_tokens=20, repetition_penalty=20.0)),
+        Request(prompt(33), SamplingParams(max_new_tokens=18, temperature=1.5, min_p=0.05, seed=2**32 - 1)),
     ]
     three, four = dense.run(requests[:3]), dense.run(requests)
     for request, together, fewer in zip(requests, four, [*three, four[3]], strict=True):
@@ -98,34 +98,34 @@ def test_a_ragged_batch_equals_each_row_alone(dense):
 
 def test_ends_at_any_of_several_ids_unless_ignored(dense):
     generator = dense
-    free = generator.run([Request(prompt(12), Settings(max_new_tokens=12))])[0][0]
+    free = generator.run([Request(prompt(12), SamplingParams(max_new_tokens=12))])[0][0]
     first = next(i for i, t in enumerate(free) if t not in free[:i] and i > 3)
-    settings = Settings(max_new_tokens=12, eos_ids=(271, free[first]))
+    settings = SamplingParams(max_new_tokens=12, eos_ids=(271, free[first]))
     tokens, _, why = generator.run([Request(prompt(12), settings)])[0]
     assert (tokens, why) == (free[: first + 1], "stop")
     ignoring = dataclasses.replace(settings, ignore_eos=True)
     assert (
         generator.run([Request(prompt(12), ignoring)])[0]
-        == generator.run([Request(prompt(12), Settings(max_new_tokens=12))])[0]
+        == generator.run([Request(prompt(12), SamplingParams(max_new_tokens=12))])[0]
     )
     with pytest.raises(UserError, match="at most 8"):
-        generator.run([Request(prompt(3), Settings(eos_ids=tuple(range(9))))])
+        generator.run([Request(prompt(3), SamplingParams(eos_ids=tuple(range(9))))])
 
 
 def test_limits_are_held_and_named():
     generator = make({"max_position_embeddings": 32})
     limit = context_limit(generator.config, "auto")
     assert limit == 4 * 32
-    tokens, _, why = generator.run([Request(prompt(limit - 2), Settings(max_new_tokens=50))])[0]
+    tokens, _, why = generator.run([Request(prompt(limit - 2), SamplingParams(max_new_tokens=50))])[0]
     assert (len(tokens), why) == (2, "length")
     with pytest.raises(UserError, match="128 tokens.*at most 127"):
-        generator.start([Request(prompt(limit), Settings())])
+        generator.run([Request(prompt(limit), SamplingParams())])
     with pytest.raises(UserError, match="at most 31 .127 with long_context"):
-        generator.start([Request(prompt(60), Settings())], "off")
+        generator.run([Request(prompt(60), SamplingParams())], "off")
     with pytest.raises(UserError, match="id 272"):
-        generator.start([Request((1, 272), Settings())])
+        generator.run([Request((1, 272), SamplingParams())])
     with pytest.raises(UserError, match="empty"):
-        generator.start([Request((), Settings())])
+        generator.run([Request((), SamplingParams())])
 
 
 def test_nothing_recompiles_in_steady_state(dense):
@@ -145,15 +145,16 @@ def test_nothing_recompiles_in_steady_state(dense):
     def batch(lengths, temperatures=(0.0, 0.7, 1.0)):
         requests = []
         for n in lengths:
-            settings = Settings(
+            settings = SamplingParams(
                 max_new_tokens=int(rng.integers(1, 6)), temperature=float(rng.choice(temperatures)),
                 top_k=int(rng.integers(0, 99)), top_p=float(rng.uniform(0.1, 1.0)), seed=int(rng.integers(99)),
                 eos_ids=tuple(rng.integers(0, 250, 2).tolist()),
             )  # fmt: skip
             requests.append(Request(prompt(int(n)), settings))
-        decoding = generator.start(requests, str(rng.choice(["auto", "off", "yarn", "dca"])))
-        while not decoding.finished.all():
-            decoding.advance(int(rng.integers(1, 17)))
+        mode = str(rng.choice(["auto", "off", "yarn", "dca"]))
+        started = generator.start([generator.check(request, mode) for request in requests], mode)
+        while not started.finished.all():
+            started.advance(int(rng.integers(1, 17)))
 
     for rows in (2, 4):
         batch([33] * rows, [0.0])

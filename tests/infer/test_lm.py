@@ -108,8 +108,11 @@ def test_a_folder_brings_its_defaults_and_travels(lm, folder, tmp_path):
         loaded.chat(messages, max_new_tokens=5)
         == loaded.generate([loaded.tokenizer.chat_ids(messages)], max_new_tokens=5)[0]
     )
-    assert loaded.request(messages).settings.eos_ids == (258, 256)
-    assert lm.request(messages).settings.eos_ids == (256, 258)  # the end of a turn, which its config does not name
+    assert loaded.request(messages).sampling_params.eos_ids == (258, 256)
+    assert lm.request(messages).sampling_params.eos_ids == (
+        256,
+        258,
+    )  # the end of a turn, which its config does not name
     for format in ("hf", "orbax"):
         loaded.save(tmp_path / format, format=format)
         again = qwen2_jax.load(tmp_path / format, dtype="float32")

@@ -12,7 +12,6 @@ import pytest
 
 from qwen2_jax.errors import UserError
 from qwen2_jax.infer.cli import batch
-from qwen2_jax.infer.cli.main import _defaults
 from qwen2_jax.infer.cli.multihost_batch import Share
 from qwen2_jax.parallel import hosts
 
@@ -20,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def answer(lm, lines, group=None):
-    return batch.answer(lm, lines, {"max_new_tokens": 4}, _defaults, raw=True, group=group)
+    return batch.answer(lm, lines, {"max_new_tokens": 4}, raw=True, group=group)
 
 
 def records(path):

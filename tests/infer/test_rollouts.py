@@ -12,7 +12,7 @@ from qwen2_jax.config import ModelConfig
 from qwen2_jax.errors import UserError
 from qwen2_jax.infer.engine.programs import Request
 from qwen2_jax.infer.engine.rollouts import Rollouts
-from qwen2_jax.infer.engine.sampling_params import Settings
+from qwen2_jax.infer.engine.sampling_params import SamplingParams
 from qwen2_jax.model import cross_entropy
 from tiny import random_params
 from worker import Worker
@@ -30,7 +30,7 @@ def asked(count, temperature=1.0, seed=0, **settings):
     return [
         Request(
             tuple(rng.integers(1, 250, rng.integers(1, 50)).tolist()),
-            Settings(**{"max_new_tokens": int(rng.integers(1, 60)), "seed": int(rng.integers(2**32))} | settings),
+            SamplingParams(**{"max_new_tokens": int(rng.integers(1, 60)), "seed": int(rng.integers(2**32))} | settings),
         )
         for _ in range(count)
     ]
@@ -103,7 +103,7 @@ def test_logprobs_are_those_of_a_packed_training_forward(name):
 
 def test_samples_of_a_prompt_share_its_prefill_and_differ(dense, params):
     """Groups of three; each sample equals the one that its seed gives alone."""
-    seeds = [Settings(max_new_tokens=9, temperature=1.0, seed=seed) for seed in (1, 2, 3)]
+    seeds = [SamplingParams(max_new_tokens=9, temperature=1.0, seed=seed) for seed in (1, 2, 3)]
     groups = [Request(request.tokens, settings) for request in asked(3) for settings in seeds]
     completions, stats = dense(params, groups)
     assert stats.prefilled == 3
@@ -134,7 +134,9 @@ def test_nothing_recompiles_in_steady_state(dense, params):
         lambda event, *_, **__: compiled.append(event) if event.endswith("backend_compile_duration") else None
     )
     chunks = len(dense.generator.buckets.chunks)
-    dense(params, [Request((1,) * n, Settings(max_new_tokens=2)) for n in (2, 100)])  # both sizes of chunk that fit
+    dense(
+        params, [Request((1,) * n, SamplingParams(max_new_tokens=2)) for n in (2, 100)]
+    )  # both sizes of chunk that fit
     warm, xla = list(dense.generator.programs), len(compiled)
     own = [p for p in warm if "cache=128" in p]
     assert len(own) == len(set(own)) <= 2 + chunks, own
@@ -165,11 +167,11 @@ def test_bad_requests_are_named(dense, params):
         with pytest.raises(UserError, match=match):
             dense(params, [good, request, good])
 
-    refused(Request((1,) * 100, Settings(max_new_tokens=29)), "prompt 2 of 3 has 100 tokens.* leaves 28 of 128")
-    refused(Request((1,) * 600, Settings()), "prompt 2 of 3 has 600 tokens; this model takes at most 511")
-    refused(Request((), Settings()), "prompt 2 of 3 is empty")
-    refused(Request((999,), Settings()), "prompt 2 of 3 has token id 999")
-    refused(Request((1,), Settings(repetition_penalty=1.1)), "prompt 2 of 3 has repetition_penalty=1.1")
+    refused(Request((1,) * 100, SamplingParams(max_new_tokens=29)), "prompt 2 of 3 has 100 tokens.* leaves 28 of 128")
+    refused(Request((1,) * 600, SamplingParams()), "prompt 2 of 3 has 600 tokens; this model takes at most 511")
+    refused(Request((), SamplingParams()), "prompt 2 of 3 is empty")
+    refused(Request((999,), SamplingParams()), "prompt 2 of 3 has token id 999")
+    refused(Request((1,), SamplingParams(repetition_penalty=1.1)), "prompt 2 of 3 has repetition_penalty=1.1")
     with pytest.raises(UserError, match="rows=0"):
         Rollouts.of(CONFIGS["dense"], rows=0, length=128)
     assert dense(params, [])[0] == []

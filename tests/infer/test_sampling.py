@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from qwen2_jax.infer.engine import sampling
-from qwen2_jax.infer.engine.sampling_params import Settings
+from qwen2_jax.infer.engine.sampling_params import SamplingParams
 
 V, REAL = 400, 390  # ids from REAL on are padding
 
@@ -42,7 +42,7 @@ def arrays(rows):
     def column(name, dtype):
         return jnp.asarray([getattr(s, name) for s in rows], dtype)
 
-    return sampling.Sampling(
+    return sampling.SamplingArrays(
         temperature_B=column("temperature", jnp.float32),
         top_k_B=column("top_k", jnp.int32),
         top_p_B=column("top_p", jnp.float32),
@@ -66,19 +66,19 @@ def logits():
 
 
 SETTINGS = [
-    Settings(temperature=0.7),
-    Settings(temperature=1.3, top_k=20),
-    Settings(temperature=1.0, top_k=100),  # beyond the window
-    Settings(temperature=1.0, top_k=20, top_p=0.8),
-    Settings(temperature=1.0, top_p=0.3),  # the nucleus fits the window
-    Settings(temperature=3.0, top_p=0.97),  # it does not
-    Settings(temperature=1.5, top_k=200, top_p=0.9, min_p=0.02),
-    Settings(temperature=1.0, min_p=0.1),
-    Settings(temperature=1.0, top_k=5, repetition_penalty=1.3),
-    Settings(temperature=0.7, top_k=20, top_p=0.8, repetition_penalty=1.05, min_p=0.05),
-    Settings(temperature=1.0, top_k=1),
-    Settings(temperature=1.0, top_p=1e-6),
-    Settings(temperature=2.0, top_k=10_000, top_p=0.999),
+    SamplingParams(temperature=0.7),
+    SamplingParams(temperature=1.3, top_k=20),
+    SamplingParams(temperature=1.0, top_k=100),  # beyond the window
+    SamplingParams(temperature=1.0, top_k=20, top_p=0.8),
+    SamplingParams(temperature=1.0, top_p=0.3),  # the nucleus fits the window
+    SamplingParams(temperature=3.0, top_p=0.97),  # it does not
+    SamplingParams(temperature=1.5, top_k=200, top_p=0.9, min_p=0.02),
+    SamplingParams(temperature=1.0, min_p=0.1),
+    SamplingParams(temperature=1.0, top_k=5, repetition_penalty=1.3),
+    SamplingParams(temperature=0.7, top_k=20, top_p=0.8, repetition_penalty=1.05, min_p=0.05),
+    SamplingParams(temperature=1.0, top_k=1),
+    SamplingParams(temperature=1.0, top_p=1e-6),
+    SamplingParams(temperature=2.0, top_k=10_000, top_p=0.999),
 ]
 
 
@@ -119,7 +119,7 @@ def test_the_cut_is_the_same_whichever_way_it_is_found(logits):
 
 def test_a_row_is_drawn_alike_in_any_company(logits):
     """Greedy, narrow and wide rows together, so that every path is taken: each row equals itself alone."""
-    rows = [Settings(temperature=0.0), *SETTINGS]
+    rows = [SamplingParams(temperature=0.0), *SETTINGS]
     rng = np.random.default_rng(1)
     logits_BV = np.stack([np.roll(logits, 7 * i) + rng.normal(size=V).astype(np.float32) for i in range(len(rows))])
     seen_BV = rng.random((len(rows), V)) < 0.1
@@ -135,10 +135,14 @@ def test_a_row_is_drawn_alike_in_any_company(logits):
 
 def test_tempered_logprobs_are_of_the_divided_logits(logits):
     """The tokens stay as they are; a greedy row's log-probability is the model's own. No penalty: no ids seen."""
-    rows = [Settings(temperature=0.0), Settings(temperature=0.5, seed=1), Settings(temperature=2.0, top_k=20)]
+    rows = [
+        SamplingParams(temperature=0.0),
+        SamplingParams(temperature=0.5, seed=1),
+        SamplingParams(temperature=2.0, top_k=20),
+    ]
     logits_BV, count_B = np.stack([logits] * 3), jnp.zeros(3, jnp.int32)
     plain, _ = draw(logits_BV, np.zeros((3, V), bool), count_B, arrays(rows))
-    tokens, logprobs = draw(logits_BV, None, count_B, sampling.Sampling.stacked(rows, tempered=True))
+    tokens, logprobs = draw(logits_BV, None, count_B, sampling.SamplingArrays.stacked(rows, tempered=True))
     assert tokens.tolist() == plain.tolist()
     for token, logprob, divisor in zip(tokens, logprobs, (1.0, 0.5, 2.0), strict=True):
         np.testing.assert_allclose(logprob, np.log(softmax(logits.astype(np.float64) / divisor))[token], rtol=1e-5)
@@ -148,7 +152,7 @@ def test_greedy_takes_the_penalised_best_and_never_padding(logits):
     best, second = np.argsort(logits[:REAL])[[-1, -2]]
     seen_BV = np.zeros((2, V), bool)
     seen_BV[1, best] = True
-    rows = [Settings(), Settings(repetition_penalty=10.0)]
+    rows = [SamplingParams(), SamplingParams(repetition_penalty=10.0)]
     tokens, _ = draw(np.stack([logits] * 2), seen_BV, jnp.zeros(2, jnp.int32), arrays(rows))
     assert tokens.tolist() == [best, second]
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A file of prompts to a file of answers, JSON lines both, that can be interrupted at any byte and goes on.
+"""Answers a file of prompts into a file of answers, both JSON lines; may be interrupted at any byte and resumed.
 
-Every answer names the input line it belongs to and a digest of that line. A second run keeps the complete answers,
-cuts off a half-written last one, and computes the rest: no line is lost and none is doubled.
+Every answer has the number of its input line and a digest of that line. A second run keeps the complete answers, cuts
+off a half-written last one, and computes the rest: no line is lost and none is answered twice.
 """
 
 import functools
@@ -12,41 +12,40 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen2_jax.errors import UserError
-from qwen2_jax.infer.cli.prompts_and_answers import phrase
+from qwen2_jax.infer.cli.prompts_and_answers import to_prompt, with_answer_length
+from qwen2_jax.infer.engine.sampling_params import SETTABLE
 from qwen2_jax.parallel.hosts import Group
 
 if TYPE_CHECKING:
-    from qwen2_jax.infer.engine.programs import Request
+    from qwen2_jax.infer.engine.programs import CheckedRequest
     from qwen2_jax.infer.lm import LM
 
-OWN_SETTINGS = (
-    "max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop", "ignore_eos",
-)  # fmt: skip
+ALLOWED = ("prompt", "messages", "id", *SETTABLE)  # keys of an input line
 
 
 class Lines:
-    """The input, and the output with what an earlier run left there.
+    """The input, and the output with the answers of an earlier run.
 
     output None: answers go to standard output, and nothing can be resumed.
-    Raises UserError or OSError when the input cannot be read, or the output cannot be written or holds something else.
+    Raises UserError or OSError when the input cannot be read, or the output cannot be written or has other contents.
     """
 
     def __init__(self, source: Path, output: Path | None):
         self.source, self.output = source, output
         check_paths(source, output)
-        self.done: dict[int, str] = {}  # input line -> digest of the line that was answered
+        self.done: dict[int, str] = {}  # number of an answered input line -> its digest
         if output is not None:
             self._resume(output)
-        for _ in self.todo() if self.done else ():  # every earlier answer belongs to the line it names
+        for _ in self.todo() if self.done else ():  # raises where an earlier answer is to another line
             pass
 
     def todo(self) -> Iterator[tuple[int, bytes]]:
-        """(number from 1, bytes) of the input's lines that have no answer yet; blank lines are passed over."""
+        """(number from 1, bytes) of the input's lines that have no answer yet; blank lines are skipped."""
         with self.source.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 answered = self.done.get(number)
@@ -70,9 +69,9 @@ class Lines:
             os.fsync(file.fileno())
 
     def _resume(self, output: Path) -> None:
-        with output.open("ab"):  # makes the file, and fails here if it cannot
+        with output.open("ab"):  # makes the file; raises here where that is not allowed
             pass
-        if not output.is_file():  # a pipe or a device: there is nothing to go on from
+        if not output.is_file():  # a pipe or a device: there is nothing to resume
             return
         whole = 0
         for first, size, number, found in read_answers(output):
@@ -118,7 +117,6 @@ def answer(
     lm: "LM",
     lines: Lines,
     given: Mapping[str, Any],
-    defaults: Callable[..., dict[str, Any]],
     *,
     system: str | None = None,
     raw: bool = False,
@@ -126,21 +124,21 @@ def answer(
 ) -> int:
     """Answers every line that has no answer yet, a batch at a time. Returns the exit code: 1 if any line failed.
 
-    defaults: from (lm, settings, chat=) to the settings of a line that does not give its own. group: the processes
-    that answer together, of which the first one tells how far it is.
+    given: sampling parameters for lines that do not give their own. group: the processes that answer the file
+    together, of which the first reports progress.
     """
     group = group or Group()
     say = functools.partial(print, file=sys.stderr) if group.first else lambda text: None
     if lines.done:
-        say(f"{len(lines.done)} answers are there already; going on")
+        say(f"{len(lines.done)} lines are answered already; resuming")
     failed, answered, tokens, begin = 0, 0, 0, time.perf_counter()
     for some in itertools.batched(lines.todo(), lm.max_rows):
         group.at(f"answering line {some[0][0]}")
-        requests: list[Request] = []
+        requests: list[CheckedRequest] = []
         heads: list[dict[str, Any]] = []
         for number, line in some:
             try:
-                head, request = _request(lm, line, given, defaults, system, raw)
+                head, request = _request(lm, line, given, system, raw)
             except UserError as error:
                 failed += 1
                 print(f"error: line {number} of {lines.source}: {error}", file=sys.stderr)
@@ -166,7 +164,7 @@ def answer(
         answered += len(requests)
         tokens += sum(len(g.token_ids) for g in generations)
         say(f"{answered} answered, {tokens / (time.perf_counter() - begin):.1f} tokens/s")
-    say(f"done: {answered} answered, {len(lines.done)} were there, {failed} failed")
+    say(f"done: {answered} answered, {len(lines.done)} answered before, {failed} failed")
     return 1 if failed else 0
 
 
@@ -175,31 +173,31 @@ def digest(line: bytes) -> str:
     return hashlib.sha256(line.strip()).hexdigest()[:16]
 
 
-def _request(lm, line: bytes, given, defaults, system: str | None, raw: bool) -> tuple[dict[str, Any], "Request"]:
+def _request(
+    lm: "LM", line: bytes, given: Mapping[str, Any], system: str | None, raw: bool
+) -> tuple[dict[str, Any], "CheckedRequest"]:
     """({"id": ...} or nothing, the request) of one input line. Raises UserError that says what is wrong with it."""
-
     try:
         data = json.loads(line)
     except ValueError as error:  # UnicodeDecodeError is one too
         raise UserError(f"not JSON: {error}") from error
     if not isinstance(data, dict) or ("prompt" in data) == ("messages" in data):
         raise UserError('it must be an object with either "prompt" or "messages"')
-    allowed = ("prompt", "messages", "id", *OWN_SETTINGS)
-    if unknown := data.keys() - set(allowed):
-        raise UserError(f"unknown {', '.join(sorted(unknown))}; allowed are {', '.join(allowed)}")
-    own = {name: data[name] for name in OWN_SETTINGS if name in data}
+    if unknown := data.keys() - set(ALLOWED):
+        raise UserError(f"unknown {', '.join(sorted(unknown))}; allowed are {', '.join(ALLOWED)}")
     head = {"id": data["id"]} if "id" in data else {}
     if "messages" in data:
-        messages = data["messages"]
-        if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
+        prompt, chat = data["messages"], True
+        if not isinstance(prompt, list) or not prompt or not all(isinstance(m, dict) for m in prompt):
             raise UserError('"messages" must be a list of objects with "role" and "content"')
-        if system and messages[0].get("role") != "system":
-            messages = [{"role": "system", "content": system}, *messages]
-        return head, lm.request(messages, **{**defaults(lm, dict(given), chat=True), **own})
-    prompt = data["prompt"]
-    if isinstance(prompt, str) and prompt:
-        prompt = phrase(lm, prompt, system=system, raw=raw)
-    chat = isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], dict)
-    if chat and not isinstance(data["prompt"], str):
-        raise UserError('"prompt" must be text or token ids; conversations go into "messages"')
-    return head, lm.request(prompt, **{**defaults(lm, dict(given), chat=chat), **own})
+        if system and prompt[0].get("role") != "system":
+            prompt = [{"role": "system", "content": system}, *prompt]
+    else:
+        prompt = data["prompt"]
+        if isinstance(prompt, list) and prompt and isinstance(prompt[0], dict):
+            raise UserError('"prompt" must be text or token ids; conversations go into "messages"')
+        if isinstance(prompt, str) and prompt:
+            prompt = to_prompt(lm, prompt, system=system, raw=raw)
+        chat = isinstance(data["prompt"], str) and isinstance(prompt, list) and isinstance(prompt[0], dict)
+    own = {name: data[name] for name in SETTABLE if name in data}
+    return head, lm.request(prompt, **with_answer_length(lm, {**given, **own}, chat=chat))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line of infer.py. Arguments are checked before jax is imported, so mistakes are answered at once."""
+"""The command line of infer.py. Arguments are checked before jax is imported, so errors in them appear at once."""
 
 import argparse
 import json
@@ -12,16 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen2_jax.errors import UserError
-from qwen2_jax.infer.cli.prompts_and_answers import phrase, record, summary
-from qwen2_jax.infer.engine.sampling_params import Settings
+from qwen2_jax.infer.cli.prompts_and_answers import record, summary, to_prompt, with_answer_length
+from qwen2_jax.infer.engine.sampling_params import SETTABLE, checked
 from qwen2_jax.parallel import hosts
 
 if TYPE_CHECKING:
     from qwen2_jax.infer.lm import LM, Stream
 
-CHAT_TOKENS, COMPLETION_TOKENS = 512, 128  # --max-new-tokens where neither the user nor the checkpoint says
-GOES_ON = "The same command on all hosts goes on after the answers that are there"
-SHOW_PREFILL = 1000  # prompt tokens from which a progress bar is worth its lines
+GOES_ON = "The same command on all hosts resumes after the answers that are complete"
+SHOW_PREFILL = 1000  # prompt tokens from which the prefill has a progress bar
 
 EXAMPLES = """examples:
   python infer.py "Once upon"                                continue a text with the bundled demo model (no network)
@@ -30,17 +29,16 @@ EXAMPLES = """examples:
   python infer.py --ckpt ./my-folder "Why is the sky blue?"  a local Hugging Face or Orbax folder
   cat report.txt | python infer.py --ckpt qwen2-7b-instruct --system "Summarise in one sentence."
   python infer.py --ckpt qwen2-7b-instruct --input prompts.jsonl --output answers.jsonl
-        one JSON object per line: {"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]}, and if you
-        like "id" and settings of its own ("temperature": 0.5, "max_new_tokens": 32, ...). Interrupted? Run it again.
-        On several hosts at once, each answers its share, and --output is one file in the end (docs/pods.md).
+        one JSON object per line: {"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]}, optionally
+        with "id" and sampling parameters ("temperature": 0.5, "max_new_tokens": 32, ...). Run it again to resume.
+        On several hosts, each answers a share of the lines, and --output is one file in the end (docs/pods.md).
   python infer.py --ckpt qwen2-72b --mesh tensor=8 "Hello"    over the eight devices of a node
-  python infer.py --ckpt qwen2-72b --plan 8xh100             does it fit there, and how fast would it be: compiled for a
-        machine that is not here, without the weights; also v5e-16, v5p-8, 2x8xh200, ... with --context and --batch
+  python infer.py --ckpt qwen2-72b --plan 8xh100             does it fit there, and how fast is it? Compiles for that
+        machine, without the weights; also v5e-16, v5p-8, 2x8xh200, ... with --context and --batch
   python infer.py --json "Once upon" | python -m json.tool   text, token ids, finish reason and timings for a program
 
 Answers go to standard output, everything else to standard error. Exit code 0: done, 1: some lines of --input failed,
-2: the command or its files cannot be used, 75: another host is gone; of --plan 0: it fits, 1: it does not. Sampling
-options not given come from the checkpoint's own defaults (generation_config.json).
+2: the command or its files cannot be used, 75: another host was lost; of --plan 0: it fits, 1: it does not.
 """
 
 
@@ -54,7 +52,9 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    p.add_argument("prompt", nargs="?", metavar="PROMPT", help="text to continue or to answer; - reads standard input")
+    p.add_argument(
+        "prompt", nargs="?", metavar="PROMPT", help="text to continue, or a message to answer; - reads standard input"
+    )
     model = p.add_argument_group("model")
     model.add_argument(
         "--ckpt", default="demo", metavar="CKPT",
@@ -68,68 +68,61 @@ def parser() -> argparse.ArgumentParser:
     )
     model.add_argument(
         "--long-context", default="auto", choices=("auto", "off", "yarn", "dca"),
-        help="beyond the trained length: what the checkpoint says (auto), nothing, YaRN, or Dual Chunk Attention",
+        help="positions beyond the trained length: config.json decides (auto), plain (off), YaRN, Dual Chunk Attention",
     )  # fmt: skip
     model.add_argument(
         "--implementation", metavar="NAME",
-        help='of the kernels: xla, tpu, gpu, or by operation, as in "attention=cudnn,decode=xla" (default: the best)',
+        help='kernels: xla, tpu, gpu, or one per operation, as in "attention=cudnn,decode=xla" (default: the fastest)',
     )  # fmt: skip
     model.add_argument(
         "--mesh", metavar="AXES",
-        help="spread the model over all devices: tensor=8 (parts of heads and widths), tensor=4,context=2 (and of the "
-        "cache's slots, for very long prompts), ...; -1: what is left (default: one device; for a plan as many parts "
-        "of heads as there can be)",
+        help="sizes of mesh axes, over all devices: tensor=8 divides heads and widths; tensor=4,context=2 also the "
+        "cache's slots, for very long prompts; -1 takes the remaining devices (default: one device; for --plan the "
+        "largest tensor that divides the model)",
     )  # fmt: skip
     text = p.add_argument_group("prompt and answer")
     text.add_argument("--system", metavar="TEXT", help="system message for a chat model")
     text.add_argument("--raw", action="store_true", help="no chat template: continue the text as it is")
-    text.add_argument("--json", action="store_true", help="one line of JSON per answer, or for a plan, instead of text")
-    text.add_argument("--input", metavar="FILE", type=Path, help="JSON lines with a prompt each; see the examples")
+    text.add_argument(
+        "--json", action="store_true", help="print one line of JSON per answer, or for a plan, instead of text"
+    )
+    text.add_argument("--input", metavar="FILE", type=Path, help="file of prompts, JSON lines; see the examples")
     text.add_argument(
         "--output", metavar="FILE", type=Path,
-        help="where the answers to --input go; what is already there is kept and not computed again",
+        help="file for the answers to --input; answers already in it are kept and not computed again",
     )  # fmt: skip
-    hosts.add_flags(p.add_argument_group("several hosts, for --input (found by itself on pods, GKE, SLURM, Open MPI)"))
+    hosts.add_flags(p.add_argument_group("several hosts, for --input (detected on TPU pods, GKE, SLURM, Open MPI)"))
     plan = p.add_argument_group("plan")
-    plan.add_argument("--plan", metavar="MACHINE", help="compile for this machine and say what it needs; runs nothing")
     plan.add_argument(
-        "--context", type=int, metavar="N", help="tokens of a row, prompt and answer (default: 4096 at most)"
+        "--plan", metavar="MACHINE", help="compile for this machine and print memory and speed; runs nothing"
     )
-    plan.add_argument("--batch", type=int, default=1, metavar="N", help="rows at a time (default: 1)")
-    draw = p.add_argument_group("sampling")
-    draw.add_argument("--max-new-tokens", type=int, metavar="N", help="at most so many tokens per answer")
-    draw.add_argument(
-        "--temperature", type=float, metavar="X", help="0: always the most likely token; 1: as the model is"
+    plan.add_argument(
+        "--context", type=int, metavar="N", help="tokens per row, prompt and answer together (default: at most 4096)"
     )
-    draw.add_argument(
-        "--top-p", type=float, metavar="P", help="only the likeliest tokens that together reach this share"
-    )
-    draw.add_argument("--top-k", type=int, metavar="K", help="only the K likeliest tokens (0: all)")
-    draw.add_argument(
-        "--min-p", type=float, metavar="P", help="only tokens at least P times as likely as the likeliest"
-    )
-    draw.add_argument(
-        "--repetition-penalty", type=float, metavar="X", help="above 1: tokens seen before become less likely"
-    )
-    draw.add_argument("--seed", type=int, metavar="N", help="same seed, same answer (default 0)")
-    draw.add_argument(
-        "--stop", action="append", metavar="TEXT", help="end the answer before this text; may be repeated"
-    )
-    draw.add_argument("--ignore-eos", action="store_true", help="go on past end-of-sequence tokens")
+    plan.add_argument("--batch", type=int, default=1, metavar="N", help="rows per batch (default: 1)")
+    sampling = p.add_argument_group("sampling (default: the checkpoint's generation_config.json, else greedy)")
+    for name, field in SETTABLE.items():
+        kind: Any = type(field.default)
+        options: dict[str, Any] = {"type": kind, "metavar": field.metadata["metavar"]}
+        if kind is bool:
+            options = {"action": "store_true", "default": None}
+        elif kind is tuple:
+            options = {"action": "append", "metavar": field.metadata["metavar"]}
+        sampling.add_argument(f"--{name.replace('_', '-')}", help=field.metadata["help"], **options)
     return p
 
 
 def main(argv: Sequence[str] | None = None, *, plan: Callable[[argparse.Namespace], int] | None = None) -> int:
-    """Runs infer.py and returns its exit code. Mistakes of the user become one line on standard error.
+    """Runs infer.py and returns its exit code. An error that the user can fix is one line on standard error.
 
-    plan: what --plan does, which belongs to a layer above this one.
+    plan: runs --plan; it belongs to a layer above this one.
     """
     args = parser().parse_args(argv)
     try:
         if args.plan is not None:
             return _planned(args, plan)
         return _run(args)
-    except BrokenPipeError:  # the reader of our output has left, as `head` does
+    except BrokenPipeError:  # the reader of the output closed it, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
@@ -159,9 +152,9 @@ def _planned(args: argparse.Namespace, plan: Callable[[argparse.Namespace], int]
 
 
 def _run(args: argparse.Namespace) -> int:
-    given = _settings(args)
+    given = _sampling(args)
     if args.mesh is not None:
-        mesh_sizes(args.mesh)  # its error, before the model is loaded
+        mesh_sizes(args.mesh)  # raises before the model is loaded
     prompt = _prompt(args)
     launch = hosts.find(hosts.flags_of(args))
     if args.input is not None:
@@ -174,14 +167,14 @@ def _run(args: argparse.Namespace) -> int:
     if prompt is None and args.json:
         raise UserError("--json needs a prompt or --input")
     lm = _load(args)
-    given = _defaults(lm, given, chat=lm.is_chat and not args.raw)
+    given = with_answer_length(lm, given, chat=lm.is_chat and not args.raw)
     if prompt is None:
         if not lm.is_chat or args.raw:
             raise UserError(f'{args.ckpt} is not a chat model: give a prompt, for example: python infer.py "Once upon"')
         from qwen2_jax.infer.cli import repl
 
         return repl.chat(lm, given, system=args.system)
-    asked = phrase(lm, prompt, system=args.system, raw=args.raw)
+    asked = to_prompt(lm, prompt, system=args.system, raw=args.raw)
     stream = lm.stream(asked, **given)
     with _prefill_bar(stream):
         first = next(stream, "")
@@ -204,32 +197,23 @@ def _answer_file(args: argparse.Namespace, given: dict[str, Any], launch: hosts.
     from qwen2_jax.infer.cli import batch
 
     if launch is None:
-        lines = batch.Lines(args.input, args.output)  # refuses what it cannot read or write before the model is loaded
-        return batch.answer(_load(args), lines, given, _defaults, system=args.system, raw=args.raw)
+        lines = batch.Lines(args.input, args.output)  # raises before the model is loaded
+        return batch.answer(_load(args), lines, given, system=args.system, raw=args.raw)
     if args.output is None:
-        raise UserError("several hosts need --output, on a disk that they share: each writes its answers beside it")
+        raise UserError("several hosts need --output, on a disk that they share: each writes its answers next to it")
     from qwen2_jax.infer.cli import multihost_batch
 
     with hosts.joined(launch, goes_on=GOES_ON, preemption=False) as group:
         hosts.check(group, {name: value for name, value in vars(args).items() if name != "process"})
         share = multihost_batch.Share(args.input, args.output, group)
         lm = _load(args, group)
-        code = batch.answer(lm, share, given, _defaults, system=args.system, raw=args.raw, group=group)
+        code = batch.answer(lm, share, given, system=args.system, raw=args.raw, group=group)
         return share.join(code)
 
 
-def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    names = (
-        "max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop", "ignore_eos",
-    )  # fmt: skip
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    Settings.resolve(given, {})  # its error, before the model is loaded
-    return given
-
-
-def _defaults(lm: "LM", given: dict[str, Any], *, chat: bool) -> dict[str, Any]:
-    stored = lm.generation_config.get("max_new_tokens")
-    return {"max_new_tokens": stored or (CHAT_TOKENS if chat else COMPLETION_TOKENS), **given}
+def _sampling(args: argparse.Namespace) -> dict[str, Any]:
+    """The sampling parameters given as flags, each checked before the model is loaded."""
+    return {name: checked(name, value) for name in SETTABLE if (value := getattr(args, name)) is not None}
 
 
 def _prompt(args: argparse.Namespace) -> str | None:
@@ -270,13 +254,15 @@ def _load(args: argparse.Namespace, group: hosts.Group | None = None) -> "LM":
     import jax
 
     _compilation_cache(jax)
-    from qwen2_jax import checkpoint
+    from qwen2_jax import checkpoint, ops
     from qwen2_jax.infer import lm
     from qwen2_jax.model import flops
     from qwen2_jax.parallel import sharding
 
+    ops.check_implementation(args.implementation)
     source = checkpoint.locate(args.ckpt)
-    if checkpoint.read_config(source).scores:  # before its weights are read
+    config = checkpoint.read_config(source)
+    if config.scores:  # before its weights are read
         raise UserError(
             f"{args.ckpt} is a reward model, which scores answers and writes none; in Python: "
             f"qwen2_jax.load({args.ckpt!r}).score([{{'role': 'user', 'content': ...}}, {{'role': 'assistant', "
@@ -285,19 +271,20 @@ def _load(args: argparse.Namespace, group: hosts.Group | None = None) -> "LM":
 
     mesh = None
     if args.mesh is not None:
-        own = jax.local_devices()  # of several hosts each has the whole model
-        mesh = sharding.mesh_of(own, sharding.filled(mesh_sizes(args.mesh), len(own)))
+        local = jax.local_devices()  # each of several hosts has the whole model
+        mesh = sharding.mesh_of(local, sharding.filled(mesh_sizes(args.mesh), len(local)))
     begin = time.perf_counter()
     with _bar(f"loading {args.ckpt}", unit="bytes") as progress:
-        loaded = lm.load(
+        loaded = lm.load_source(
             source,
+            config,
             dtype=args.dtype,
             mesh=mesh,
             long_context=args.long_context,
             implementation=args.implementation,
             progress=progress,
         )
-    count = flops.parameters(loaded.config) / 1e6
+    count = flops.parameters(config) / 1e6
     if group is None or group.first:
         _status(
             f"{args.ckpt}: {count:.1f} M parameters, {args.dtype}, {jax.device_count()} x "
@@ -325,7 +312,7 @@ def _status(line: str) -> None:
 
 @contextmanager
 def _bar(title: str, *, unit: str) -> Iterator[Any]:
-    """A progress bar on a terminal: yields a function of (done, total), or None where nobody watches."""
+    """A progress bar: yields a function of (done, total), or None where standard error is not a terminal."""
     if not sys.stderr.isatty():
         yield None
         return

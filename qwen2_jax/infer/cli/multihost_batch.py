@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A file of prompts answered by several processes: each answers its share into a file of its own; one joins them.
+"""Answers a file of prompts with several processes: each writes its share to a file of its own; process 0 joins them.
 
     answers.jsonl.part-0-of-2, answers.jsonl.part-1-of-2   while they work, next to the output, on a disk they share
     answers.jsonl                                          in the input's order, when all are done
 
-An interrupted run goes on with what any of these files hold, on any number of processes.
+An interrupted run resumes from the answers in any of these files, with any number of processes.
 """
 
 import glob
@@ -17,11 +17,13 @@ from qwen2_jax.errors import UserError
 from qwen2_jax.infer.cli.batch import Lines, check_paths, read_answers
 from qwen2_jax.parallel import hosts
 
-LONG = 30 * 24 * 3600.0  # seconds to wait for the others' shares: they are watched, and stopped where one is lost
+LONG = 30 * 24 * 3600.0  # seconds to wait for the other processes, which end earlier if one of them is lost
 
 
 class Share(Lines):
-    """The lines that this process answers: of those without an answer every so many-th. Made by all processes together.
+    """The lines that this process answers: every N-th line without an answer, N = number of processes.
+
+    All processes make theirs at the same time, which is a barrier.
 
     Raises UserError or OSError as Lines does.
     """
@@ -33,7 +35,7 @@ class Share(Lines):
         super().__init__(source, output.with_name(self._part(group.process, group.processes)))
         for path in self._files():
             self.done |= {number: found for _, _, number, found in read_answers(path)}
-        for _ in super().todo():  # every answer belongs to the line it names
+        for _ in super().todo():  # raises where an answer is to another line
             pass
         hosts.barrier("every process knows what is answered")
 
@@ -42,7 +44,7 @@ class Share(Lines):
         return itertools.islice(super().todo(), self.group.process, None, self.group.processes)
 
     def join(self, code: int) -> int:
-        """Waits for all shares, which process 0 makes one file of. Returns the worst exit code of all shares.
+        """Waits for all shares, which process 0 joins to one file. Returns the largest exit code of all shares.
 
         Raises UserError where process 0 does not see them.
         """

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a prompt becomes on its way into the model and an answer on its way out, for the command line and its files."""
+"""Prompts as infer.py gives them to the model, and answers as it prints them."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from qwen2_jax.errors import UserError
@@ -9,8 +10,17 @@ if TYPE_CHECKING:
     from qwen2_jax.infer.lm import LM, Prompt, Stream
 
 
-def phrase(lm: "LM", prompt: str, *, system: str | None, raw: bool) -> "Prompt":
-    """A prompt as the model wants it: messages for a chat model, token ids where there is no tokenizer, else text."""
+CHAT_TOKENS, COMPLETION_TOKENS = 512, 128  # max_new_tokens where neither the user nor the checkpoint gives one
+
+
+def with_answer_length(lm: "LM", given: Mapping[str, Any], *, chat: bool) -> dict[str, Any]:
+    """The sampling parameters given, and max_new_tokens: infer.py's answers are longer than those of LM.generate."""
+    default = None if lm.generation_config.get("max_new_tokens") else CHAT_TOKENS if chat else COMPLETION_TOKENS
+    return {"max_new_tokens": default, **given}
+
+
+def to_prompt(lm: "LM", prompt: str, *, system: str | None, raw: bool) -> "Prompt":
+    """The user's text as messages for a chat model, as token ids where there is no tokenizer, else as it is."""
     if lm.tokenizer is None and all(word.isdigit() for word in prompt.split()):
         return [int(word) for word in prompt.split()]
     if lm.is_chat and not raw:
@@ -21,7 +31,7 @@ def phrase(lm: "LM", prompt: str, *, system: str | None, raw: bool) -> "Prompt":
 
 
 def record(stream: "Stream") -> dict[str, Any]:
-    """One answer for a program."""
+    """One answer as --json prints it."""
     answer = stream.generation
     return {
         "text": answer.text,
@@ -38,7 +48,7 @@ def record(stream: "Stream") -> dict[str, Any]:
 
 
 def summary(stream: "Stream") -> str:
-    """One line on how long an answer took."""
+    """One line about the time an answer took."""
     count = len(stream.generation.token_ids)
     return (
         f"{stream.prompt_tokens} prompt tokens, first token after {stream.first_seconds:.2f} s, "
@@ -47,6 +57,6 @@ def summary(stream: "Stream") -> str:
 
 
 def _speed(stream: "Stream") -> float:
-    """Tokens per second after the first token, which pays for the prompt and for compiling."""
+    """Tokens per second after the first token, whose time includes the prompt and compilation."""
     after = stream.seconds - stream.first_seconds
     return (len(stream.generation.token_ids) - 1) / after if after > 0 else 0.0

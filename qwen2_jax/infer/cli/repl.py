@@ -11,11 +11,11 @@ from qwen2_jax.infer.cli.prompts_and_answers import summary
 if TYPE_CHECKING:
     from qwen2_jax.infer.lm import LM
 
-HELP = "/reset starts over, /exit or Ctrl-D leaves, Ctrl-C stops an answer"
+HELP = "/reset starts a new conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer"
 
 
 def chat(lm: "LM", given: Mapping[str, Any], *, system: str | None = None, read=input) -> int:
-    """Reads messages and answers them until the user leaves. `read` takes the prompt to show and returns a line."""
+    """Reads messages and answers them until the user leaves. read: like `input`. given: sampling parameters."""
     _history()
     print(HELP, file=sys.stderr)
     start = [{"role": "system", "content": system}] if system else []
@@ -37,14 +37,14 @@ def chat(lm: "LM", given: Mapping[str, Any], *, system: str | None = None, read=
         elif line.startswith("/"):
             print(f"unknown command {line.split()[0]}; {HELP}", file=sys.stderr)
         elif line:
-            asked = [*messages, {"role": "user", "content": line}]
-            answer = _answer(lm, asked, given)
+            conversation = [*messages, {"role": "user", "content": line}]
+            answer = _answer(lm, conversation, given)
             if answer is not None:
-                messages = [*asked, {"role": "assistant", "content": answer}]
+                messages = [*conversation, {"role": "assistant", "content": answer}]
 
 
 def _answer(lm: "LM", messages: list[dict[str, str]], given: Mapping[str, Any]) -> str | None:
-    """Prints the answer as it comes; what had come when Ctrl-C stopped it counts as the answer. None: an error."""
+    """Prints the answer as it is generated and returns it, up to where Ctrl-C stopped it. None: an error."""
     try:
         stream = lm.stream(messages, **given)
         try:
@@ -62,7 +62,7 @@ def _answer(lm: "LM", messages: list[dict[str, str]], given: Mapping[str, Any]) 
 
 
 def _history() -> None:
-    """Arrow keys edit the line and bring back earlier ones, where Python has readline."""
+    """Arrow keys edit the line and recall earlier ones, where Python has readline."""
     try:
         import readline  # noqa: F401  importing it is what switches it on
     except ImportError:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a model and its cache fit, asked before anything is loaded."""
+"""Checks that a model and its cache fit in free memory, before anything is loaded."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,7 +13,7 @@ from qwen2_jax.model import flops
 
 
 def free_bytes(devices: Iterable[jax.Device] | None = None) -> int | None:
-    """Bytes that can still be allocated on the devices together, or None where nobody tells."""
+    """Bytes that can still be allocated on the devices together, or None where the backend does not report it."""
     devices = list(devices or jax.local_devices())
     if devices[0].platform == "cpu":
         return _host_free_bytes()

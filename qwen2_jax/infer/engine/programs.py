@@ -1,21 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Generation over token ids: a prefill in chunks, then a loop on the device that makes several tokens per call.
 
-Text, stop strings and chat are layers above (lm.py). What is fixed here is the set of compiled programs: batches are
-padded to a few numbers of rows, caches to a few lengths, prompts are cut into a few sizes of chunk, and everything that
-differs between requests (settings, seeds, limits, rotary frequencies) is a run-time array.
+Text, stop strings and chat are layers above (lm.py). The set of compiled programs is fixed: batches are padded to a few
+numbers of rows, caches to a few lengths, prompts are cut into a few sizes of chunk, and everything that differs between
+requests (sampling parameters, seeds, limits, rotary frequencies) is a run-time array. Only three kinds of batch have a
+decode loop of their own: all rows greedy, some sampled, some with a repetition penalty.
 
 The last prompt token is not prefilled. It is the first token that the decode loop feeds, so the loop is the only place
-that computes logits, draws tokens and decides when a row is done, and a prefill is nothing but cache writes.
+that computes logits, samples tokens and decides when a row is done, and a prefill is nothing but cache writes.
 
-Rows of padding have position -1, are done from the start, and are never looked at.
+Rows of padding have position -1, are done from the start, and their tokens are never read.
 """
 
 import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, NewType, cast
 
 import jax
 import jax.numpy as jnp
@@ -26,35 +27,38 @@ from qwen2_jax.config.model_config import ModelConfig
 from qwen2_jax.errors import UserError
 from qwen2_jax.infer.engine import memory
 from qwen2_jax.infer.engine.buckets import Buckets, context_limit
-from qwen2_jax.infer.engine.sampling import Sampling, sample
-from qwen2_jax.infer.engine.sampling_params import Settings
-from qwen2_jax.infer.engine.shardings import Places, Programs
+from qwen2_jax.infer.engine.sampling import RowParams, sample
+from qwen2_jax.infer.engine.sampling_params import SamplingParams
+from qwen2_jax.infer.engine.shardings import Programs, Shardings
 from qwen2_jax.model import cross_entropy, rope
 from qwen2_jax.model.decoder import check_head
 from qwen2_jax.model.kv_cache import Cache
 from qwen2_jax.weights.params import Tree
 
-# B rows  C tokens of a prefill chunk  S cache slots  E end-of-sequence ids  K tokens per call  V vocabulary
-STEPS = 16  # K: at most so many tokens per call of the decode loop
-EOS_WIDTH = 8
+# B rows  C tokens of a prefill chunk  S cache slots  V vocabulary
+STEPS = 16  # most tokens per row and call of the decode loop
+PADDING = SamplingParams()  # of rows without a request
 Progress = Callable[[int, int], None]  # (tokens done, tokens in all)
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A prompt (at least one token id) and what is asked for. Generation here ignores settings.stop."""
+    """A prompt (at least one token id) and how to continue it. Generation here ignores sampling_params.stop."""
 
     tokens: tuple[int, ...]
-    settings: Settings
+    sampling_params: SamplingParams
+
+
+CheckedRequest = NewType("CheckedRequest", Request)  # what Generator.check returns, so that nobody checks it again
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class State:
+class DecodeState:
     """A batch between two calls of the decode loop. Donated to each call.
 
-    token_B: the next token to feed. position_B: its position. count_B: tokens drawn so far. done_B: bool.
-    seen_BV: bool, ids in prompt and answer, for the repetition penalty; None where no row can have one.
+    token_B: the next token to feed. position_B: its position. count_B: tokens sampled so far. done_B: bool.
+    seen_BV: bool, ids in prompt and answer, for the repetition penalty; None where no row has one.
     """
 
     cache: Cache
@@ -65,23 +69,11 @@ class State:
     seen_BV: jax.Array | None
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Orders:
-    """What the rows asked for. sampling: None where all are greedy. eos_BE: ids that end a row, padded with -1.
-    limit_B: tokens to draw at most."""
-
-    rope: rope.Rope
-    sampling: Sampling | None
-    eos_BE: jax.Array
-    limit_B: jax.Array
-
-
 class Generator:
     """Runs one model on batches of token ids. Knows no text.
 
     graphdef, params: from model.declare or model.split, `unroll` as they were made. vocab_size: ids from here on are
-    never drawn (the embedding may be padded). dtype: of the cache. mesh: where the parameters are sharded, or None.
+    never sampled (the embedding may be padded). dtype: of the cache. mesh: where the parameters are sharded, or None.
     buckets: the shapes to compile for. implementation: of the kernels, see ops.
     `programs` lists what has been compiled; its length is the metric to watch: in steady state it does not grow.
     """
@@ -102,49 +94,67 @@ class Generator:
         self.graphdef, self.params, self.config = graphdef, params, config
         self.vocab_size = min(vocab_size or config.vocab_size, config.vocab_size)
         self.dtype, self.unroll, self.implementation = dtype, unroll, implementation
-        self.places = Places.of(params, mesh)
+        self.shardings = Shardings.of(params, mesh)
         self.buckets = buckets or Buckets.of(config)
         self.programs: list[str] = []
         self._by_cache: dict[tuple[int, int], Programs] = {}
-        self._forward = jax.jit(self.places.on(self._all_logits))
+        self._forward = jax.jit(self.shardings.traced(self._all_logits))
 
     @property
     def compiles(self) -> int:
         """Programs compiled (or read from jax's compilation cache) so far."""
         return len(self.programs)
 
+    def check(
+        self, request: Request, long_context: rope.LongContext = "auto", what: str = "the prompt"
+    ) -> CheckedRequest:
+        """The request, with no more new tokens than the context limit leaves room for.
+
+        Raises UserError, which calls the prompt `what`, for an empty prompt, ids outside the vocabulary, or a prompt
+        that leaves no room for a token.
+        """
+        check_head(self.config, scores=False)
+        limit = context_limit(self.config, long_context)
+        self._check_tokens(request.tokens, limit - 1, long_context, what)
+        room = limit - len(request.tokens)
+        if request.sampling_params.max_new_tokens > room:
+            clipped = dataclasses.replace(request.sampling_params, max_new_tokens=room)
+            request = Request(request.tokens, clipped)
+        return CheckedRequest(request)
+
     def start(
-        self, requests: Sequence[Request], long_context: rope.LongContext = "auto", progress: Progress | None = None
-    ) -> "Decoding":
+        self,
+        requests: Sequence[CheckedRequest],
+        long_context: rope.LongContext = "auto",
+        progress: Progress | None = None,
+    ) -> "DecodeBatch":
         """Prefills the prompts and returns the batch, ready to be advanced.
 
-        progress is called with (prompt tokens done, prompt tokens in all) after each chunk.
-        Raises UserError for ids outside the vocabulary, a prompt beyond the limit, or a cache that does not fit.
+        requests: from `check`, with the same long_context. progress is called with (prompt tokens done, prompt tokens
+        in all) after each chunk. Raises UserError for a cache that does not fit.
         """
-        limit = context_limit(self.config, long_context)
-        requests = [self._clipped(request, limit, long_context) for request in requests]
-        totals = [len(r.tokens) + r.settings.max_new_tokens for r in requests]
+        totals = [len(r.tokens) + r.sampling_params.max_new_tokens for r in requests]
         rows, length = self.buckets.batch(len(requests)), self.buckets.length(max(totals))
         prompts = [r.tokens for r in requests]
-        cache = self._prefilled([p[:-1] for p in prompts], rows, length, totals, long_context, progress)
-        asked = [*(r.settings for r in requests), *[Settings()] * (rows - len(requests))]
-        turns = self._rope(totals, rows, length, long_context)
-        orders = self._orders(asked, turns, Sampling.of(asked))
-        return Decoding(self, requests, self._state(cache, prompts, rows, orders.sampling is None), orders)
-
-    def check(self, request: Request, long_context: rope.LongContext = "auto", what: str = "the prompt") -> None:
-        """Raises UserError, which calls the prompt `what`, for a request that `start` would refuse."""
-        self._clipped(request, context_limit(self.config, long_context), long_context, what)
+        cache = self.prefill([p[:-1] for p in prompts], rows, length, totals, long_context, progress)
+        row_params = RowParams.stacked([*(r.sampling_params for r in requests), *[PADDING] * (rows - len(requests))])
+        state = self._state(cache, prompts, rows, row_params.penalised)
+        rotary = self.rotary_tables(totals, rows, length, long_context)
+        constants = jax.device_put((rotary, row_params), self.shardings.replicated)
+        return DecodeBatch(self, len(requests), state, *constants)
 
     def run(self, requests: Sequence[Request], long_context: rope.LongContext = "auto") -> list[tuple[list, list, str]]:
-        """Runs one batch to its end: (tokens, logprobs, "stop" or "length") per request."""
-        decoding = self.start(requests, long_context)
+        """Checks one batch and runs it to its end: (tokens, logprobs, "stop" or "length") per request.
+
+        Raises UserError for what `check` refuses, and for a cache that does not fit.
+        """
+        batch = self.start([self.check(request, long_context) for request in requests], long_context)
         answers: list[tuple[list, list]] = [([], []) for _ in requests]
-        while not decoding.finished.all():
-            for (tokens, logprobs), new in zip(answers, decoding.advance(), strict=True):
+        while not batch.finished.all():
+            for (tokens, logprobs), new in zip(answers, batch.advance(), strict=True):
                 tokens.extend(token for token, _ in new)
                 logprobs.extend(value for _, value in new)
-        return [(*a, reason(r.settings, a[0])) for a, r in zip(answers, requests, strict=True)]
+        return [(*a, finish_reason(r.sampling_params, a[0])) for a, r in zip(answers, requests, strict=True)]
 
     def logprobs(self, sequences: Sequence[Sequence[int]], long_context: rope.LongContext = "auto") -> list[np.ndarray]:
         """log p(token t+1 | tokens up to t) of each sequence, float32 [len - 1], prefilled in chunks."""
@@ -157,20 +167,20 @@ class Generator:
         return np.array([values[-1] for values in self._values(sequences, sequences, None, long_context)], np.float32)
 
     def _values(
-        self, sequences: Sequence[Sequence[int]], read: Sequence[Sequence[int]], targets, long_context: rope.LongContext
+        self, sequences: Sequence[Sequence[int]], fed: Sequence[Sequence[int]], targets, long_context: rope.LongContext
     ) -> list[np.ndarray]:
-        """What _score_chunk says of each token of `read`, the sequences or parts of them, in chunks."""
+        """The numbers that _score_chunk gives each token of `fed`, the sequences or parts of them, in chunks."""
         limit = context_limit(self.config, long_context)
         for tokens in sequences:
-            self._check(tokens, limit, long_context)
+            self._check_tokens(tokens, limit, long_context)
         lengths = [len(tokens) for tokens in sequences]
         rows, length = self.buckets.batch(len(sequences)), self.buckets.length(max(lengths))
-        cache = self._empty(rows, length)
-        turns = self._rope(lengths, rows, length, long_context)
+        cache = self.new_cache(rows, length)
+        rotary = self.rotary_tables(lengths, rows, length, long_context)
         found: list[list[np.ndarray]] = [[] for _ in sequences]
-        for tokens_BC, positions_BC, targets_BC in self.buckets.side_by_side(read, rows, targets):
+        for tokens_BC, positions_BC, targets_BC in self.buckets.side_by_side(fed, rows, targets):
             cache, array_BC = self.for_cache(rows, length).score(
-                self.params, cache, tokens_BC, positions_BC, targets_BC, _rows(lengths, rows), turns
+                self.params, cache, tokens_BC, positions_BC, targets_BC, _padded(lengths, rows), rotary
             )
             values_BC = np.asarray(array_BC)
             for row, parts in enumerate(found):
@@ -183,14 +193,14 @@ class Generator:
         B, T = tokens_BT.shape
         limit = context_limit(self.config, long_context)
         for tokens in tokens_BT.tolist():
-            self._check(tokens, limit, long_context)
+            self._check_tokens(tokens, limit, long_context)
         rows, width = 2 ** math.ceil(math.log2(B)), 16 * 2 ** max(0, math.ceil(math.log2(T / 16)))
         padded = np.zeros((rows, width), np.int32)
         padded[:B, :T] = tokens_BT
         positions = np.full((rows, width), -1, np.int32)
         positions[:B, :T] = np.arange(T)
-        turns = self._rope([T] * B, rows, width, long_context)
-        return np.asarray(self._forward(self.params, padded, positions, _rows([T] * B, rows), turns))[:B, :T]
+        rotary = self.rotary_tables([T] * B, rows, width, long_context)
+        return np.asarray(self._forward(self.params, padded, positions, _padded([T] * B, rows), rotary))[:B, :T]
 
     def describe(self) -> str:
         """The buckets, and what has been compiled so far."""
@@ -201,92 +211,100 @@ class Generator:
     def for_cache(self, rows: int, length: int) -> Programs:
         """The programs for caches of this shape.
 
-        Everything a program returns is fed to the next call. Were it born elsewhere than it is returned, the second
-        call would compile again; and where it lives depends on the shape, whose dimensions may divide or not.
+        What a program returns is fed to the next call. Its sharding must be that of the first call's arguments, or the
+        second call would compile again; and it depends on the shape, whose dimensions may divide or not.
         """
         if (rows, length) not in self._by_cache:
-            cache, small = self.places.cache(self.config, rows, length), self.places.everywhere
-            state: Any = State(*cast(Any, [cache, *[small] * 5]))
-            on, jit = self.places.on, functools.partial(jax.jit, donate_argnums=1)
+            cache, small = self.shardings.cache(self.config, rows, length), self.shardings.replicated
+            state: Any = DecodeState(*cast(Any, [cache, *[small] * 5]))
+            traced, jit = self.shardings.traced, functools.partial(jax.jit, donate_argnums=1)
             self._by_cache[rows, length] = Programs(
-                prefill=jit(on(self._prefill_chunk), out_shardings=cache),
-                score=jit(on(self._score_chunk), out_shardings=(cache, small)),
-                decode=jit(on(self._decode_steps), out_shardings=(state, small, small)),
+                prefill=jit(traced(self._prefill_chunk), out_shardings=cache),
+                score=jit(traced(self._score_chunk), out_shardings=(cache, small)),
+                decode=jit(traced(self._decode_steps), out_shardings=(state, small, small)),
             )
         return self._by_cache[rows, length]
 
     def _compiling(self, name: str, **sizes: int) -> None:
         self.programs.append(" ".join([name, *(f"{k}={v}" for k, v in sizes.items())]))
 
-    def _decode_steps(self, params: Tree, state: State, orders: Orders, cancel_B, steps):
-        """Up to `steps` tokens (at most K) for the rows that are not done. Returns (state, tokens, logprobs) [K, B]."""
+    def _decode_steps(
+        self, params: Tree, state: DecodeState, row_params: RowParams, rotary: rope.Rope, cancel_B, steps
+    ):
+        """Up to `steps` tokens, at most STEPS, for the rows that are not done.
+
+        Returns (state, tokens, logprobs), both [STEPS, B]; the token is -1 where a row had none to make.
+        """
         B = state.token_B.shape[0]
-        self._compiling("greedy" if orders.sampling is None else "sample", rows=B, cache=state.cache.length)
+        name = "greedy" if row_params.sampling is None else "sample, penalty" if row_params.penalised else "sample"
+        self._compiling(name, rows=B, cache=state.cache.length)
         model = nnx.merge(self.graphdef, params)
         state = dataclasses.replace(state, done_B=state.done_B | cancel_B)
 
-        def going(carry):
+        def unfinished(carry):
             step, state, _, _ = carry
             return (step < steps) & ~jnp.all(state.done_B)
 
-        def one(carry):
-            step, state, tokens_KB, logprobs_KB = carry
+        def one_step(carry):
+            step, state, tokens, logprobs = carry
             live_B = ~state.done_B
             positions_B1 = jnp.where(live_B, state.position_B, -1)[:, None]
             out = model(
                 state.token_B[:, None],
-                rope=orders.rope,
+                rope=rotary,
                 positions_BT=positions_B1,
                 cache=state.cache,
                 implementation=self.implementation,
             )
             logits_BV = model.logits(out.hidden_BTD[:, 0])
             token_B, logprob_B = sample(
-                logits_BV, state.seen_BV, state.count_B, orders.sampling, vocab_size=self.vocab_size
+                logits_BV, state.seen_BV, state.count_B, row_params.sampling, vocab_size=self.vocab_size
             )
-            ended_B = jnp.any(token_B[:, None] == orders.eos_BE, axis=1) | (state.count_B + 1 >= orders.limit_B)
-            state = State(
+            ends_B = jnp.any(token_B[:, None] == row_params.eos_ids, axis=1) | (state.count_B + 1 >= row_params.limit_B)
+            state = DecodeState(
                 cache=out.cache,
                 token_B=jnp.where(live_B, token_B, state.token_B),
                 position_B=state.position_B + live_B,
                 count_B=state.count_B + live_B,
-                done_B=state.done_B | ended_B,
+                done_B=state.done_B | ends_B,
                 seen_BV=None if state.seen_BV is None else state.seen_BV.at[jnp.arange(B), token_B].max(live_B),
             )
-            tokens_KB = tokens_KB.at[step].set(jnp.where(live_B, token_B, -1))
-            return step + 1, state, tokens_KB, logprobs_KB.at[step].set(logprob_B)
+            tokens = tokens.at[step].set(jnp.where(live_B, token_B, -1))
+            return step + 1, state, tokens, logprobs.at[step].set(logprob_B)
 
         empty = (jnp.full((STEPS, B), -1, jnp.int32), jnp.zeros((STEPS, B), jnp.float32))
-        _, state, tokens_KB, logprobs_KB = jax.lax.while_loop(going, one, (jnp.int32(0), state, *empty))
-        return state, tokens_KB, logprobs_KB
+        _, state, tokens, logprobs = jax.lax.while_loop(unfinished, one_step, (jnp.int32(0), state, *empty))
+        return state, tokens, logprobs
 
-    def _prefill_chunk(self, params: Tree, cache: Cache, tokens_BC, positions_BC, context_B, turns: rope.Rope) -> Cache:
+    def _prefill_chunk(
+        self, params: Tree, cache: Cache, tokens_BC, positions_BC, context_B, rotary: rope.Rope
+    ) -> Cache:
         self._compiling("prefill", rows=tokens_BC.shape[0], chunk=tokens_BC.shape[1], cache=cache.length)
         model = nnx.merge(self.graphdef, params)
-        about = {"context_B": context_B, "implementation": self.implementation}
-        return model(tokens_BC, rope=turns, positions_BT=positions_BC, cache=cache, **about).cache
+        options = {"context_B": context_B, "implementation": self.implementation}
+        return model(tokens_BC, rope=rotary, positions_BT=positions_BC, cache=cache, **options).cache
 
     def _score_chunk(
-        self, params: Tree, cache: Cache, tokens_BC, positions_BC, targets_BC, context_B, turns: rope.Rope
+        self, params: Tree, cache: Cache, tokens_BC, positions_BC, targets_BC, context_B, rotary: rope.Rope
     ):
         """(cache, [B, C]): log-probabilities of the targets, or a reward model's scores at every token."""
         self._compiling("score", rows=tokens_BC.shape[0], chunk=tokens_BC.shape[1], cache=cache.length)
         model = nnx.merge(self.graphdef, params)
-        about = {"context_B": context_B, "implementation": self.implementation}
-        out = model(tokens_BC, rope=turns, positions_BT=positions_BC, cache=cache, **about)
+        options = {"context_B": context_B, "implementation": self.implementation}
+        out = model(tokens_BC, rope=rotary, positions_BT=positions_BC, cache=cache, **options)
         if self.config.scores:
             return out.cache, model.score(out.hidden_BTD)
         return out.cache, cross_entropy.token_logprobs(out.hidden_BTD, model.head_weight(), targets_BC)
 
-    def _all_logits(self, params: Tree, tokens_BT, positions_BT, context_B, turns: rope.Rope):
+    def _all_logits(self, params: Tree, tokens_BT, positions_BT, context_B, rotary: rope.Rope):
         self._compiling("logits", rows=tokens_BT.shape[0], tokens=tokens_BT.shape[1])
         model = nnx.merge(self.graphdef, params)
-        about = {"context_B": context_B, "implementation": self.implementation}
-        return model.logits(model(tokens_BT, rope=turns, positions_BT=positions_BT, **about).hidden_BTD)
+        options = {"context_B": context_B, "implementation": self.implementation}
+        return model.logits(model(tokens_BT, rope=rotary, positions_BT=positions_BT, **options).hidden_BTD)
 
     # From requests to arrays.
 
-    def _check(
+    def _check_tokens(
         self, tokens: Sequence[int], limit: int, long_context: rope.LongContext, what: str = "the input"
     ) -> None:
         if not len(tokens):
@@ -300,99 +318,78 @@ class Generator:
             hint = f" ({longest} with long_context='auto')" if long_context == "off" and longest > limit else ""
             raise UserError(f"{what} has {len(tokens)} tokens; this model takes at most {limit}{hint}: shorten it")
 
-    def _clipped(
-        self, request: Request, limit: int, long_context: rope.LongContext, what: str = "the prompt"
-    ) -> Request:
-        """The request, checked, with no more new tokens than the limit leaves room for (at least one)."""
-        check_head(self.config, scores=False)
-        self._check(request.tokens, limit - 1, long_context, what)
-        settings = request.settings
-        if len(settings.eos_ids) > EOS_WIDTH:
-            raise UserError(f"{len(settings.eos_ids)} end-of-sequence ids; at most {EOS_WIDTH} are supported")
-        room = limit - len(request.tokens)
-        if settings.max_new_tokens > room:
-            settings = dataclasses.replace(settings, max_new_tokens=room)
-        return Request(tuple(request.tokens), settings)
-
-    def _rope(self, totals: Sequence[int], rows: int, length: int, long_context: rope.LongContext) -> rope.Rope:
-        turns = rope.choose(self.config, [*totals, *[1] * (rows - len(totals))], long_context)
+    def rotary_tables(self, totals: Sequence[int], rows: int, length: int, long_context: rope.LongContext) -> rope.Rope:
+        tables = rope.choose(self.config, [*totals, *[1] * (rows - len(totals))], long_context)
         chunk = self.config.dual_chunk_attention_config or rope.dual_chunk_defaults(self.config.trained_length)
         if length <= chunk.chunk_size:  # no row can leave its first chunk: two of three query rotations need not exist
-            turns = dataclasses.replace(turns, chunk_len_B=None)
-        return turns
+            tables = dataclasses.replace(tables, chunk_len_B=None)
+        return tables
 
-    def _empty(self, rows: int, length: int) -> Cache:
+    def new_cache(self, rows: int, length: int) -> Cache:
         memory.check_cache(self.config, rows, length, self.dtype)
-        place = self.places.cache(self.config, rows, length)
+        place = self.shardings.cache(self.config, rows, length)
         return Cache.zeros(self.config, rows, length, self.dtype, unroll=self.unroll, place=place)
 
-    def _prefilled(
+    def prefill(
         self, prompts: Sequence[Sequence[int]], rows: int, length: int, totals, long_context, progress: Progress | None
     ) -> Cache:
-        cache = self._empty(rows, length)
-        turns = self._rope(totals, rows, length, long_context)
-        context_B = _rows([len(p) + 1 for p in prompts], rows)
+        cache = self.new_cache(rows, length)
+        rotary = self.rotary_tables(totals, rows, length, long_context)
+        context_B = _padded([len(p) + 1 for p in prompts], rows)
         done, total = 0, sum(map(len, prompts))
         for tokens_BC, positions_BC, _ in self.buckets.side_by_side(prompts, rows):
-            cache = self.for_cache(rows, length).prefill(self.params, cache, tokens_BC, positions_BC, context_B, turns)
+            cache = self.for_cache(rows, length).prefill(self.params, cache, tokens_BC, positions_BC, context_B, rotary)
             if progress is not None:
                 jax.block_until_ready(cache)
                 done += int((positions_BC >= 0).sum())
                 progress(done, total)
         return cache
 
-    def _state(self, cache: Cache, prompts: Sequence[Sequence[int]], rows: int, greedy: bool) -> State:
-        seen_BV = None if greedy else np.zeros((rows, self.config.vocab_size), bool)
-        for row, prompt in enumerate(prompts):
-            if seen_BV is not None:
+    def _state(self, cache: Cache, prompts: Sequence[Sequence[int]], rows: int, penalised: bool) -> DecodeState:
+        """The batch before its first token. Each prompt's last token is fed first."""
+        seen_BV = np.zeros((rows, self.config.vocab_size), bool) if penalised else None
+        if seen_BV is not None:
+            for row, prompt in enumerate(prompts):
                 seen_BV[row, list(prompt)] = True
-        token_B, position_B = _rows([p[-1] for p in prompts], rows), _rows([len(p) - 1 for p in prompts], rows)
+        token_B, position_B = _padded([p[-1] for p in prompts], rows), _padded([len(p) - 1 for p in prompts], rows)
         done_B = np.arange(rows) >= len(prompts)
-        return State(
-            cache, *jax.device_put((token_B, position_B, _rows([0], rows), done_B, seen_BV), self.places.everywhere)
-        )
-
-    def _orders(self, asked: Sequence[Settings], turns: rope.Rope, sampling: Sampling | None) -> Orders:
-        eos_BE = np.full((len(asked), EOS_WIDTH), -1, np.int32)
-        for row, settings in enumerate(asked):
-            if not settings.ignore_eos:
-                eos_BE[row, : len(settings.eos_ids)] = settings.eos_ids
-        limit_B = np.asarray([s.max_new_tokens for s in asked], np.int32)
-        return Orders(*jax.device_put((turns, sampling, eos_BE, limit_B), self.places.everywhere))
+        small = (token_B, position_B, _padded([0], rows), done_B, seen_BV)
+        return DecodeState(cache, *jax.device_put(small, self.shardings.replicated))
 
 
-class Decoding:
-    """A prefilled batch. `finished`: bool [requests]. `requests`: as checked, their limits cut to the context's."""
+class DecodeBatch:
+    """A prefilled batch. `finished`: bool [requests]."""
 
-    def __init__(self, generator: Generator, requests: Sequence[Request], state: State, orders: Orders):
-        self._generator, self.requests, self._state, self._orders = generator, requests, state, orders
-        self.finished = np.zeros(len(requests), bool)
+    def __init__(
+        self, generator: Generator, requests: int, state: DecodeState, rotary: rope.Rope, row_params: RowParams
+    ):
+        self._generator, self._state, self._rotary, self._row_params = generator, state, rotary, row_params
+        self.finished = np.zeros(requests, bool)
 
     def advance(self, steps: int = STEPS, cancel: Sequence[int] = ()) -> list[list[tuple[int, float]]]:
         """Makes up to `steps` more tokens for every unfinished row; `cancel` ends those rows first.
 
         Returns the new (token, logprob) pairs of each request. Clips `steps` to STEPS.
         """
-        generator, count = self._generator, len(self.requests)
+        generator, count = self._generator, len(self.finished)
         cancel_B = np.zeros(self._state.token_B.shape, bool)
         cancel_B[list(cancel)] = True
         programs = generator.for_cache(len(cancel_B), self._state.cache.length)
         self._state, *out = programs.decode(
-            generator.params, self._state, self._orders, cancel_B, np.int32(min(steps, STEPS))
+            generator.params, self._state, self._row_params, self._rotary, cancel_B, np.int32(min(steps, STEPS))
         )
-        tokens_KB, logprobs_KB = jax.device_get(out)
+        tokens, logprobs = jax.device_get(out)
         self.finished = np.array(self._state.done_B)[:count]  # a copy: the next call reuses the array's memory
-        live_BK = tokens_KB.T >= 0
-        pairs = zip(tokens_KB.T, logprobs_KB.T, live_BK, strict=True)
-        return [list(zip(t[ok].tolist(), p[ok].tolist(), strict=True)) for t, p, ok in pairs][:count]
+        by_row = zip(tokens.T, logprobs.T, tokens.T >= 0, strict=True)
+        return [list(zip(t[made].tolist(), p[made].tolist(), strict=True)) for t, p, made in by_row][:count]
 
 
-def reason(settings: Settings, tokens: Sequence[int]) -> str:
+def finish_reason(params: SamplingParams, tokens: Sequence[int]) -> str:
     """Why a finished row ended: "stop" at an end-of-sequence id, else "length"."""
-    ended = bool(tokens) and not settings.ignore_eos and tokens[-1] in settings.eos_ids
+    ended = bool(tokens) and not params.ignore_eos and tokens[-1] in params.eos_ids
     return "stop" if ended else "length"
 
 
-def _rows(values: Sequence[int], rows: int) -> np.ndarray:
+def _padded(values: Sequence[int], rows: int) -> np.ndarray:
     """int32 [rows], zeros for padding."""
     return np.asarray([*values, *[0] * (rows - len(values))], np.int32)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the arrays of generation live: on one device, or on a mesh where ops divides its work."""
+"""The shardings of generation's arrays: on one device, or on a mesh where ops divides its work."""
 
 import dataclasses
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from qwen2_jax.weights.params import Tree
 
 
 class Programs(NamedTuple):
-    """What is compiled for one shape of cache: see Generator._prefill_chunk, _score_chunk and _decode_steps."""
+    """The compiled functions for one shape of cache: see Generator._prefill_chunk, _score_chunk and _decode_steps."""
 
     prefill: Any
     score: Any
@@ -22,15 +22,15 @@ class Programs(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Places:
-    """mesh: None for one device. everywhere: of the small arrays, which every device has."""
+class Shardings:
+    """mesh: None for one device. replicated: the sharding of small arrays, of which every device has a copy."""
 
     mesh: jax.sharding.Mesh | None
-    everywhere: jax.sharding.Sharding
+    replicated: jax.sharding.Sharding
 
     @classmethod
-    def of(cls, params: Tree, mesh: jax.sharding.Mesh | None) -> "Places":
-        """Of a model whose parameters are where they are, or, if given, on this mesh."""
+    def of(cls, params: Tree, mesh: jax.sharding.Mesh | None) -> "Shardings":
+        """Those for a model with these parameters. mesh: None takes the mesh that the parameters are on."""
         where: Any = jax.tree.leaves(params)[0].sharding
         if mesh is None and isinstance(where, jax.sharding.NamedSharding):
             mesh = cast(jax.sharding.Mesh, where.mesh)
@@ -38,13 +38,13 @@ class Places:
             return cls(None, jax.sharding.SingleDeviceSharding(next(iter(where.device_set))))
         return cls(mesh, sharding.sharding((), (), mesh))
 
-    def on(self, function: Callable) -> Callable:
-        """`function`, traced for the mesh."""
+    def traced(self, function: Callable) -> Callable:
+        """`function`, traced with the mesh and the rules of serving."""
         return sharding.on(self.mesh, function, sharding.SERVING)
 
     def cache(self, config: ModelConfig, rows: int, length: int) -> jax.sharding.Sharding:
-        """Of keys and values: rows, heads and slots are divided as far as they can be. They never move."""
+        """The sharding of keys and values: rows, heads and slots are divided where the mesh divides them evenly."""
         if self.mesh is None:
-            return self.everywhere
+            return self.replicated
         shape = (1, rows, config.num_key_value_heads, length, config.head_dim)
         return sharding.fitting(ops.CACHE, shape, self.mesh)

@@ -18,7 +18,7 @@ from qwen2_jax.data.formats.prompts import Prompt, Prompts
 from qwen2_jax.data.tokens.packing import Batch
 from qwen2_jax.infer.engine.programs import Request
 from qwen2_jax.infer.engine.rollouts import Completion, Rollouts, Stats
-from qwen2_jax.infer.engine.sampling_params import Settings
+from qwen2_jax.infer.engine.sampling_params import SamplingParams
 from qwen2_jax.model import decoder
 from qwen2_jax.rewards import Scores as Rewards
 from qwen2_jax.tokenizer import IM_END
@@ -138,7 +138,7 @@ class Sampled:
         """An answer to each prompt; a greedy one where there are no seeds."""
         tokenizer, sampling = self.job.tokenizer, self.run.sampling
         ends = {id for id in (*tokenizer.eos_ids, tokenizer.token_id(IM_END)) if id is not None}
-        greedy = Settings(max_new_tokens=sampling.max_new_tokens, eos_ids=tuple(sorted(ends)))
+        greedy = SamplingParams(max_new_tokens=sampling.max_new_tokens, eos_ids=tuple(sorted(ends)))
         settings = [greedy] * len(asked)
         if seeds is not None:
             settings = [dataclasses.replace(greedy, temperature=sampling.temperature, seed=seed) for seed in seeds]
