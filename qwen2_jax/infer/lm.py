@@ -5,7 +5,6 @@ Text enters and leaves here. Everything below (programs.py) works on token ids.
 """
 
 import dataclasses
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -341,12 +340,7 @@ def load(
 
 def _tokenizer(source: checkpoint.Source) -> Tokenizer | None:
     try:
-        if isinstance(source.path, Path):
-            return Tokenizer.from_folder(source.path)
-        with tempfile.TemporaryDirectory() as folder:  # a bucket: the tokenizers library reads local files only
-            for name in source.travellers():
-                if "/" not in name:
-                    (Path(folder) / name).write_bytes(source.read_bytes(name) or b"")
+        with source.folder_of_small_files() as folder:  # the tokenizers library reads local files only
             return Tokenizer.from_folder(folder)
     except FileNotFoundError:
         return None

@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from qwen2_jax.checkpoint.formats.names import Slot
-from qwen2_jax.checkpoint.formats.safetensors import TensorInfo
+from qwen2_jax.checkpoint.formats.stored_tensor import TensorInfo
 from qwen2_jax.errors import CheckpointError
 from qwen2_jax.files.atomic_folder import new_folder, unfinished
 
