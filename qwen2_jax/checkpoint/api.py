@@ -57,7 +57,7 @@ def load_params(
     rules: Mapping = RULES,
     progress: Progress | None = None,
 ) -> Tree:
-    """The parameters of a checkpoint as a nested dict of arrays, born sharded: each device gets only its own bytes.
+    """The parameters of a checkpoint as a nested dict of arrays, created sharded: each device gets only its own bytes.
 
     dtype: of all parameters, e.g. "bfloat16"; default: the config's. unroll: one array per layer. mesh: devices to
     spread over by `rules` (of parallel/sharding.py: RULES to train, SERVING to generate); default: the first device.
@@ -91,8 +91,8 @@ def save_hf(
 
     params: stacked or unrolled, on any devices. dtype: to write them in, one layer cast at a time; default: their own.
     tokenizer_files_from: a checkpoint whose tokenizer, generation settings and other small files are copied.
-    max_shard_bytes: size above which weights go to a new file. replace: a folder that is there gives its place to the
-    new one when that is complete. Where several processes run, all of them call this with one path on a shared disk;
+    max_shard_bytes: size above which weights go to a new file. replace: an existing folder is replaced
+    when the new one is complete. Where several processes run, all of them call this with one path on a shared disk;
     each writes its share of the tensors, of which it holds one layer's at a time.
     """
     tree = TreeTensors(config, params)

@@ -76,8 +76,8 @@ def save_peft(
 ) -> Path:
     """Writes adapters as a new folder that peft.PeftModel.from_pretrained loads onto the base model. Returns its path.
 
-    base_name: the base model's name on the Hub or its folder, recorded for the reader. The folder appears whole or not
-    at all. replace: one that is there gives its place to the new one when that is complete. Where several processes
+    base_name: the base model's name on the Hub or its folder, recorded for the reader. The folder appears complete or
+    not at all. replace: an existing folder is replaced when the new one is complete. Where several processes
     run, all of them call this with one path on a shared disk.
     """
     tensors = AdapterTensors(config, adapters, lora)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writing whole checkpoints, by one process or by several of which each writes its share into one folder."""
+"""Writing complete checkpoints, by one process or by several that each write some of the tensors into one folder."""
 
 import dataclasses
 import hashlib
@@ -37,7 +37,7 @@ def small_files(
     *,
     keep_dtype: bool = False,
 ) -> dict[str, bytes]:
-    """The small files of a new folder: those of `origin` as they are, and a config.json true of the weights."""
+    """The small files of a new folder: those of `origin` as they are, and a config.json that matches the weights."""
     source = None if origin is None else locate(origin)
     files = {} if source is None else {name: source.read_bytes(name) or b"" for name in source.small_files()}
     if not keep_dtype:
@@ -58,7 +58,7 @@ def json_bytes(data: Mapping) -> bytes:
 
 
 class Writing[T: Tensors]:
-    """The part of this process in writing `tensors`: their order, those that are its own, their hashes, its progress.
+    """What this process does in writing `tensors`: their order, those that it writes, their hashes, its progress.
 
     table: of the names. Where several processes run, all of them make this and go through the same steps.
     """
@@ -73,7 +73,7 @@ class Writing[T: Tensors]:
         self.hasher = Hasher()
 
     def on_tensor(self, name: str, array: np.ndarray) -> Callable[[], None]:
-        """Begins to hash; what it returns waits for that, and is called before the array may change."""
+        """Starts hashing. The function returned waits for the hash; call it before the array changes."""
         self.hasher.start(name, array)
         self.done += array.nbytes
 
@@ -230,7 +230,7 @@ def write_weights(
             except OSError as why:
                 if jax.process_count() == 1:
                     raise
-                problem = why  # the others still need what this process holds of the other tensors
+                problem = why  # the other processes still need this one's parts of the remaining tensors
         if problem is not None:
             raise problem
         for f in files.values():
@@ -241,7 +241,7 @@ def write_weights(
 
 
 def _lay_out(folder: Path, layout: Layout, locations: Mapping[str, list[tuple[str, int, TensorInfo]]]) -> None:
-    """Makes the files in their full size: headers, what is no parameter, the index; the parameters come later."""
+    """Creates the files in their full size with headers, non-parameter tensors and the index; parameters come later."""
     for name, text in layout.headers.items():
         raw = text.encode()
         inside = [(start, info) for found in locations.values() for file, start, info in found if file == name]
