@@ -15,7 +15,7 @@ class CheckpointError(UserError):
 
 
 def run_and_exit(main: Callable[[], int]) -> NoReturn:
-    """Ends the program with main's exit code; what its user can mend is one line on stderr, and exit code 2."""
+    """Ends the program with main's exit code; an error that the user can fix is one line on stderr, and code 2."""
     try:
         sys.exit(main())
     except (UserError, OSError) as error:

@@ -11,6 +11,7 @@ import warnings
 import jax
 
 from qwen2_jax.checkpoint.merge import KEEP, METHODS, Merge, merge
+from qwen2_jax.checkpoint.transfer.write import WRITERS
 from qwen2_jax.config.model_config import DTYPES
 from qwen2_jax.console import progress_bar, readable_bytes
 from qwen2_jax.errors import UserError
@@ -22,7 +23,7 @@ EPILOG = """a checkpoint is a folder in Hugging Face or Orbax format, a preset (
 examples:
   python -m qwen2_jax.checkpoint inspect demo
   python -m qwen2_jax.checkpoint convert Qwen/Qwen2-7B ./qwen2-7b-orbax --to orbax
-  python -m qwen2_jax.checkpoint convert ./qwen2-7b-orbax ./qwen2-7b-hf --to hf      # the very same files again
+  python -m qwen2_jax.checkpoint convert ./qwen2-7b-orbax ./qwen2-7b-hf --to hf      # byte-identical files
   python -m qwen2_jax.checkpoint convert demo ./demo-float32 --to hf --dtype float32
   python -m qwen2_jax.checkpoint convert qwen2-72b --to orbax --plan 16 --mesh fsdp=16,tensor=4
   python -m qwen2_jax.checkpoint merge ./base ./maths ./code --out ./both --method ties --keep 0.2
@@ -48,34 +49,39 @@ def parser() -> argparse.ArgumentParser:
     convert.add_argument(
         "dst", nargs="?", help="folder to write; it must not exist, and appears only when it is complete"
     )
-    convert.add_argument("--to", required=True, choices=("hf", "orbax"), help="format of the new folder")
+    convert.add_argument("--to", required=True, choices=tuple(WRITERS), help="format of the new folder")
     convert.add_argument("--dtype", choices=DTYPES, help="cast every tensor; default: each keeps its own")
     convert.add_argument(
-        "--max-shard-gb", type=float, metavar="GB", help="largest weight file of --to hf; default: as they were, else 5"
+        "--max-shard-gb",
+        type=float,
+        metavar="GB",
+        help="largest weight file of --to hf; default: as in SRC, else 5",
     )
     convert.add_argument(
-        "--plan", type=int, metavar="HOSTS", help="convert nothing: show the bytes that each of so many hosts would "
-        "read, hold and write; src may be a preset of which nothing is here",
+        "--plan", type=int, metavar="HOSTS", help="convert nothing: show the bytes that each of HOSTS hosts would "
+        "read, hold in memory and write; src may be a preset that is not downloaded",
     )  # fmt: skip
     convert.add_argument(
         "--mesh",
         metavar="AXIS=N,...",
-        help="with --plan: also loading the result on such a mesh, as in fsdp=16,tensor=4",
+        help="with --plan: also load the result onto this mesh, as in fsdp=16,tensor=4",
     )
-    convert.add_argument("--json", action="store_true", help="with --plan: one line of JSON, bytes of each host")
+    convert.add_argument(
+        "--json", action="store_true", help="with --plan: one line of JSON with the bytes of each host"
+    )
 
     combine = commands.add_parser(
         "merge", help="combine checkpoints that were trained from one base", epilog=EPILOG, formatter_class=raw,
         description="OUT = BASE + scale * the merged differences MODEL - BASE. Tokenizer and other files are BASE's.",
     )  # fmt: skip
-    combine.add_argument("base", help="checkpoint that all models were trained from; these are Hugging Face folders")
+    combine.add_argument("base", help="checkpoint that all models were trained from; all are in Hugging Face format")
     combine.add_argument("models", nargs="+", metavar="model", help="checkpoint of the same architecture")
     combine.add_argument(
         "--out", required=True, help="folder to write; it must not exist, and appears only when complete"
     )
     combine.add_argument(
         "--method", choices=METHODS, default="linear", help="linear: weighted sum of the differences; ties: their "
-        "largest entries, signs elected, mean of those that agree; dare: random entries, scaled up, then either; "
+        "largest entries, a common sign, the mean of those that have it; dare: random entries, scaled up, then either; "
         "default: %(default)s",
     )  # fmt: skip
     combine.add_argument(
@@ -87,9 +93,11 @@ def parser() -> argparse.ArgumentParser:
         metavar="P",
         help=f"share of each tensor's entries that ties and dare keep; default: {KEEP}",
     )
-    combine.add_argument("--scale", type=float, default=1.0, help="of the merged difference; default: %(default)s")
-    combine.add_argument("--seed", type=int, default=0, help="of dare's random entries; default: %(default)s")
-    combine.add_argument("--dtype", choices=DTYPES, help="of the result; default: each tensor as in BASE")
+    combine.add_argument(
+        "--scale", type=float, default=1.0, help="factor of the merged differences; default: %(default)s"
+    )
+    combine.add_argument("--seed", type=int, default=0, help="seed of dare's random entries; default: %(default)s")
+    combine.add_argument("--dtype", choices=DTYPES, help="dtype of the result; default: each tensor as in BASE")
 
     verify = commands.add_parser(
         "verify", help="compare a checkpoint with its manifest", epilog=EPILOG, formatter_class=raw
@@ -127,7 +135,7 @@ def _convert(args: argparse.Namespace) -> int:
         raise UserError("convert needs a folder to write: convert SRC DST --to ...; only --plan does without")
     if args.mesh or args.json:
         raise UserError("--mesh and --json belong to --plan HOSTS; leave them out, or add it")
-    first = jax.process_index() == 0  # where a program with several processes calls this, one of them talks
+    first = jax.process_index() == 0  # of several processes, the first one reports
     with progress_bar("converting", quiet=not first) as progress:
         shard = None if args.max_shard_gb is None else int(args.max_shard_gb * 1e9)
         convert(args.src, args.dst, args.to, dtype=args.dtype, max_shard_bytes=shard, progress=progress)
@@ -202,7 +210,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _inspect(args: argparse.Namespace) -> int:
     from qwen2_jax.checkpoint import open_checkpoint
-    from qwen2_jax.checkpoint.sources import MANIFEST
+    from qwen2_jax.checkpoint.formats.small_files import MANIFEST
 
     opened = open_checkpoint(args.dir)
     config, infos = opened.config, opened.tensors.infos
@@ -211,7 +219,7 @@ def _inspect(args: argparse.Namespace) -> int:
         bytes_of[info.dtype.name] += info.nbytes
     rows = {
         "folder": str(opened.source.path),
-        "format": {"hf": "Hugging Face safetensors", "orbax": "Orbax"}[opened.source.kind],
+        "format": opened.source.format.title,
         "model": config.model_type,
         "parameters": f"{sum(info.nbytes // info.dtype.itemsize for info in infos.values()):,}",
         "bytes": readable_bytes(sum(bytes_of.values())),

@@ -4,66 +4,47 @@
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
-from qwen2_jax.checkpoint.formats import hf_folder, names
-from qwen2_jax.checkpoint.formats.hf_folder import SHARD_BYTES, HfFolder, Layout, Progress, Tensors
+from qwen2_jax.checkpoint.formats import names
 from qwen2_jax.checkpoint.formats.in_memory import TreeTensors, recast
 from qwen2_jax.checkpoint.formats.names import Tree
-from qwen2_jax.checkpoint.manifest import Manifest, Report, compare
-from qwen2_jax.checkpoint.sources import LAYOUT, Source, locate, read_config
+from qwen2_jax.checkpoint.formats.protocol import ArrayTensors, Progress, Reader
+from qwen2_jax.checkpoint.formats.safetensors_layout import SHARD_BYTES, Layout, new_layout
+from qwen2_jax.checkpoint.manifest import Report, compare
+from qwen2_jax.checkpoint.sources import Source, locate, read_config
 from qwen2_jax.checkpoint.transfer import load, multihost
-from qwen2_jax.checkpoint.transfer.write import Writing, small_files, write_hf, write_orbax
+from qwen2_jax.checkpoint.transfer.write import WRITERS, Writing, small_files, write_hf, write_orbax
 from qwen2_jax.config.model_config import DTYPES, ModelConfig
 from qwen2_jax.errors import CheckpointError
 from qwen2_jax.model.decoder import declare
 from qwen2_jax.parallel.sharding import RULES
 from qwen2_jax.weights.params import count, leaves
 
-if TYPE_CHECKING:  # Orbax takes a second to import, and most runs do without it
-    from qwen2_jax.checkpoint.formats.orbax_folder import OrbaxFolder
-
-FORMATS = ("hf", "orbax")
-
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-    """A checked checkpoint. layout: how the Hugging Face files were, where that is known."""
+    """A checked checkpoint. layout: of its safetensors files, as they are or as they were before it was converted."""
 
     source: Source
     config: ModelConfig
     specs: Tree
-    tensors: "HfFolder | OrbaxFolder"
+    tensors: Reader
     layout: Layout | None
 
 
 def open_checkpoint(name: str | Path | Source, config: ModelConfig | None = None) -> Opened:
-    """Opens a checkpoint and holds its names, shapes and dtypes against its config; reads no weights.
+    """Opens a checkpoint and compares its names, shapes and dtypes with its config; reads no weights.
 
     Raises CheckpointError that lists everything missing, unexpected, misshapen, truncated or of an unsupported dtype.
     """
     source = locate(name)
     config = config or read_config(source)
     specs = declare(config)[1]
-    table = names.table(specs)
-    if source.kind == "hf":
-        folder = HfFolder(source.path).check(table, tied=config.tie_word_embeddings)
-        return Opened(source, config, specs, folder, folder.layout())
-    from qwen2_jax.checkpoint.formats.orbax_folder import OrbaxFolder
-
-    manifest = Manifest.read(source)
-    tensors = OrbaxFolder(source.path, manifest.infos if manifest else None).check(table, names.orbax_leaves(specs))
-    recorded = source.read_json(LAYOUT)
-    try:
-        layout = None if recorded is None else Layout.from_json(recorded)
-    except (KeyError, TypeError, ValueError) as why:
-        raise CheckpointError(
-            f"{source.path / LAYOUT} is damaged ({why!r}); remove it to have the files laid out anew"
-        ) from None
-    return Opened(source, config, specs, tensors, layout)
+    tensors = source.format.open(source.path, source.files, specs, tied=config.tie_word_embeddings)
+    return Opened(source, config, specs, tensors, tensors.layout())
 
 
 def load_params(
@@ -76,7 +57,7 @@ def load_params(
     rules: Mapping = RULES,
     progress: Progress | None = None,
 ) -> Tree:
-    """The parameters of a checkpoint as a nested dict of arrays, born sharded: each device gets only its own bytes.
+    """The parameters of a checkpoint as a nested dict of arrays, created sharded: each device gets only its own bytes.
 
     dtype: of all parameters, e.g. "bfloat16"; default: the config's. unroll: one array per layer. mesh: devices to
     spread over by `rules` (of parallel/sharding.py: RULES to train, SERVING to generate); default: the first device.
@@ -86,10 +67,7 @@ def load_params(
     wanted = jnp.dtype(dtype or opened.config.dtype)
     specs = names.unrolled(opened.specs) if unroll else opened.specs
     specs = names.nested({path: dataclasses.replace(spec, dtype=wanted) for path, spec in leaves(specs)})
-    place = load.places(mesh, rules)
-    if isinstance(opened.tensors, HfFolder):
-        return load.read_params(opened.tensors, specs, place, progress=progress)
-    return opened.tensors.read_params(specs, place, progress=progress)
+    return opened.tensors.read_params(specs, load.param_shardings(mesh, rules), progress=progress)
 
 
 def model_bytes(source: str | Path | Source | ModelConfig, dtype=None) -> int:
@@ -113,15 +91,15 @@ def save_hf(
 
     params: stacked or unrolled, on any devices. dtype: to write them in, one layer cast at a time; default: their own.
     tokenizer_files_from: a checkpoint whose tokenizer, generation settings and other small files are copied.
-    max_shard_bytes: size above which weights go to a new file. replace: a folder that is there gives its place to the
-    new one when that is complete. Where several processes run, all of them call this with one path on a shared disk;
+    max_shard_bytes: size above which weights go to a new file. replace: an existing folder is replaced
+    when the new one is complete. Where several processes run, all of them call this with one path on a shared disk;
     each writes its share of the tensors, of which it holds one layer's at a time.
     """
     tree = TreeTensors(config, params)
     tensors = tree if dtype is None else recast(tree, dtype)
     with multihost.together(f"reading {tokenizer_files_from}"):
         files = small_files(config, tensors.infos, tokenizer_files_from)
-    layout = hf_folder.new_layout(tensors.infos, max_shard_bytes)
+    layout = new_layout(tensors.infos, max_shard_bytes)
     return write_hf(path, Writing(tensors, tree.table, progress), layout, files, replace=replace)
 
 
@@ -159,8 +137,8 @@ def convert(
     Where several processes run, all of them call this with one `dst` on a shared disk; each reads and writes its share.
     Raises CheckpointError for a source that cannot be used and a `dst` that exists.
     """
-    if to not in FORMATS:
-        raise CheckpointError(f"to is {to!r}; choose from {', '.join(FORMATS)}")
+    if to not in WRITERS:
+        raise CheckpointError(f"to is {to!r}; choose from {', '.join(WRITERS)}")
     if dtype is not None and dtype not in DTYPES:
         raise CheckpointError(f"dtype is {dtype!r}; choose from {', '.join(DTYPES)}")
     with multihost.together(f"opening {src}"):
@@ -168,7 +146,7 @@ def convert(
         if isinstance(source.path, Path) and Path(dst).expanduser().resolve() == source.path.resolve():
             raise CheckpointError(f"{dst} is the source itself; choose a new folder")
         opened = open_checkpoint(source)
-        tensors: Tensors = opened.tensors
+        tensors: ArrayTensors = opened.tensors
         layout, config = opened.layout, opened.config
         if dtype is not None:
             tensors, layout, config = recast(tensors, dtype), None, dataclasses.replace(config, dtype=dtype)
@@ -176,14 +154,11 @@ def convert(
             layout = None  # the weights were changed since
         files = small_files(config, tensors.infos, source, keep_dtype=dtype is None)
     writing = Writing(tensors, names.table(opened.specs), progress)
-    if to == "orbax":
-        return write_orbax(dst, writing, opened.specs, layout, files)
-    if layout is None or max_shard_bytes is not None:
-        layout = hf_folder.new_layout(tensors.infos, SHARD_BYTES if max_shard_bytes is None else max_shard_bytes)
-    return write_hf(dst, writing, layout, files)
+    return WRITERS[to](dst, writing, opened.specs, layout, files, max_shard_bytes)
 
 
 def verify(name: str | Path | Source, *, progress: Progress | None = None) -> Report:
     """Reads a whole checkpoint and compares every tensor and file with its manifest; checks the structure anyway."""
     opened = open_checkpoint(name)
-    return compare(opened.source, opened.tensors, opened.layout, progress=progress)
+    source = opened.source
+    return compare(source.path, source.files, opened.tensors, opened.layout, progress=progress)

@@ -16,9 +16,11 @@ import numpy as np
 from jax.sharding import AbstractMesh
 
 from qwen2_jax.checkpoint.api import open_checkpoint
-from qwen2_jax.checkpoint.formats import names
+from qwen2_jax.checkpoint.formats import names, orbax_folder
 from qwen2_jax.checkpoint.formats.names import Leaf, Slot
-from qwen2_jax.checkpoint.formats.safetensors import TensorInfo
+from qwen2_jax.checkpoint.formats.protocol import Format
+from qwen2_jax.checkpoint.formats.stored_tensor import TensorInfo
+from qwen2_jax.checkpoint.formats.table import FORMATS
 from qwen2_jax.checkpoint.transfer import multihost
 from qwen2_jax.checkpoint.transfer.load import STAGE_BYTES
 from qwen2_jax.checkpoint.transfer.row_reads import axes_of
@@ -43,7 +45,7 @@ class Step:
 class Declared:
     """A checkpoint as far as its bytes go."""
 
-    kind: str
+    format: Format
     specs: Tree
     infos: Mapping[str, TensorInfo]
 
@@ -66,11 +68,11 @@ def declared(name: str | Path) -> Declared:
                 f"one of {', '.join(sorted(PRESETS))}"
             )
         opened = open_checkpoint(name)
-        return Declared(opened.source.kind, opened.specs, opened.tensors.infos)
+        return Declared(opened.source.format, opened.specs, opened.tensors.infos)
     config = PRESETS[preset]
     specs = declare(config)[1]
     dtype = np.dtype(jnp.dtype(config.dtype))
-    return Declared("hf", specs, {n: TensorInfo(dtype, slot.shape) for n, slot in names.table(specs).items()})
+    return Declared(FORMATS["hf"], specs, {n: TensorInfo(dtype, slot.shape) for n, slot in names.table(specs).items()})
 
 
 def convert_step(source: Declared, to: str, count: int, *, dtype: str | None = None) -> Step:
@@ -88,11 +90,12 @@ def convert_step(source: Declared, to: str, count: int, *, dtype: str | None = N
     tensors = [max((_held(old[name], new[name]) for name in own), default=0) for own in mine]
     arrays = names.orbax_leaves(source.specs)
     groups = [_largest_group([leaf for leaf in arrays if leaf.names[0] in set(own)], old) for own in mine]
-    name = f"convert {source.kind} to {to}"
+    name = f"convert {source.format.name} to {to}"
     if to == "hf":
         writes = tuple(sum(new[name].nbytes for name in own) for own in mine)
-        holds = tensors if source.kind == "hf" else [g + t for g, t in zip(groups, tensors, strict=True)]
-        return Step(name, tuple(whole), tuple(holds), writes)
+        if source.format.whole_arrays:
+            tensors = [g + t for g, t in zip(groups, tensors, strict=True)]
+        return Step(name, tuple(whole), tuple(tensors), writes)
     rows = [_rows(leaf, count) for leaf in arrays]
     written = [_nbytes(leaf, new) // parts for leaf, parts in zip(arrays, rows, strict=True)]
     read = [_nbytes(leaf, old) // parts for leaf, parts in zip(arrays, rows, strict=True)]
@@ -100,7 +103,7 @@ def convert_step(source: Declared, to: str, count: int, *, dtype: str | None = N
     group = _largest_group(arrays, new, dict(zip(arrays, rows, strict=True)))
     writes = tuple(sum(n for n, c in zip(written, cut, strict=True) if c or host == 0) for host in range(count))
     reads = tuple(sum(read) + (own if count > 1 else 0) for own in whole)  # once to write, and once whole to hash
-    hashing = tensors if source.kind == "hf" else groups
+    hashing = groups if source.format.whole_arrays else tensors
     return Step(name, reads, tuple(max(group, held) for held in hashing), writes)
 
 
@@ -157,8 +160,6 @@ def _rows(leaf: Leaf, count: int) -> int:
 
 def _largest_group(arrays: list[Leaf], infos: Mapping[str, TensorInfo], parts: Mapping[Leaf, int] | None = None) -> int:
     """Bytes of the largest group of arrays that Orbax is given at once, of which a host holds its part."""
-    from qwen2_jax.checkpoint.formats import orbax_folder
-
     found = orbax_folder.groups(arrays, lambda leaf: _nbytes(leaf, infos))
     return max(
         (sum(_nbytes(leaf, infos) // (parts[leaf] if parts else 1) for leaf in group) for group in found), default=0

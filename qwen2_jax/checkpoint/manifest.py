@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""manifest.json: a SHA-256 for every tensor and file, the same for a Hugging Face folder and its Orbax twin.
+"""manifest.json: a SHA-256 of every tensor and small file, the same in a Hugging Face folder and its Orbax copy.
 
 A tensor's hash is that of its bytes in the Hugging Face file (row-major, little-endian, the file's dtype), whatever the
 format on disk, so one manifest follows a checkpoint through conversions.
@@ -10,16 +10,19 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 
-from qwen2_jax.checkpoint.formats.hf_folder import Layout, Progress, Tensors
-from qwen2_jax.checkpoint.formats.safetensors import CODES, DTYPES, TensorInfo
-from qwen2_jax.checkpoint.sources import MANIFEST, Source
+from qwen2_jax.checkpoint.formats.protocol import Progress, Tensors
+from qwen2_jax.checkpoint.formats.safetensors import CODES, DTYPES
+from qwen2_jax.checkpoint.formats.safetensors_layout import Layout
+from qwen2_jax.checkpoint.formats.small_files import MANIFEST, SmallFiles, read_json
+from qwen2_jax.checkpoint.formats.stored_tensor import TensorInfo
 from qwen2_jax.errors import CheckpointError
 
 VERSION = 1
-UNREADABLE = (CheckpointError, OSError, ValueError)  # what the readers of both formats raise for damaged bytes
+UNREADABLE = (CheckpointError, OSError, ValueError)  # what the readers of all formats raise for damaged bytes
 
 
 def sha256(array: np.ndarray) -> str:
@@ -47,14 +50,14 @@ class Manifest:
         return (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode()
 
     @classmethod
-    def read(cls, source: Source) -> "Manifest | None":
-        """The folder's manifest, None where there is none. Raises CheckpointError for one that cannot be read."""
-        data = source.read_json(MANIFEST)
+    def read(cls, path: Any, files: SmallFiles) -> "Manifest | None":
+        """The checkpoint's manifest, None where there is none. Raises CheckpointError for one that cannot be read."""
+        data = read_json(path, files, MANIFEST)
         if data is None:
             return None
         if data.get("version") != VERSION:
             raise CheckpointError(
-                f"{source.path / MANIFEST} has version {data.get('version')!r}; this program reads {VERSION}"
+                f"{path / MANIFEST} has version {data.get('version')!r}; this program reads {VERSION}"
             )
         try:
             tensors = {
@@ -63,11 +66,11 @@ class Manifest:
             }
             return cls(tensors, {str(name): str(digest) for name, digest in data["files"].items()})
         except (KeyError, TypeError, AttributeError) as why:
-            raise CheckpointError(f"{source.path / MANIFEST} is damaged: {why!r}") from None
+            raise CheckpointError(f"{path / MANIFEST} is damaged: {why!r}") from None
 
 
 class Hasher:
-    """Collects digests of tensors while they are written; the hashing runs beside the writing."""
+    """Collects digests of tensors while they are written; hashes in a thread."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1)
@@ -99,9 +102,11 @@ class Report:
     hashed: bool
 
 
-def compare(source: Source, tensors: Tensors, layout: Layout | None, *, progress: Progress | None = None) -> Report:
-    """Reads every tensor of an opened, checked folder and holds it against the folder's manifest."""
-    manifest = Manifest.read(source)
+def compare(
+    path: Any, files: SmallFiles, tensors: Tensors, layout: Layout | None, *, progress: Progress | None = None
+) -> Report:
+    """Reads every tensor of an opened, checked checkpoint and compares it with the checkpoint's manifest."""
+    manifest = Manifest.read(path, files)
     total, done, damaged = sum(info.nbytes for info in tensors.infos.values()), 0, []
     if manifest is None:
         return Report((), len(tensors.infos), total, False)
@@ -126,7 +131,7 @@ def compare(source: Source, tensors: Tensors, layout: Layout | None, *, progress
         if progress is not None:
             progress(done, total)
     for name, digest in manifest.files.items():
-        content = source.read_bytes(name)
+        content = files.read_bytes(name)
         if content is None:
             damaged.append(f"{name}: is not in the folder")
         elif hashlib.sha256(content).hexdigest() != digest:
@@ -135,7 +140,7 @@ def compare(source: Source, tensors: Tensors, layout: Layout | None, *, progress
 
 
 def readable(tensors: Tensors, names: Sequence[str], damaged: list[str]) -> Iterator[tuple[str, np.ndarray]]:
-    """tensors.stream, going on behind tensors that cannot be read at all, which are added to `damaged`."""
+    """tensors.stream that continues after tensors that cannot be read at all, which are added to `damaged`."""
     rest = list(names)
     while rest:
         try:
@@ -143,7 +148,7 @@ def readable(tensors: Tensors, names: Sequence[str], damaged: list[str]) -> Iter
                 rest.remove(name)
                 yield name, array
         except UNREADABLE:
-            while rest:  # one by one up to the culprit, since several may be read together
+            while rest:  # one by one up to the damaged one, since several may be read together
                 name = rest.pop(0)
                 try:
                     yield from tensors.stream([name])

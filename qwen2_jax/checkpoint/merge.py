@@ -23,10 +23,11 @@ import numpy as np
 
 from qwen2_jax import validate
 from qwen2_jax.checkpoint.api import Opened, open_checkpoint
-from qwen2_jax.checkpoint.formats import hf_folder, names
-from qwen2_jax.checkpoint.formats.casting import cast_into
-from qwen2_jax.checkpoint.formats.hf_folder import SHARD_BYTES, HfFolder, Progress, as_dtype
-from qwen2_jax.checkpoint.formats.safetensors import TensorInfo
+from qwen2_jax.checkpoint.formats import names
+from qwen2_jax.checkpoint.formats.casting import as_dtype, cast_into
+from qwen2_jax.checkpoint.formats.protocol import Progress
+from qwen2_jax.checkpoint.formats.safetensors_layout import SHARD_BYTES, new_layout
+from qwen2_jax.checkpoint.formats.stored_tensor import TensorInfo
 from qwen2_jax.checkpoint.sources import Source
 from qwen2_jax.checkpoint.transfer.write import Writing, small_files, write_hf
 from qwen2_jax.config.model_config import DTYPES
@@ -102,11 +103,11 @@ def merge(
         config = dataclasses.replace(config, dtype=dtype)
     files = small_files(config, merged.infos, source, keep_dtype=dtype is None)
     writing = Writing(merged, names.table(merged.base.specs), progress)
-    return write_hf(dst, writing, hf_folder.new_layout(merged.infos, max_shard_bytes), files)
+    return write_hf(dst, writing, new_layout(merged.infos, max_shard_bytes), files)
 
 
 class Merged:
-    """The tensors of a merge, each made when it is asked for: see Tensors in hf_folder.py."""
+    """The tensors of a merge, each made when it is asked for: see Tensors in formats/protocol.py."""
 
     def __init__(self, base: Opened, models: Sequence[Opened], how: Merge, dtype: str | None):
         self.base, self.models, self.how = base, models, how
@@ -194,8 +195,9 @@ class _Difference:
 
 def _opened(name: str | Path | Source) -> Opened:
     opened = open_checkpoint(name)
-    if not isinstance(opened.tensors, HfFolder):
-        raise CheckpointError(f"{name} is an Orbax folder; `convert {name} NEW --to hf` makes one that can be merged")
+    if opened.source.format.whole_arrays:
+        title = opened.source.format.title
+        raise CheckpointError(f"{name} is an {title} folder; `convert {name} NEW --to hf` makes one that can be merged")
     return opened
 
 

@@ -15,11 +15,13 @@ import jax
 import numpy as np
 
 from qwen2_jax.checkpoint.formats import names
-from qwen2_jax.checkpoint.formats.collected_errors import Problems
-from qwen2_jax.checkpoint.formats.hf_folder import HfFolder, Layout
+from qwen2_jax.checkpoint.formats.collected_errors import CollectedErrors
+from qwen2_jax.checkpoint.formats.hf_folder import HfFolder
 from qwen2_jax.checkpoint.formats.in_memory import TreeTensors
 from qwen2_jax.checkpoint.formats.names import Slot
-from qwen2_jax.checkpoint.formats.safetensors import TensorInfo, header_text
+from qwen2_jax.checkpoint.formats.safetensors import header_text
+from qwen2_jax.checkpoint.formats.safetensors_layout import Layout
+from qwen2_jax.checkpoint.formats.stored_tensor import TensorInfo
 from qwen2_jax.checkpoint.sources import NotFound, Source
 from qwen2_jax.checkpoint.transfer import load
 from qwen2_jax.checkpoint.transfer.multihost import shared_folder
@@ -74,8 +76,8 @@ def save_peft(
 ) -> Path:
     """Writes adapters as a new folder that peft.PeftModel.from_pretrained loads onto the base model. Returns its path.
 
-    base_name: the base model's name on the Hub or its folder, recorded for the reader. The folder appears whole or not
-    at all. replace: one that is there gives its place to the new one when that is complete. Where several processes
+    base_name: the base model's name on the Hub or its folder, recorded for the reader. The folder appears complete or
+    not at all. replace: an existing folder is replaced when the new one is complete. Where several processes
     run, all of them call this with one path on a shared disk.
     """
     tensors = AdapterTensors(config, adapters, lora)
@@ -117,7 +119,7 @@ def load_peft(
     data = Source("hf", path).read_json(CONFIG)
     if data is None:
         raise NotFound(f"{path} has no {CONFIG}; give a folder that PEFT's save_pretrained or save_peft wrote")
-    _check(data, Problems(str(path / CONFIG)))
+    _check(data, CollectedErrors(str(path / CONFIG)))
     if not (path / WEIGHTS).is_file():
         raise NotFound(f"{path} has no {WEIGHTS}; adapters saved as pickle (adapter_model.bin) are not read")
     tensors = AdapterFolder(path)
@@ -135,19 +137,19 @@ def load_peft(
         raise CheckpointError(f"{path / CONFIG}: {why}") from None
     tensors.check(_table(specs), tied=False)
     tensors.infos = {name.removeprefix(PREFIX): info for name, info in tensors.infos.items()}
-    return lora, load.read_params(tensors, specs, load.places(mesh))
+    return lora, tensors.read_params(specs, load.param_shardings(mesh))
 
 
-def _check(data: dict[str, Any], problems: Problems) -> None:
+def _check(data: dict[str, Any], errors: CollectedErrors) -> None:
     """Raises CheckpointError for settings that mean something else than plain LoRA."""
     for key, value in data.items():
         if key in ONLY and value not in ONLY[key]:
-            problems.add("not supported", [f"{key} = {short(value)} (only {', '.join(map(str, ONLY[key]))})"])
+            errors.add("not supported", [f"{key} = {short(value)} (only {', '.join(map(str, ONLY[key]))})"])
         elif key not in (*READ, *ONLY, *IGNORED) and value:
-            problems.add("not supported", [f"{key} = {short(value)}"])
+            errors.add("not supported", [f"{key} = {short(value)}"])
     if "peft_type" not in data:
-        problems.add("missing", ["peft_type"])
-    problems.raise_any()
+        errors.add("missing", ["peft_type"])
+    errors.raise_any()
 
 
 def _targets(given: Any, tensors: HfFolder) -> tuple[str, ...]:
@@ -156,7 +158,7 @@ def _targets(given: Any, tensors: HfFolder) -> tuple[str, ...]:
         return tuple(given)
     if not isinstance(given, str):
         raise CheckpointError(f"{tensors.path / CONFIG}: target_modules is {short(given)}; it must be a list of names")
-    tensors.problems.raise_any()
+    tensors.errors.raise_any()
     return tuple(dict.fromkeys(found[1] for name in tensors.infos if (found := MODULE.fullmatch(name))))
 
 

@@ -1,38 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """From what a user types to a folder: presets, Hugging Face Hub ids, local folders, gs:// paths, the bundled demo."""
 
+import contextlib
 import dataclasses
 import difflib
 import importlib.resources
-import json
 import re
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from qwen2_jax.checkpoint.formats.hf_folder import MAX_JSON_BYTES
+from qwen2_jax.checkpoint.formats.protocol import Format
+from qwen2_jax.checkpoint.formats.small_files import CONFIG, SmallFiles, read_json
+from qwen2_jax.checkpoint.formats.table import FORMATS, recognise
 from qwen2_jax.config.model_config import HUB_IDS, ModelConfig
 from qwen2_jax.errors import CheckpointError
 from qwen2_jax.files.atomic_folder import MARKER, UNFINISHED
 
 DEMO = "demo"
-CONFIG, GENERATION, MANIFEST, LAYOUT = (
-    "config.json",
-    "generation_config.json",
-    "manifest.json",
-    "safetensors_layout.json",
-)
-WANTED = [
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "*.json",
-    "*.txt",
-    "*.jinja",
-]  # of a Hub repository; never pickles
+# Of a Hub repository; never pickles.
+DOWNLOADED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.jinja"]
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-TRAVELLERS = (".json", ".txt", ".jinja", ".model", ".md")
-TRAVELLER_BYTES = 100_000_000
-NO_TRAVELLERS = (MANIFEST, LAYOUT, "commit_success.txt")  # written anew; the last is Orbax's
 
 
 class NotFound(CheckpointError, FileNotFoundError):
@@ -43,51 +33,53 @@ class NotFound(CheckpointError, FileNotFoundError):
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A folder with a checkpoint. kind: "hf" (safetensors) or "orbax". path: a Path, or an epath.Path for gs://."""
+    """Where a checkpoint is. kind: name of its format (formats/table.py). path: a Path, or an epath.Path for gs://."""
 
-    kind: Literal["hf", "orbax"]
+    kind: str
     path: Any
 
+    @property
+    def format(self) -> Format:
+        return FORMATS[self.kind]
+
+    @property
+    def files(self) -> SmallFiles:
+        return self.format.files(self.path)
+
     def read_bytes(self, name: str) -> bytes | None:
-        """The file `name` of the folder, None where there is none."""
-        file = self.path / name
-        return file.read_bytes() if file.exists() else None
+        """The small file `name`, None where there is none."""
+        return self.files.read_bytes(name)
 
     def read_json(self, name: str) -> dict[str, Any] | None:
-        """The JSON object in the file `name`, None where there is none."""
-        file = self.path / name
-        if not file.exists():
-            return None
-        if file.stat().st_size > MAX_JSON_BYTES if isinstance(file, Path) else False:
-            raise CheckpointError(f"{file} is larger than {MAX_JSON_BYTES} bytes; that is no {name}")
-        try:
-            data = json.loads(file.read_bytes().decode("utf-8"))
-        except (ValueError, RecursionError) as why:
-            raise CheckpointError(f"{file} is not valid JSON: {' '.join(str(why).split())[:200]}") from None
-        if not isinstance(data, dict):
-            raise CheckpointError(f"{file} holds a JSON {type(data).__name__} instead of an object")
-        return data
+        """The JSON object in the small file `name`, None where there is none."""
+        return read_json(self.path, self.files, name)
 
-    def travellers(self) -> list[str]:
-        """Names of the files beside the weights that go along when the checkpoint is converted or saved."""
-        names = []
-        for file in sorted(self.path.iterdir(), key=lambda f: f.name):
-            if file.is_dir():
-                if file.name == "additional_chat_templates":
-                    names += sorted(f"{file.name}/{f.name}" for f in file.iterdir() if f.name.endswith(".jinja"))
-            elif (file.name.endswith(TRAVELLERS) or file.name.upper().startswith(("LICENSE", "NOTICE"))) and not (
-                file.name in NO_TRAVELLERS or file.name.endswith((".safetensors.index.json", ".bin.index.json"))
-            ):
-                if file.stat().st_size <= TRAVELLER_BYTES if isinstance(file, Path) else True:
-                    names.append(file.name)
-        return names
+    def small_files(self) -> list[str]:
+        """Names of the files beside the weights that are copied when the checkpoint is converted or saved."""
+        return self.files.names()
+
+    @contextlib.contextmanager
+    def folder_of_small_files(self) -> Iterator[Path]:
+        """A local folder with the small files, for libraries that read nothing else; valid inside the `with` only."""
+        if isinstance(self.path, Path) and self.path.is_dir():
+            yield self.path
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            for name in self.small_files():
+                file = Path(folder) / name
+                file.parent.mkdir(exist_ok=True)
+                file.write_bytes(self.read_bytes(name) or b"")
+            yield Path(folder)
 
 
 def read_config(source: Source) -> ModelConfig:
     """The model's architecture from the folder's config.json."""
     data = source.read_json(CONFIG)
     if data is None:
-        raise NotFound(f"{source.path} has no {CONFIG}; a checkpoint folder holds one beside its weights")
+        raise NotFound(
+            f"{source.path} ({source.format.title}) has no {CONFIG}; a checkpoint folder holds one beside its weights: "
+            "put the model's into it"
+        )
     return ModelConfig.from_hf(data)
 
 
@@ -113,6 +105,8 @@ def locate(name: str | Path | Source) -> Source:
     if folder.with_name(folder.name + UNFINISHED).is_dir():
         raise NotFound(f"{folder} is an unfinished conversion; run the conversion again")
     if folder.is_file():
+        if found := recognise(folder):
+            return Source(found.name, folder)
         raise CheckpointError(f"{folder} is a file; give the folder that holds it: {folder.parent}")
     hub_id = HUB_IDS.get(text.lower())
     if hub_id is None and HUB_ID.fullmatch(text) and not text.endswith(PICKLES):
@@ -140,7 +134,7 @@ def _hint(text: str) -> str:
 
 
 def _in_folder(folder: Path) -> Source:
-    """Tells the two kinds of folders apart, and why a folder is neither."""
+    """The folder with its format. Raises CheckpointError that says why there is no checkpoint in it."""
     names = {file.name for file in folder.iterdir()}
     if MARKER in names or (folder.absolute().parent / MARKER).exists():
         raise CheckpointError(f"{folder} is an unfinished conversion; run the conversion again")
@@ -151,12 +145,8 @@ def _in_folder(folder: Path) -> Source:
                 f"{folder} is the state of a training run, from which only that run continues; give the model that it "
                 f"wrote: {run / 'hf'}, which is there when the run is done, or one that checkpoints.export_every made"
             )
-    if {"orbax.checkpoint", "_CHECKPOINT_METADATA"} & names:
-        if CONFIG not in names:
-            raise CheckpointError(f"{folder} is an Orbax checkpoint without {CONFIG}; put the model's {CONFIG} into it")
-        return Source("orbax", folder)
-    if any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names):
-        return Source("hf", folder)
+    if found := recognise(folder, names):
+        return Source(found.name, folder)
     if pickles := sorted(name for name in names if name.endswith(PICKLES)):
         raise CheckpointError(
             f"{folder} has its weights as pickle ({pickles[0]}), which can run code when read and is not supported; "
@@ -189,7 +179,7 @@ def download(hub_id: str, *, asked: str) -> Path:
     instead = "give a local folder with its config.json and .safetensors files instead"
     offline = f"no complete copy of {hub_id} is on this machine; {instead}"
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=WANTED))
+        return Path(snapshot_download(hub_id, allow_patterns=DOWNLOADED))
     except errors.GatedRepoError:
         raise CheckpointError(
             f"{hub_id} asks for consent: accept its terms on the Hub, then run `hf auth login`"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A folder appears whole or not at all: it is made under another name and renamed when everything is on the disk."""
+"""A folder appears complete or not at all: it is made under another name and renamed when all of it is on the disk."""
 
 import contextlib
 import errno

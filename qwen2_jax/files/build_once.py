@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A folder of tokens appears whole or not at all, and of several builders one works while the others wait.
+"""A folder of tokens appears complete or not at all; one process builds it while others wait for it.
 
 Unlike atomic_folder.py, which refuses a second writer and a folder that is there: here both are welcome.
 """
@@ -50,8 +50,8 @@ def alone_in(folder: Path) -> Iterator[bool]:
 def aside(folder: Path, alone: bool) -> Iterator[Path]:
     """An empty folder beside the wanted one, removed at the end; also removes what killed processes left.
 
-    alone: nobody on this machine works here now, so what is left is of the dead, whoever has their number today: in a
-    container that starts again the same process has the same one.
+    alone: no other process of this machine works here now, so leftover folders belong to dead processes, even if their
+    PID was reused: in a container that restarts, a process gets the same PID again.
     """
     mine = f"{folder.name}{UNFINISHED}-{socket.gethostname()}-"
     for stale in folder.parent.iterdir():
@@ -73,7 +73,7 @@ def aside(folder: Path, alone: bool) -> Iterator[Path]:
 
 
 def _alive(process: int) -> bool:
-    """Whether another process has this number."""
+    """Whether another process has this PID."""
     if process == os.getpid():
         return False
     try:

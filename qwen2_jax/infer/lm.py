@@ -4,7 +4,6 @@
 Prompts are tokenized and answers detokenized at this level; the engine below (programs.py) works on token ids.
 """
 
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack, overload
@@ -351,12 +350,7 @@ def load_source(
 
 def _tokenizer(source: checkpoint.Source) -> Tokenizer | None:
     try:
-        if isinstance(source.path, Path):
-            return Tokenizer.from_folder(source.path)
-        with tempfile.TemporaryDirectory() as folder:  # a bucket: the tokenizers library reads local files only
-            for name in source.travellers():
-                if "/" not in name:
-                    (Path(folder) / name).write_bytes(source.read_bytes(name) or b"")
+        with source.folder_of_small_files() as folder:  # the tokenizers library reads local files only
             return Tokenizer.from_folder(folder)
     except FileNotFoundError:
         return None

@@ -25,7 +25,7 @@ from qwen2_jax.train.post_training_config import Dpo, Online, Reward
 # What may not change when a run is continued: the arrays in its checkpoints, and the order of its data.
 FIXED = ("lora", "rows", "length", "seed")
 SMALL_FILES = "tokenizer"  # folder in the run's, with the files that travel beside the weights
-NO_TRAVELLERS = ("config.json", "README.md")  # written anew; about another model
+NOT_COPIED = ("config.json", "README.md")  # written anew; about another model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Job:
         folder = self.files.path
         folder.mkdir(parents=True, exist_ok=True)
         source, end = self.tokenizer_files, self.tokenizer.token_id(IM_END)
-        contents = {name: source.read_bytes(name) or b"" for name in source.travellers() if name not in NO_TRAVELLERS}
+        contents = {name: source.read_bytes(name) or b"" for name in source.small_files() if name not in NOT_COPIED}
         if not isinstance(self.run, Pretrain) and end is not None:
             for name, changes in (
                 ("tokenizer_config.json", {"eos_token": IM_END}),

@@ -150,7 +150,7 @@ def test_loading_casts_as_numpy_does(tmp_path):
 
 def test_layers_filled_on_the_device_are_the_same(dense):
     opened = checkpoint.open_checkpoint(dense)
-    place = load.places(None)
+    place = load.param_shardings(None)
     host = load.read_params(opened.tensors, opened.specs, place)
     device = load.read_params(opened.tensors, opened.specs, place, stage_bytes=0)
     jax.tree.map(np.testing.assert_array_equal, host, device)

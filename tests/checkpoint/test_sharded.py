@@ -23,7 +23,7 @@ assert len(jax.devices()) == 8
 for axes in (dict(fsdp=2, tensor=2, expert=2), dict(expert=4, tensor=2)):
     mesh = make_mesh(**axes)
     opened = checkpoint.open_checkpoint(root / "hf")
-    place = fill.places(mesh)
+    place = fill.param_shardings(mesh)
     ours = fill.read_params(opened.tensors, opened.specs, place)
     size = sum(info.nbytes for info in opened.tensors.infos.values())
     assert opened.tensors.bytes_read == size, (opened.tensors.bytes_read, size)   # shared by replicas, never read twice
@@ -46,7 +46,7 @@ for axes in (dict(fsdp=2, tensor=2, expert=2), dict(expert=4, tensor=2)):
 mesh = make_mesh(fsdp=2, tensor=2, expert=2)
 opened = checkpoint.open_checkpoint(root / "hf")
 spec = opened.specs["stacks"][0]["blocks"][0]["moe"]["gate_EFD"]
-where = fill.places(mesh)(spec)
+where = fill.param_shardings(mesh)(spec)
 class OneHost:
     addressable_devices = {jax.devices()[3]}
     def addressable_devices_indices_map(self, shape):

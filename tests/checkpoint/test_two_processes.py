@@ -51,7 +51,7 @@ for axes, stages in ((dict(fsdp=2, tensor=2), (None, 0)), (dict(expert=2, fsdp=2
     reads = []
     for stage in stages:
         opened.tensors.bytes_read = 0
-        tree = fill.read_params(opened.tensors, specs, fill.places(mesh), stage_bytes=stage)
+        tree = fill.read_params(opened.tensors, specs, fill.param_shardings(mesh), stage_bytes=stage)
         check(tree)
         reads.append(opened.tensors.bytes_read)
     before = bytes_read()
@@ -84,14 +84,13 @@ WRITE = (
     ADAPTERS
     + """
 from qwen2_jax import checkpoint
-from qwen2_jax.checkpoint.formats import orbax_folder as orbax
+from qwen2_jax.checkpoint.formats import hf_folder, orbax_folder as orbax
 from qwen2_jax.checkpoint.transfer import gather as pieces, write as writing
-from qwen2_jax.checkpoint import api as store
 from qwen2_jax.parallel.sharding import make_mesh
 
 params = checkpoint.load_params(root / "hf", mesh=make_mesh(fsdp=2, tensor=2))
 pieces.PIECE_BYTES = 100_000
-folders, written, real, put = [], 0, store.HfFolder, writing.write_all
+folders, written, real, put = [], 0, hf_folder.HfFolder, writing.write_all
 
 def opened(path):
     folders.append(real(path))
@@ -102,7 +101,7 @@ def counted(file, parts):
     written += sum(memoryview(part).nbytes for part in parts)
     put(file, parts)
 
-store.HfFolder, writing.write_all = opened, counted
+hf_folder.HfFolder, writing.write_all = opened, counted
 found = {}
 
 def measure(name, function, *args, **more):

@@ -28,6 +28,15 @@ def cast_into(out: np.ndarray, x: np.ndarray) -> None:
                 cast_into(out[i], x[i])
 
 
+def as_dtype(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """The array itself, or a cast copy."""
+    if array.dtype == dtype:
+        return array
+    out = np.empty(array.shape, dtype)
+    cast_into(out, array)
+    return out
+
+
 def _cast_block(out: np.ndarray, x: np.ndarray) -> None:
     if x.dtype == BFLOAT16:
         wide = x.view(np.uint16).astype(np.uint32)

@@ -10,8 +10,8 @@ from qwen2_jax.errors import CheckpointError
 SHOWN = 40  # per kind: a folder of another model would otherwise list thousands
 
 
-class Problems:
-    """Collects problems of `where`; `raise_any` reports them together."""
+class CollectedErrors:
+    """Collects what is wrong with `where`; `raise_any` reports all of it."""
 
     def __init__(self, where: str):
         self.where = where

@@ -9,14 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen2_jax.checkpoint.formats import names
-from qwen2_jax.checkpoint.formats.hf_folder import Tensors
-from qwen2_jax.checkpoint.formats.names import Tree
-from qwen2_jax.checkpoint.formats.safetensors import CODES, TensorInfo
+from qwen2_jax.checkpoint.formats.names import Leaf, Tree
+from qwen2_jax.checkpoint.formats.protocol import ArrayTensors
+from qwen2_jax.checkpoint.formats.safetensors import CODES
+from qwen2_jax.checkpoint.formats.stored_tensor import TensorInfo
 from qwen2_jax.checkpoint.transfer.gather import collect, layer
 from qwen2_jax.config.model_config import DTYPES, ModelConfig
 from qwen2_jax.errors import CheckpointError
 from qwen2_jax.model.decoder import declare
-from qwen2_jax.weights.params import leaves
+from qwen2_jax.weights.params import ParamSpec, leaves
 
 
 class TreeTensors:
@@ -37,8 +38,11 @@ class TreeTensors:
                 )
 
     def stream(self, wanted: Sequence[str], mine: Container[str] | None = None) -> Iterator[tuple[str, np.ndarray]]:
-        """See Tensors. Of arrays with parts on several hosts, a process is given as many together as there are
-        processes: when it gets its one to write, the others have theirs, and all of them write at the same time."""
+        """See Tensors in protocol.py.
+
+        Of arrays with parts on several hosts, a process is given as many together as there are processes: when it gets
+        its one to write, the others have theirs, and all of them write at the same time.
+        """
         at: tuple | None = None
         held: list[list[tuple[str, np.ndarray]]] = []  # per layer of a parameter: experts of one layer come together
         turn = 0
@@ -55,6 +59,15 @@ class TreeTensors:
                 held[-1].append((name, (array if slot.expert is None else array[slot.expert]).reshape(slot.shape)))
         del array
         yield from _emptied(held)
+
+    def read_array(self, leaf: Leaf, spec: ParamSpec, where: jax.sharding.Sharding) -> jax.Array:
+        """See ArrayTensors in protocol.py."""
+        slot = self.table[leaf.names[0]]
+        array = layer(names.get(self.params, slot.path), slot.repeat, keepdims=True)
+        if isinstance(array, jax.Array) and not array.is_fully_addressable:
+            return array
+        values = np.asarray(array)
+        return jax.make_array_from_callback(leaf.shape, where, lambda index: values[index])
 
 
 def _emptied(held: list[list[tuple[str, np.ndarray]]]) -> Iterator[tuple[str, np.ndarray]]:
@@ -84,12 +97,15 @@ def _specs_like(config: ModelConfig, params: Tree) -> Tree:
 class Recast:
     """Tensors that are to be written in another dtype; the writer casts."""
 
-    tensors: Tensors
+    tensors: ArrayTensors
     infos: Mapping[str, TensorInfo]
 
     def stream(self, wanted: Sequence[str], mine: Container[str] | None = None) -> Iterator[tuple[str, np.ndarray]]:
         return self.tensors.stream(wanted, mine)
 
+    def read_array(self, leaf: Leaf, spec: ParamSpec, where: jax.sharding.Sharding) -> jax.Array:
+        return self.tensors.read_array(leaf, spec, where)
 
-def recast(tensors: Tensors, dtype: str) -> Recast:
+
+def recast(tensors: ArrayTensors, dtype: str) -> Recast:
     return Recast(tensors, {name: TensorInfo(jnp.dtype(dtype), info.shape) for name, info in tensors.infos.items()})

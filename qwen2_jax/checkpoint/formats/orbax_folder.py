@@ -12,20 +12,23 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from orbax.checkpoint import v1 as ocp
 
-from qwen2_jax.checkpoint.formats.collected_errors import Problems
-from qwen2_jax.checkpoint.formats.hf_folder import Progress, as_dtype
-from qwen2_jax.checkpoint.formats.names import Leaf, Slot, Tree, get, leaf_path, nested, put
-from qwen2_jax.checkpoint.formats.safetensors import TensorInfo
-from qwen2_jax.checkpoint.transfer.load import DeviceStack, HostStack, Place, on_cpu
+from qwen2_jax.checkpoint.formats.casting import as_dtype
+from qwen2_jax.checkpoint.formats.collected_errors import CollectedErrors
+from qwen2_jax.checkpoint.formats.names import Leaf, Slot, Tree, get, leaf_path, nested, orbax_leaves, put, table
+from qwen2_jax.checkpoint.formats.protocol import Format, Progress, Sharding
+from qwen2_jax.checkpoint.formats.safetensors_layout import Layout
+from qwen2_jax.checkpoint.formats.small_files import LAYOUT, SmallFiles, read_json
+from qwen2_jax.checkpoint.formats.stored_tensor import TensorInfo
+from qwen2_jax.checkpoint.manifest import Manifest
+from qwen2_jax.checkpoint.transfer.load import DeviceStack, HostStack, on_cpu
 from qwen2_jax.checkpoint.transfer.row_reads import by_rows, moved
 from qwen2_jax.errors import CheckpointError
 from qwen2_jax.weights.params import ParamSpec, leaves
@@ -39,13 +42,21 @@ CHUNK_BYTES = 2 * 2**20
 ROW_BYTES = 2**18  # stacked matrices (experts, heads) of at least this size are pieces of their own
 
 
+def _orbax() -> Any:
+    """Its v1 interface, which takes a second to import: this file alone is also imported to recognise a folder."""
+    from orbax.checkpoint import v1
+
+    return v1
+
+
 @contextlib.contextmanager
-def _session() -> Iterator[None]:
+def _session() -> Iterator[Any]:
     """Orbax with our storage options, and without its advice to callers who pass no shardings."""
+    ocp = _orbax()
     context = ocp.Context()
     context.array.saving.use_compression = False  # trained weights do not compress; the time would be lost
     context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
-    context.array.saving.scoped_storage_options_creator = _pieces
+    context.array.saving.scoped_storage_options_creator = _chunks
     context.pytree.loading.partial_load = True
     absl = logging.getLogger("absl")
     level = absl.level
@@ -53,16 +64,16 @@ def _session() -> Iterator[None]:
     try:
         with context, warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Sharding info not provided")
-            yield
+            yield ocp
     finally:
         absl.setLevel(level)
 
 
-def _pieces(_, array: jax.Array):
+def _chunks(_, array: jax.Array):
     """Experts and heads [1, E, ...] are cut between each other first; Orbax would cut the largest dimension."""
     if array.ndim < 4 or math.prod(array.shape[2:]) * array.dtype.itemsize < ROW_BYTES:
         return None
-    return ocp.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=CHUNK_BYTES, shard_axes=(1,))
+    return _orbax().options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=CHUNK_BYTES, shard_axes=(1,))
 
 
 def _release() -> None:
@@ -72,7 +83,7 @@ def _release() -> None:
 
 
 def host() -> jax.sharding.Sharding:
-    """The host's memory as a place for arrays, whatever accelerators there are."""
+    """The sharding of arrays in the host's memory, whatever accelerators there are."""
     return jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
 
 
@@ -98,7 +109,7 @@ def write(path, sizes: Mapping[Leaf, int], make: Callable[[Leaf], jax.Array], *,
 
     Complete only when this returns: until then everything is under another name.
     """
-    with _session():
+    with _session() as ocp:
         for group in groups(sizes, sizes.__getitem__):
             ocp.partial.save(path, nested({leaf.path: make(leaf) for leaf in group}), custom_metadata=dict(about))
             _release()
@@ -108,15 +119,17 @@ def write(path, sizes: Mapping[Leaf, int], make: Callable[[Leaf], jax.Array], *,
 class OrbaxFolder:
     """An opened Orbax folder. `check` fills `infos` with the tensors of a Hugging Face folder that it can yield.
 
-    original: name -> TensorInfo as the folder's manifest recorded it; where the dtype on disk is wider (experts of one
-    layer that differed in dtype), tensors come back in the recorded one.
+    original: name -> TensorInfo as the folder's manifest recorded it; where the dtype on disk is larger (experts of one
+    layer that differed in dtype), tensors come back in the recorded one. layout: of the safetensors files that the
+    folder was converted from.
     """
 
-    def __init__(self, path, original: Mapping[str, TensorInfo] | None = None):
+    def __init__(self, path, original: Mapping[str, TensorInfo] | None = None, layout: Layout | None = None):
+        self._layout = layout
         self.path = path.absolute() if isinstance(path, Path) else path  # Orbax sees nothing under a relative path
         self.original = original or {}
         try:
-            with _session():
+            with _session() as ocp:
                 tree = ocp.metadata(self.path).metadata
         except (ValueError, OSError, KeyError) as why:
             reason = " ".join(str(why).split())[:300]
@@ -130,11 +143,11 @@ class OrbaxFolder:
         self.infos: dict[str, TensorInfo] = {}
 
     def check(self, table: Mapping[str, Slot], wanted: Sequence[Leaf]) -> "OrbaxFolder":
-        """Holds the folder against the model's leaves; reports everything that is wrong in one CheckpointError."""
-        problems = Problems(str(self.path))
+        """Compares the folder with the model's arrays; reports everything that is wrong in one CheckpointError."""
+        errors = CollectedErrors(str(self.path))
         have = {".".join(path): shape for path, (shape, _) in self.arrays.items()}
-        problems.compare(have, {".".join(leaf.path): leaf.shape for leaf in wanted})
-        problems.raise_any()
+        errors.compare(have, {".".join(leaf.path): leaf.shape for leaf in wanted})
+        errors.raise_any()
         self.leaves = list(wanted)
         for leaf in wanted:
             for name in leaf.names:
@@ -149,10 +162,19 @@ class OrbaxFolder:
     def _nbytes(self, leaf: Leaf) -> int:
         return math.prod(leaf.shape) * self.arrays[leaf.path][1].itemsize
 
+    def layout(self) -> Layout | None:
+        """See Reader in protocol.py."""
+        return self._layout
+
+    def read_array(self, leaf: Leaf, spec: ParamSpec, where: jax.sharding.Sharding) -> jax.Array:
+        """See ArrayTensors in protocol.py."""
+        (array,) = self.read([(leaf, np.dtype(spec.dtype), where)])
+        return array
+
     def read(self, group: Sequence[tuple[Leaf, np.dtype, jax.sharding.Sharding]]) -> list[jax.Array]:
-        """The arrays of some leaves in the dtypes and places given; each device reads the pieces of its shard."""
-        wanted = {leaf.path: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=place) for leaf, dtype, place in group}
-        with _session():
+        """The arrays of some leaves in the dtypes and shardings given; each device reads the chunks of its shard."""
+        wanted = {leaf.path: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=where) for leaf, dtype, where in group}
+        with _session() as ocp:
             tree = ocp.load(self.path, nested(wanted))
         _release()
         return [get(tree, leaf.path) for leaf, _, _ in group]
@@ -177,35 +199,33 @@ class OrbaxFolder:
             smallest = min(self.leaves, key=self._nbytes)
             self.read([(smallest, self.arrays[smallest.path][1], host())])
 
-    def read_params(self, specs: Tree, place: Place, *, progress: Progress | None = None) -> Tree:
-        """The parameters declared by `specs`, in their dtypes. progress counts bytes of the folder."""
-        shares: list[tuple[tuple, ParamSpec, int | None, Leaf]] = []
+    def read_params(self, specs: Tree, sharding: Sharding, *, progress: Progress | None = None) -> Tree:
+        """See Reader in protocol.py."""
+        layers: list[tuple[tuple, ParamSpec, int | None, Leaf]] = []
         by_path = {leaf.path: leaf for leaf in self.leaves}
         for path, spec in leaves(specs):
             for r, layer in enumerate(spec.layers):
-                shares.append((path, spec, r, by_path[leaf_path(path, layer)]))
+                layers.append((path, spec, r, by_path[leaf_path(path, layer)]))
             if not spec.layers:
-                shares.append((path, spec, None, by_path[leaf_path(path, None)]))
+                layers.append((path, spec, None, by_path[leaf_path(path, None)]))
         total, done = sum(map(self._nbytes, self.leaves)), 0
         flat: dict[tuple, jax.Array] = {}
         stacks: dict[tuple, HostStack | DeviceStack] = {}
 
-        def nbytes(share) -> int:  # on disk or as a parameter, whichever is more
-            _, spec, _, leaf = share
+        def nbytes(item) -> int:  # on disk or as a parameter, whichever is more
+            _, spec, _, leaf = item
             return max(self._nbytes(leaf), math.prod(leaf.shape) * spec.dtype.itemsize)
 
-        for group in groups(shares, nbytes):
-            places = [by_rows(place(spec), leaf.shape) for _, spec, _, leaf in group]
-            reads = [(leaf, spec.dtype, where) for (_, spec, _, leaf), where in zip(group, places, strict=True)]
-            arrays = self.read(reads)
+        for group in groups(layers, nbytes):
+            arrays = self.read([(leaf, spec.dtype, by_rows(sharding(spec), leaf.shape)) for _, spec, _, leaf in group])
             for path, spec, r, leaf in group:
-                array = moved(arrays.pop(0), place(spec))
+                array = moved(arrays.pop(0), sharding(spec))
                 done += self._nbytes(leaf)
                 if r is None or len(spec.layers) == 1:
                     flat[path] = array
                     continue
                 if path not in stacks:
-                    stacks[path] = (HostStack if on_cpu(place(spec)) else DeviceStack)(spec, place(spec))
+                    stacks[path] = (HostStack if on_cpu(sharding(spec)) else DeviceStack)(spec, sharding(spec))
                 stacks[path].set(r, array)
                 if r == len(spec.layers) - 1:
                     flat[path] = stacks.pop(path).array()
@@ -222,6 +242,19 @@ def _most(count: int) -> int:
     return count if jax.process_count() == 1 else int(multihost_utils.process_allgather(np.array(count)).max())
 
 
-def is_folder(path) -> bool:
-    """Whether Orbax would read `path` as a checkpoint."""
-    return ocp.is_orbax_checkpoint(path)
+def _looks_like(path: Any, names: Collection[str]) -> bool:
+    return bool({"orbax.checkpoint", "_CHECKPOINT_METADATA"} & set(names))
+
+
+def _open(path: Any, files: SmallFiles, specs: Tree, *, tied: bool) -> OrbaxFolder:
+    manifest, recorded = Manifest.read(path, files), read_json(path, files, LAYOUT)
+    try:
+        layout = None if recorded is None else Layout.from_json(recorded)
+    except (KeyError, TypeError, ValueError) as why:
+        raise CheckpointError(
+            f"{path / LAYOUT} is damaged ({why!r}); remove it to have the files laid out anew"
+        ) from None
+    return OrbaxFolder(path, manifest.infos if manifest else None, layout).check(table(specs), orbax_leaves(specs))
+
+
+FORMAT = Format("orbax", "Orbax", _looks_like, _open, whole_arrays=True)

@@ -21,6 +21,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from qwen2_jax.checkpoint.formats.casting import cast_into
+from qwen2_jax.checkpoint.formats.stored_tensor import StoredTensor, TensorInfo
 from qwen2_jax.errors import CheckpointError
 
 DTYPES: dict[str, np.dtype] = {
@@ -34,29 +35,17 @@ MAX_SIZE = 2**62
 
 
 @dataclasses.dataclass(frozen=True)
-class TensorInfo:
-    """dtype and shape of one tensor as a Hugging Face file holds it."""
-
-    dtype: np.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-@dataclasses.dataclass(frozen=True)
-class TensorInFile(TensorInfo):
-    """A TensorInfo and where its bytes are: from byte `start` of `file` on, row-major, little-endian."""
+class TensorInFile(StoredTensor):
+    """A tensor whose bytes are those from byte `start` of `file` on, row-major, little-endian."""
 
     file: Path
     start: int
 
     def read_into(self, out: np.ndarray, index: tuple[slice, ...], shape: tuple[int, ...]) -> int:
-        """Fills `out` with self.reshape(shape)[index], cast to out's dtype. Returns the number of file bytes asked for.
+        """See StoredTensor. Reads only the bytes of the slice.
 
-        Reads only the bytes of the slice: one read where they are consecutive, else through a mapping that is closed
-        again, so that no more than this tensor is ever resident.
+        One read where they are consecutive, else a memory map that is closed again, so that no more than this tensor
+        is ever resident.
         """
         counts = [len(range(*s.indices(n))) for s, n in zip(index, shape, strict=True)]
         nbytes = math.prod(counts) * self.dtype.itemsize
@@ -128,8 +117,10 @@ class Header:
     broken: frozenset[str] = frozenset()
 
 
-def read_header(path: Path) -> Header:
+def read_header(path: Path, dtypes: Mapping[str, np.dtype] = DTYPES) -> Header:
     """Reads and checks the header of one file; never raises for what the file holds, see Header.problems.
+
+    dtypes: those that the file may hold, by their code in the header.
 
     Checked here: length bound, JSON, names given twice, dtype, shape times item size against the byte range, ranges
     inside the file. The official reader then checks that the ranges cover the file without gap or overlap.
@@ -156,7 +147,7 @@ def read_header(path: Path) -> Header:
     for name, entry in entries.items():
         if name == "__metadata__":
             continue
-        found = _entry(entry, size - 8 - length)
+        found = _entry(entry, size - 8 - length, dtypes)
         if isinstance(found, str):
             problems.append(f"{name} in {path.name} {found}")
             broken.add(name)
@@ -181,25 +172,25 @@ def _pairs(pairs: list[tuple[str, Any]], repeated: list[str]) -> dict[str, Any]:
     return out
 
 
-def _entry(entry: Any, data_bytes: int) -> tuple[np.dtype, tuple[int, ...], int] | str:
+def _entry(entry: Any, data_bytes: int, dtypes: Mapping[str, np.dtype]) -> tuple[np.dtype, tuple[int, ...], int] | str:
     """(dtype, shape, start) of one header entry, or what is wrong with it."""
     if not isinstance(entry, dict):
         return f"is described by {type(entry).__name__} instead of an object"
     code, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    if not isinstance(code, str) or code not in DTYPES:
-        return f"has the dtype {code!r}; supported: {', '.join(DTYPES)}"
+    if not isinstance(code, str) or code not in dtypes:
+        return f"has the dtype {code!r}; supported: {', '.join(dtypes)}"
     if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < MAX_SIZE for n in shape):
         return f"has the shape {shape!r}"
     if not (
         isinstance(offsets, list) and len(offsets) == 2 and all(type(n) is int and 0 <= n < MAX_SIZE for n in offsets)
     ):
         return f"has the data_offsets {offsets!r}"
-    need, given = math.prod(shape) * DTYPES[code].itemsize, offsets[1] - offsets[0]
+    need, given = math.prod(shape) * dtypes[code].itemsize, offsets[1] - offsets[0]
     if need != given:
         return f"has {given} bytes; {code} of shape {shape} needs {need}"
     if offsets[1] > data_bytes:
         return f"is truncated: its last {min(need, offsets[1] - data_bytes)} of {need} bytes are not in the file"
-    return DTYPES[code], tuple(shape), offsets[0]
+    return dtypes[code], tuple(shape), offsets[0]
 
 
 def _one_line(why: Exception) -> str:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From an array whose parts are on several hosts to one host's memory, a bounded piece at a time.
+"""Copies an array that is sharded over several hosts into one host's memory, in blocks of bounded size.
 
-Nothing is gathered: of a piece, every device lays the part that it holds into zeros, and the sum over the devices is
-the piece. The sum is one of whole numbers, the bits of the elements, of which only one is not zero: it is exact.
+There is no all-gather: for a block, every device puts its part into an array of zeros, and a sum over the devices gives
+the block. The sum is exact, because it adds the elements' bits as integers and all but one addend are zero.
 """
 
 import functools
@@ -44,7 +44,7 @@ def _take(where: NamedSharding, keepdims: bool):
 
 
 def collect(array: jax.Array, keep: bool) -> np.ndarray | None:
-    """All of an array [rows, ...] in the memory of the processes that say `keep`; None in the others.
+    """All of an array [rows, ...] as a host array in the processes with keep=True; None in the others.
 
     Where its parts are on several hosts, all processes call this at the same time.
     """

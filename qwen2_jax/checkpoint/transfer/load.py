@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the tensors of a Hugging Face folder to sharded device arrays, each device's bytes read once and put in place.
+"""From the tensors of a checkpoint to sharded device arrays; each device's bytes are read once.
 
 Host memory on top of what the devices hold is one shard of one parameter. Where that would be large because many layers
 are stacked, the layers are read one at a time and written into the stacked array on the device, which is donated and so
@@ -9,7 +9,7 @@ updated in place; then it is one shard of one layer.
 import functools
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -17,38 +17,42 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen2_jax.checkpoint.formats.casting import cast_into
-from qwen2_jax.checkpoint.formats.hf_folder import HfFolder, Progress
 from qwen2_jax.checkpoint.formats.names import Tree, hf_names, put
+from qwen2_jax.checkpoint.formats.protocol import Progress, RowTensors, Sharding
 from qwen2_jax.checkpoint.formats.safetensors import aligned
 from qwen2_jax.checkpoint.transfer.row_reads import by_rows, moved
-from qwen2_jax.parallel.sharding import RULES, sharding
+from qwen2_jax.parallel import sharding as shardings
 from qwen2_jax.weights.params import ParamSpec, leaves
 
 STAGE_BYTES = 512 * 2**20  # a larger shard of stacked layers is filled on the device, layer by layer
-Place = Callable[[ParamSpec], jax.sharding.Sharding]
 
 
-def places(mesh: jax.sharding.Mesh | None, rules: Mapping = RULES) -> Place:
-    """Where a parameter lives: on `mesh` by rules of qwen2_jax.parallel.sharding, or whole on the first device."""
+def param_shardings(mesh: jax.sharding.Mesh | None, rules: Mapping = shardings.RULES) -> Sharding:
+    """The sharding of each parameter: on `mesh` by rules of qwen2_jax.parallel.sharding, or the first device."""
     if mesh is None:
         single = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         return lambda spec: single
-    return lambda spec: sharding(spec.axes, spec.shape, mesh, rules)
+    return lambda spec: shardings.sharding(spec.axes, spec.shape, mesh, rules)
 
 
 def read_params(
-    folder: HfFolder, specs: Tree, place: Place, *, progress: Progress | None = None, stage_bytes: int | None = None
+    tensors: RowTensors,
+    specs: Tree,
+    sharding: Sharding,
+    *,
+    progress: Progress | None = None,
+    stage_bytes: int | None = None,
 ) -> Tree:
-    """The parameters declared by `specs`, in their dtypes, from a checked folder. progress counts bytes of the folder.
+    """The parameters declared by `specs`, in their dtypes. progress counts bytes of the tensors.
 
     stage_bytes: largest shard of stacked layers that is assembled on the host; default STAGE_BYTES, and any size on
     CPU, where the host's buffer becomes the device's array.
     """
-    total, done = sum(info.nbytes for info in folder.infos.values()), 0
+    total, done = sum(info.nbytes for info in tensors.infos.values()), 0
     params: Tree = {}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for path, spec in leaves(specs):
-            where = place(spec)
+            where = sharding(spec)
             shard = where.shard_shape(spec.shape)
             shard_bytes = math.prod(shard) * np.dtype(spec.dtype).itemsize
             limit = stage_bytes if stage_bytes is not None else math.inf if on_cpu(where) else STAGE_BYTES
@@ -56,21 +60,21 @@ def read_params(
             if whole_layers and shard_bytes > limit:
                 stack = DeviceStack(spec, where)
                 for r in range(len(spec.layers)):
-                    stack.set(r, _read(folder, spec, where, pool, r))
+                    stack.set(r, _read(tensors, spec, where, pool, r))
                 array = stack.array()
             else:
-                array = _read(folder, spec, where, pool, None)
+                array = _read(tensors, spec, where, pool, None)
             put(params, path, array)
-            done += math.prod(spec.shape) * folder.infos[hf_names(spec, 0 if spec.layers else None)[0]].dtype.itemsize
+            done += math.prod(spec.shape) * tensors.infos[hf_names(spec, 0 if spec.layers else None)[0]].dtype.itemsize
             if progress is not None:
                 progress(min(done, total), total)
     return params
 
 
-def read_leaf(folder: HfFolder, spec: ParamSpec, where: jax.sharding.Sharding) -> jax.Array:
-    """One parameter in its dtype, without the care for host memory that `read_params` takes."""
+def read_array(tensors: RowTensors, spec: ParamSpec, where: jax.sharding.Sharding) -> jax.Array:
+    """One parameter in its dtype; holds one shard of it in host memory."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return _read(folder, spec, where, pool, None)
+        return _read(tensors, spec, where, pool, None)
 
 
 def _slices(where: jax.sharding.Sharding, shape: tuple[int, ...]) -> dict[jax.Device, tuple[slice, ...]]:
@@ -86,7 +90,7 @@ def _size(index: tuple[slice, ...]) -> tuple[int, ...]:
     return tuple(s.stop - s.start for s in index)
 
 
-def _read(folder: HfFolder, spec: ParamSpec, where, pool: ThreadPoolExecutor, repeat: int | None) -> jax.Array:
+def _read(tensors: RowTensors, spec: ParamSpec, where, pool: ThreadPoolExecutor, repeat: int | None) -> jax.Array:
     """The whole parameter, or one layer of it as [1, ...]; every device's shard is read from the files once.
 
     Of several hosts each reads whole rows, see row_reads.py.
@@ -99,7 +103,7 @@ def _read(folder: HfFolder, spec: ParamSpec, where, pool: ThreadPoolExecutor, re
     arrays: list[jax.Array] = []
     for index, owners in owners_of.items():
         buffer = aligned(_size(index), spec.dtype)
-        _fill(folder, spec, index, buffer, pool, repeat or 0)
+        _fill(tensors, spec, index, buffer, pool, repeat or 0)
         arrays += [jax.device_put(buffer, device) for device in owners]
         if owners[0].platform != "cpu":
             jax.block_until_ready(arrays)  # the next shard's buffer is made when this one is on its device
@@ -107,7 +111,9 @@ def _read(folder: HfFolder, spec: ParamSpec, where, pool: ThreadPoolExecutor, re
     return array if where is wanted else moved(array, wanted)
 
 
-def _fill(folder: HfFolder, spec: ParamSpec, index, buffer: np.ndarray, pool: ThreadPoolExecutor, first: int) -> None:
+def _fill(
+    tensors: RowTensors, spec: ParamSpec, index, buffer: np.ndarray, pool: ThreadPoolExecutor, first: int
+) -> None:
     """Fills the host buffer of one device with the slice `index` of the parameter, layer by layer, expert by expert."""
     jobs = []
     repeats = range(first + index[0].start, first + index[0].stop) if spec.layers else (None,)
@@ -121,8 +127,8 @@ def _fill(folder: HfFolder, spec: ParamSpec, index, buffer: np.ndarray, pool: Th
             jobs += [(names[e], part, inner[1:], shape[1:]) for e, part in zip(experts, row, strict=True)]
         else:
             jobs.append((names[0], row, inner, shape))
-    for nbytes in pool.map(lambda job: folder.infos[job[0]].read_into(job[1], job[2], job[3]), jobs):
-        folder.bytes_read += nbytes
+    for nbytes in pool.map(lambda job: tensors.infos[job[0]].read_into(job[1], job[2], job[3]), jobs):
+        tensors.bytes_read += nbytes
 
 
 class HostStack:

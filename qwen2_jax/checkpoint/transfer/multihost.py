@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several processes, one checkpoint: who reads and writes what, a folder that all of them fill, errors that all share.
+"""Several processes, one checkpoint: which process reads and writes what, one shared folder, errors raised in all.
 
-The unit is one array of one layer (all experts of it together). Every unit belongs to one process, which alone holds it
-whole and writes it; the split depends on sizes and on the number of processes only, so that all agree without talking.
+The unit is one array of one layer (all experts of it together). Every unit belongs to one process, which alone holds
+all of it and writes it; the split depends only on sizes and the number of processes, so no communication is needed.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from qwen2_jax.checkpoint.formats.names import Slot
-from qwen2_jax.checkpoint.formats.safetensors import TensorInfo
+from qwen2_jax.checkpoint.formats.stored_tensor import TensorInfo
 from qwen2_jax.errors import CheckpointError
 from qwen2_jax.files.atomic_folder import new_folder, unfinished
 
@@ -28,7 +28,7 @@ Unit = tuple[str, ...]  # names of tensors that stay together
 
 
 def shares(table: Mapping[str, Slot], infos: Mapping[str, TensorInfo], count: int) -> list[list[Unit]]:
-    """The units of each of `count` processes, about equal in bytes: the largest first, each to who has least so far.
+    """The units of each of `count` processes, about equal in bytes: largest first, each to whoever has fewest bytes.
 
     One process has them in the order of `table`.
     """
@@ -74,14 +74,14 @@ def cut_by_hosts(shape: Sequence[int], count: int) -> list[str | None]:
 
 @contextlib.contextmanager
 def together(doing: str) -> Iterator[None]:
-    """Ends when the block has ended in every process. An error in one of them is an error in all."""
+    """A barrier: ends when the block has ended in every process. An error in one of them is raised in all."""
     if jax.process_count() == 1:
         yield
         return
     problem = None
     try:
         yield
-    except Exception as why:  # whatever it is: the others must not wait for this process for ever
+    except Exception as why:  # any kind: the others must not wait for this process for ever
         problem = why
         print(f"process {jax.process_index()}: {doing}: {why}; the other processes will stop too", file=sys.stderr)
     failed = multihost_utils.process_allgather(np.array(problem is not None)).reshape(-1)
@@ -130,7 +130,7 @@ def _appears(folder: Path) -> bool:
 
 
 def exchanged(names: Sequence[str], digests: Mapping[str, str]) -> dict[str, str]:
-    """The SHA-256 of every tensor, of which each process knows those of its own."""
+    """The SHA-256 of every tensor; each process gives those that it computed."""
     if jax.process_count() == 1:
         return {name: digests[name] for name in names}
     table = np.zeros((len(names), 32), np.uint8)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading whole rows where a device wants a part of each: hosts read once, in long runs, and the devices exchange.
+"""Reading full rows where a device needs a part of each: hosts read each byte once, and the devices exchange parts.
 
 Files are row-major. A mesh that splits the last dimension of a matrix over hosts would have every host pick a few
 hundred bytes out of every row: a disk reads whole blocks, and Orbax whole chunks, so each host would read everything.

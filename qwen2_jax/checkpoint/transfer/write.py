@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writing whole checkpoints, by one process or by several of which each writes its share into one folder."""
+"""Writing complete checkpoints, by one process or by several that each write some of the tensors into one folder."""
 
 import dataclasses
 import hashlib
@@ -12,19 +12,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwen2_jax.checkpoint.formats import names
-from qwen2_jax.checkpoint.formats.casting import cast_into
-from qwen2_jax.checkpoint.formats.hf_folder import INDEX, HfFolder, Layout, Progress, Tensors, as_dtype
-from qwen2_jax.checkpoint.formats.in_memory import Recast, TreeTensors
+from qwen2_jax.checkpoint.formats import names, orbax_folder
+from qwen2_jax.checkpoint.formats.casting import as_dtype, cast_into
 from qwen2_jax.checkpoint.formats.names import Leaf, Slot
-from qwen2_jax.checkpoint.formats.safetensors import TensorInfo, aligned
+from qwen2_jax.checkpoint.formats.protocol import ArrayTensors, Progress, Tensors
+from qwen2_jax.checkpoint.formats.safetensors import aligned
+from qwen2_jax.checkpoint.formats.safetensors_layout import INDEX, SHARD_BYTES, Layout, new_layout
+from qwen2_jax.checkpoint.formats.small_files import CONFIG, LAYOUT, MANIFEST
+from qwen2_jax.checkpoint.formats.stored_tensor import TensorInfo
 from qwen2_jax.checkpoint.manifest import Hasher, Manifest
-from qwen2_jax.checkpoint.sources import CONFIG, LAYOUT, MANIFEST, Source, locate
-from qwen2_jax.checkpoint.transfer import load, multihost
-from qwen2_jax.checkpoint.transfer.gather import layer
+from qwen2_jax.checkpoint.sources import Source, locate
+from qwen2_jax.checkpoint.transfer import multihost
 from qwen2_jax.config.model_config import ModelConfig
 from qwen2_jax.files.atomic_folder import write_file
-from qwen2_jax.weights.params import ParamSpec, Tree, leaves
+from qwen2_jax.weights.params import Tree, leaves
 
 MARGIN_BYTES = 64 * 2**20  # of disk, for headers, indices and small files
 
@@ -36,9 +37,9 @@ def small_files(
     *,
     keep_dtype: bool = False,
 ) -> dict[str, bytes]:
-    """The small files of a new folder: those of `origin` as they are, and a config.json true of the weights."""
+    """The small files of a new folder: those of `origin` as they are, and a config.json that matches the weights."""
     source = None if origin is None else locate(origin)
-    files = {} if source is None else {name: source.read_bytes(name) or b"" for name in source.travellers()}
+    files = {} if source is None else {name: source.read_bytes(name) or b"" for name in source.small_files()}
     if not keep_dtype:
         dtypes = {info.dtype.name for info in infos.values()}
         config = dataclasses.replace(config, dtype=dtypes.pop() if len(dtypes) == 1 else config.dtype)
@@ -56,13 +57,13 @@ def json_bytes(data: Mapping) -> bytes:
     return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-class Writing:
-    """The part of this process in writing `tensors`: their order, those that are its own, their hashes, its progress.
+class Writing[T: Tensors]:
+    """What this process does in writing `tensors`: their order, those that it writes, their hashes, its progress.
 
     table: of the names. Where several processes run, all of them make this and go through the same steps.
     """
 
-    def __init__(self, tensors: Tensors, table: Mapping[str, Slot], progress: Progress | None):
+    def __init__(self, tensors: T, table: Mapping[str, Slot], progress: Progress | None):
         dealt = multihost.shares(table, tensors.infos, jax.process_count())
         self.tensors, self.progress = tensors, progress
         self.order = multihost.in_turns(dealt)
@@ -72,7 +73,7 @@ class Writing:
         self.hasher = Hasher()
 
     def on_tensor(self, name: str, array: np.ndarray) -> Callable[[], None]:
-        """Begins to hash; what it returns waits for that, and is called before the array may change."""
+        """Starts hashing. The function returned waits for the hash; call it before the array changes."""
         self.hasher.start(name, array)
         self.done += array.nbytes
 
@@ -92,14 +93,14 @@ class Writing:
             for alias, target in layout.aliases.items():
                 tensors[alias] = tensors[target]
             for name, data in layout.extras.items():
-                (_, _, info), *_ = layout.places()[name]
+                (_, _, info), *_ = layout.locations()[name]
                 tensors[name] = (info, hashlib.sha256(data).hexdigest())
         return Manifest(tensors, {name: hashlib.sha256(data).hexdigest() for name, data in files.items()})
 
 
-def write_hf(
+def write_hf[T: Tensors](
     path: str | Path,
-    writing: Writing,
+    writing: Writing[T],
     layout: Layout,
     files: Mapping[str, bytes],
     *,
@@ -116,7 +117,7 @@ def write_hf(
 
 def write_orbax(
     path: str | Path,
-    writing: Writing,
+    writing: Writing[ArrayTensors],
     specs: Tree,
     layout: Layout | None,
     files: Mapping[str, bytes],
@@ -125,8 +126,6 @@ def write_orbax(
 
     specs: declarations of the model, stacked. layout: of the Hugging Face files that it came from, to be kept.
     """
-    from qwen2_jax.checkpoint.formats import orbax_folder
-
     tensors, alone = writing.tensors, jax.process_count() == 1
     unrolled = {tuple(map(str, path)): spec for path, spec in leaves(names.unrolled(specs))}
     dtypes = {
@@ -138,7 +137,7 @@ def write_orbax(
     def make(leaf: Leaf) -> jax.Array:
         if not alone:
             spec = dataclasses.replace(unrolled[leaf.path], dtype=dtypes[leaf])
-            return _spread(tensors, leaf, spec)
+            return tensors.read_array(leaf, spec, multihost.by_hosts(leaf.shape))
         buffer = aligned(leaf.shape, dtypes[leaf])
         parts = buffer.reshape(len(leaf.names), -1)
         for part, (name, array) in zip(parts, tensors.stream(leaf.names), strict=True):
@@ -165,22 +164,33 @@ def write_orbax(
     return Path(path)
 
 
-def _spread(tensors: Tensors, leaf: Leaf, spec: ParamSpec) -> jax.Array:
-    """An array of an Orbax folder whose parts are on all hosts: where the parameter is, or read by each host anew."""
-    if isinstance(tensors, Recast):
-        tensors = tensors.tensors
-    where = multihost.by_hosts(leaf.shape)
-    if isinstance(tensors, TreeTensors):
-        slot = tensors.table[leaf.names[0]]
-        array = layer(names.get(tensors.params, slot.path), slot.repeat, keepdims=True)
-        if isinstance(array, jax.Array) and not array.is_fully_addressable:
-            return array
-        whole = np.asarray(array)
-        return jax.make_array_from_callback(leaf.shape, where, lambda index: whole[index])
-    if isinstance(tensors, HfFolder):
-        return load.read_leaf(tensors, spec, where)
-    (array,) = tensors.read([(leaf, np.dtype(spec.dtype), where)])  # type: ignore[attr-defined]  # an OrbaxFolder
-    return array
+def _convert_to_hf(
+    path: str | Path,
+    writing: Writing[ArrayTensors],
+    specs: Tree,
+    layout: Layout | None,
+    files: Mapping[str, bytes],
+    max_shard_bytes: int | None,
+) -> Path:
+    if layout is None or max_shard_bytes is not None:
+        layout = new_layout(writing.tensors.infos, SHARD_BYTES if max_shard_bytes is None else max_shard_bytes)
+    return write_hf(path, writing, layout, files)
+
+
+def _convert_to_orbax(
+    path: str | Path,
+    writing: Writing[ArrayTensors],
+    specs: Tree,
+    layout: Layout | None,
+    files: Mapping[str, bytes],
+    max_shard_bytes: int | None,
+) -> Path:
+    return write_orbax(path, writing, specs, layout, files)
+
+
+# The formats that `convert` writes: (new folder, what to write, the model's declarations, the layout of the safetensors
+# files that the tensors come from if it is known, the small files, largest weight file if it was given) -> the folder.
+WRITERS: dict[str, Callable[..., Path]] = {"hf": _convert_to_hf, "orbax": _convert_to_orbax}
 
 
 def write_weights(
@@ -198,29 +208,29 @@ def write_weights(
     the names, default as they come. mine: those that this process writes, into files that the first process lays out;
     default all. Raises OSError when the disk is full: the caller owns the folder and removes it.
     """
-    places = layout.places()
+    locations = layout.locations()
     files = {}
     problem = None
     try:
         with multihost.together(f"laying out {folder}"):
             if jax.process_index() == 0:
-                _lay_out(folder, layout, places)
+                _lay_out(folder, layout, locations)
         for name in layout.headers:
             files[name] = open(folder / name, "r+b", buffering=0)  # noqa: SIM115  all stay open: tensors come in any order
         for name, array in tensors.stream(list(tensors.infos) if order is None else order, mine):
             if problem is not None:
                 continue
             try:
-                array = as_dtype(array, places[name][0][2].dtype)
+                array = as_dtype(array, locations[name][0][2].dtype)
                 finish = on_tensor(name, array)
-                for file, start, _ in places[name]:
+                for file, start, _ in locations[name]:
                     files[file].seek(start)
                     write_all(files[file], [np.ascontiguousarray(array).reshape(-1).view(np.uint8)])
                 finish()
             except OSError as why:
                 if jax.process_count() == 1:
                     raise
-                problem = why  # the others still need what this process holds of the other tensors
+                problem = why  # the other processes still need this one's parts of the remaining tensors
         if problem is not None:
             raise problem
         for f in files.values():
@@ -230,16 +240,16 @@ def write_weights(
             f.close()
 
 
-def _lay_out(folder: Path, layout: Layout, places: Mapping[str, list[tuple[str, int, TensorInfo]]]) -> None:
-    """Makes the files in their full size: headers, what is no parameter, the index; the parameters come later."""
+def _lay_out(folder: Path, layout: Layout, locations: Mapping[str, list[tuple[str, int, TensorInfo]]]) -> None:
+    """Creates the files in their full size with headers, non-parameter tensors and the index; parameters come later."""
     for name, text in layout.headers.items():
         raw = text.encode()
-        inside = [(start, info) for found in places.values() for file, start, info in found if file == name]
+        inside = [(start, info) for found in locations.values() for file, start, info in found if file == name]
         with open(folder / name, "xb", buffering=0) as f:
             write_all(f, [len(raw).to_bytes(8, "little"), raw])
             f.truncate(max((start + info.nbytes for start, info in inside), default=8 + len(raw)))
             for extra, data in layout.extras.items():
-                for file, start, _ in places[extra]:
+                for file, start, _ in locations[extra]:
                     if file == name:
                         f.seek(start)
                         write_all(f, [data])

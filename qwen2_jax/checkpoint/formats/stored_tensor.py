@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One tensor of a model as a checkpoint stores it: as it is, or as several tensors that a decoder makes into one.
+
+A model's tensor has the name and shape that it has in Hugging Face's files. A file may hold exactly that
+(safetensors.py), a larger tensor that it is a part of, or packed integers with scales and zero points.
+Who reads a weight does not see the difference.
+"""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from typing import Protocol
+
+import numpy as np
+
+from qwen2_jax.checkpoint.formats.casting import cast_into
+
+PLAIN = "plain"  # the form of a weight that is one array of float16, bfloat16 or float32
+BLOCK = 1 << 22  # entries that are decoded at a time: 16 MiB of float32
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorInfo:
+    """dtype and shape of one tensor of a model, in Hugging Face's layout ([out, in])."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor(TensorInfo):
+    """A tensor that can be read without reading the others. dtype: the one that `mapped` gives.
+
+    form: how the weight can stay in memory without loss, PLAIN or the name of a quantised form.
+    stored_bytes: what it takes in the file.
+    """
+
+    @property
+    def form(self) -> str:
+        return PLAIN
+
+    @property
+    def stored_bytes(self) -> int:
+        return self.nbytes
+
+    def read_into(self, out: np.ndarray, index: tuple[slice, ...], shape: tuple[int, ...]) -> int:
+        """Fills `out` with self.reshape(shape)[index], cast to out's dtype. Returns the number of file bytes asked for.
+
+        Safe to call from several threads. Host memory beside `out` stays below this tensor or a block of it.
+        """
+        raise NotImplementedError
+
+    def mapped(self) -> contextlib.AbstractContextManager[np.ndarray]:
+        """All of the tensor as a read-only array, valid inside the `with` only."""
+        raise NotImplementedError
+
+
+class Decoder(Protocol):
+    """Makes a weight from the tensors in which a format stores it. It has the settings: bits, group size, block type.
+
+    row_multiple: rows are decoded in multiples of this (8 where 8 outputs share a word). form: see StoredTensor.
+    """
+
+    row_multiple: int
+    form: str
+
+    def decode(self, parts: Mapping[str, StoredTensor], rows: slice) -> np.ndarray:
+        """The weight's rows [rows.start, rows.stop), in a floating dtype. parts: by the name of their role."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodedTensor(StoredTensor):
+    """A weight computed from `parts`, such as {"qweight", "scales", "qzeros"}, a block of rows at a time."""
+
+    parts: Mapping[str, StoredTensor]
+    decoder: Decoder
+
+    @property
+    def form(self) -> str:
+        return self.decoder.form
+
+    @property
+    def stored_bytes(self) -> int:
+        return sum(part.stored_bytes for part in self.parts.values())
+
+    def read_into(self, out: np.ndarray, index: tuple[slice, ...], shape: tuple[int, ...]) -> int:
+        """See StoredTensor. Rows are decoded completely: a slice of columns costs as much as the whole rows."""
+        first, last, _ = index[0].indices(shape[0])
+        entries, nbytes = math.prod(shape[1:]), 0  # entries in one row of `shape`, which may be several rows of ours
+        step = max(1, BLOCK // max(1, entries))
+        for start in range(first, last, step):
+            stop = min(last, start + step)
+            values, read = self._entries(start * entries, stop * entries)
+            block = values.reshape(stop - start, *shape[1:])
+            cast_into(out[start - first : stop - first], block[(slice(None), *index[1:])])
+            nbytes += read
+        return nbytes
+
+    @contextlib.contextmanager
+    def mapped(self) -> Iterator[np.ndarray]:
+        out = np.empty(self.shape, self.dtype)
+        self.read_into(out, tuple(slice(0, n) for n in self.shape), self.shape)
+        yield out
+
+    def _entries(self, start: int, stop: int) -> tuple[np.ndarray, int]:
+        """Entries [start, stop) of the flat tensor, and the file bytes of the rows that they are in."""
+        if start == stop:
+            return np.empty(0, self.dtype), 0
+        width, multiple = math.prod(self.shape[1:]), self.decoder.row_multiple
+        rows = slice(
+            start // width // multiple * multiple, min(self.shape[0], -(-stop // (width * multiple)) * multiple)
+        )
+        values = self.decoder.decode(self.parts, rows).reshape(-1)
+        skip = start - rows.start * width
+        return values[skip : skip + stop - start], self.stored_bytes * (rows.stop - rows.start) // self.shape[0]
