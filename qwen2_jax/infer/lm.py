@@ -26,8 +26,9 @@ from qwen2_jax.model.decoder import check_head
 from qwen2_jax.model.rope import MODES, LongContext
 from qwen2_jax.parallel import sharding
 from qwen2_jax.tokenizer import IM_END, Tokenizer
-from qwen2_jax.weights.linear import is_quantized, quantize
+from qwen2_jax.weights.int8 import quantize
 from qwen2_jax.weights.params import Tree
+from qwen2_jax.weights.weight import stored_forms
 
 Messages = Sequence[Mapping[str, str]]
 Prompt = str | Sequence[int] | Messages
@@ -207,9 +208,10 @@ class LM:
         writers = {"hf": checkpoint.save_hf, "orbax": checkpoint.save_orbax}
         if format not in writers:
             raise UserError(f"format={format!r}; choose 'hf' or 'orbax'")
-        if is_quantized(self.params):
+        if forms := stored_forms(self.params):
             raise UserError(
-                "weights loaded as int8 are rounded and cannot be saved; load with dtype='bfloat16' and save that"
+                f"weights loaded as {forms[0]} are rounded and cannot be saved; "
+                "load with dtype='bfloat16' and save that"
             )
         writers[format](Path(path), self.config, self.params, tokenizer_files_from=self.source)
 

@@ -11,8 +11,8 @@ from qwen2_jax import ops
 from qwen2_jax.config.model_config import ModelConfig
 from qwen2_jax.model.kv_cache import LayerCache
 from qwen2_jax.model.rope import Angles, Rope
-from qwen2_jax.weights.linear import linear
 from qwen2_jax.weights.params import Declare
+from qwen2_jax.weights.weight import matmul
 
 # B batch  T query  S key/cache  D model  N query heads  K kv heads  H head width
 
@@ -65,9 +65,9 @@ class Attention(nnx.Module):
         self, x_BTD: jax.Array, tokens: Tokens, window, cache: LayerCache | None, repeat
     ) -> tuple[jax.Array, LayerCache | None]:
         """window: int32, keys that a token sees, itself included; None: all. repeat: the layer's index in `cache`."""
-        q_BTNH = linear(x_BTD, self.wq_NHD[...])
-        k_BTKH = linear(x_BTD, self.wk_KHD[...])
-        v_BTKH = linear(x_BTD, self.wv_KHD[...])
+        q_BTNH = matmul(x_BTD, self.wq_NHD[...])
+        k_BTKH = matmul(x_BTD, self.wk_KHD[...])
+        v_BTKH = matmul(x_BTD, self.wv_KHD[...])
         if self.qkv_bias:
             q_BTNH, k_BTKH, v_BTKH = q_BTNH + self.bq_NH[...], k_BTKH + self.bk_KH[...], v_BTKH + self.bv_KH[...]
 
@@ -94,4 +94,4 @@ class Attention(nnx.Module):
         else:
             cache = cache.write(repeat, k_BTKH, v_BTKH, tokens.positions_BT)
             out_BTNH = ops.cached_attention(queries, cache.k, cache.v, repeat, **common)
-        return linear(out_BTNH, self.wo_DNH[...], contract=2), cache
+        return matmul(out_BTNH, self.wo_DNH[...], contract=2), cache

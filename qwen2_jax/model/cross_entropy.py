@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from qwen2_jax.parallel import sharding
-from qwen2_jax.weights.linear import Weight, linear
+from qwen2_jax.weights.weight import Weight, matmul
 
 # B batch  T query  D model  V vocabulary  n chunks  C positions of one chunk
 
@@ -36,7 +36,7 @@ def token_logprobs(
     def own(axes, hidden_BTD, head_VD, targets_BT):
         @jax.checkpoint
         def one(hidden_BCD, targets_BC):
-            logits_BCV = linear(hidden_BCD, head_VD, dtype=jnp.float32) / temperature
+            logits_BCV = matmul(hidden_BCD, head_VD, dtype=jnp.float32) / temperature
             return _picked(logits_BCV, targets_BC) - jax.nn.logsumexp(logits_BCV, axis=-1)
 
         logprobs_nBC = jax.lax.map(lambda args: one(*args), _cut((hidden_BTD, targets_BT), chunk))
@@ -152,7 +152,7 @@ def _counting(hidden_BCD, weights_BC):
 
 def _tile(hidden_BCD, targets_BC, weights_BC, head_VD, z_loss):
     """(sums of a chunk, gradient of its loss with respect to its logits)."""
-    logits_BCV = linear(hidden_BCD, head_VD, dtype=jnp.float32)
+    logits_BCV = matmul(hidden_BCD, head_VD, dtype=jnp.float32)
     lse_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
     picked_BC = _picked(logits_BCV, targets_BC)
     nll_BC = lse_BC - picked_BC

@@ -19,8 +19,8 @@ from qwen2_jax.model.attention import Attention, Tokens
 from qwen2_jax.model.kv_cache import Cache, LayerCache
 from qwen2_jax.model.mlp import MLP, RouterStats, SparseMLP
 from qwen2_jax.model.rope import Rope, plain
-from qwen2_jax.weights.linear import Weight, embed, linear
 from qwen2_jax.weights.params import Declare, Tree, specs
+from qwen2_jax.weights.weight import Weight, matmul, take
 
 # B batch  T query  D model  V vocabulary  R repeats of a stack  J blocks in its period
 
@@ -133,9 +133,9 @@ class ScoreHead(nnx.Module):
     def __call__(self, hidden: jax.Array) -> jax.Array:
         """float32 [...] of hidden states [..., D]."""
         if not self.deep:
-            return linear(hidden, self.weight_1D[...], dtype=jnp.float32)[..., 0]
-        up = jax.nn.relu(linear(hidden, self.up_FD[...], dtype=jnp.float32) + self.up_bias_F[...])
-        score = linear(up.astype(hidden.dtype), self.down_1F[...], dtype=jnp.float32) + self.down_bias_1[...]
+            return matmul(hidden, self.weight_1D[...], dtype=jnp.float32)[..., 0]
+        up = jax.nn.relu(matmul(hidden, self.up_FD[...], dtype=jnp.float32) + self.up_bias_F[...])
+        score = matmul(up.astype(hidden.dtype), self.down_1F[...], dtype=jnp.float32) + self.down_bias_1[...]
         return score[..., 0]
 
 
@@ -201,7 +201,7 @@ class Qwen2(nnx.Module):
         rope = plain(self.config) if rope is None else rope
         tokens = Tokens.locate(rope, positions_BT, segments_BT, context_B, self.config.head_dim, implementation)
 
-        x_BTD = embed(self.embed_VD[...], tokens_BT, self.final_norm_D[...].dtype)
+        x_BTD = take(self.embed_VD[...], tokens_BT, self.final_norm_D[...].dtype)
         router, layers = None, []
         for i, stack in enumerate(self.stacks):
             x_BTD, caches, stats = stack(x_BTD, tokens, None if cache is None else cache.layers[i], remat)
@@ -217,7 +217,7 @@ class Qwen2(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32 logits [..., V] of hidden states [..., D]."""
-        return linear(hidden, self.head_weight(), dtype=jnp.float32)
+        return matmul(hidden, self.head_weight(), dtype=jnp.float32)
 
     def score(self, hidden: jax.Array) -> jax.Array:
         """float32 scores [...] of hidden states [..., D], of a reward model."""

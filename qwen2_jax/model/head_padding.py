@@ -22,8 +22,8 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from qwen2_jax.config.model_config import ModelConfig
 from qwen2_jax.parallel import sharding
-from qwen2_jax.weights.linear import Weight, along
 from qwen2_jax.weights.params import ParamSpec, Tree
+from qwen2_jax.weights.weight import Weight, along
 
 # N query heads  K key heads  G = N / K queries of a key head
 

@@ -4,13 +4,14 @@
 y = W x + alpha / rank * b (a x), with a random and b zero at the start, so that training begins at the base model
 (arXiv:2106.09685, sec. 4.1). What is trained are the adapters: a nested dict like the parameters', in which each
 adapted weight is {"a": [R, rank, *in], "b": [R, *out, rank]} in float32. `attach` puts them beside the weights inside
-the jitted step; the base may be float32, bfloat16 or Int8 (as in QLoRA, Dettmers et al. 2023, arXiv:2305.14314).
+the jitted step; the base may be float32, bfloat16 or int8 (as in QLoRA, Dettmers et al. 2023, arXiv:2305.14314).
 """
 
 import dataclasses
 import functools
 import math
 import zlib
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +20,9 @@ from qwen2_jax import validate
 from qwen2_jax.config.model_config import ModelConfig
 from qwen2_jax.errors import UserError
 from qwen2_jax.model import decoder
-from qwen2_jax.weights.linear import Adapted, Int8, is_matrix, merged, summed
+from qwen2_jax.weights.adapted import Adapted
 from qwen2_jax.weights.params import ParamSpec, Tree, leaves
+from qwen2_jax.weights.weight import Weight, is_matrix, stored_forms, summed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,27 +112,44 @@ def attach(params: Tree, adapters: Tree, lora: Lora) -> Tree:
 
     To train, differentiate with respect to the adapters, not to what this returns.
     """
-    if absent := [name for name in adapters if name not in params]:
-        raise ValueError(
-            f"adapters for {absent[0]!r}, which the parameters lack: is one of them stacked, one unrolled?"
-        )
-    return params | {name: _attach(params[name], adapter, lora) for name, adapter in adapters.items()}
+    return _on_adapted(params, adapters, lora, lambda w: w)
 
 
 def merge(params: Tree, adapters: Tree, lora: Lora) -> Tree:
     """The parameters with the corrections added, W + scale * b a in float32, in the dtypes they had. Copies.
 
-    Weights without an adapter are those of `params`. Raises UserError where the base is int8.
+    Weights without an adapter are those of `params`. Raises UserError where an adapted weight is stored as int8.
     """
+    return _on_adapted(params, adapters, lora, _merged)
 
-    def one(leaf):
-        if not isinstance(leaf, Adapted):
-            return leaf
-        if isinstance(leaf.base, Int8):
-            raise UserError("adapters cannot be merged into int8 weights, which would round them away: load bfloat16")
-        return _merged_layers(leaf)
 
-    return jax.tree.map(one, attach(params, adapters, lora), is_leaf=lambda x: isinstance(x, Adapted | Int8))
+def _on_adapted(params: Tree, adapters: Tree, lora: Lora, do: Callable[[Adapted], Weight]) -> Tree:
+    """The parameters in which do(w) stands for each weight w with an adapter."""
+    if absent := [name for name in adapters if name not in params]:
+        raise ValueError(
+            f"adapters for {absent[0]!r}, which the parameters lack: is one of them stacked, one unrolled?"
+        )
+    changed: Tree = {}
+    for name, adapter in adapters.items():
+        below = isinstance(params[name], dict)
+        changed[name] = (
+            _on_adapted(params[name], adapter, lora, do) if below else do(_adapted(params[name], adapter, lora))
+        )
+    return params | changed
+
+
+def _merged(w: Adapted) -> jax.Array:
+    if forms := stored_forms(w.base):
+        raise UserError(
+            f"adapters cannot be merged into {forms[0]} weights, which would round them away: load bfloat16"
+        )
+    return _sum_of_layers(w)
+
+
+@jax.jit
+def _sum_of_layers(w: Adapted) -> jax.Array:
+    # One layer at a time: a float32 copy of all layers of a weight is a third of a model.
+    return jax.lax.map(Adapted.dequantize, w)
 
 
 _A, _B = ".lora_A.weight", ".lora_B.weight"  # PEFT's names of a and b
@@ -152,18 +171,11 @@ def _adapter(spec: ParamSpec, rank: int) -> Tree:
     return {"a": a, "b": b}
 
 
-def _attach(leaf, adapter: Tree, lora: Lora):
-    if isinstance(leaf, dict):
-        return attach(leaf, adapter, lora)
+def _adapted(w: Weight, adapter: Tree, lora: Lora) -> Adapted:
     a, b = adapter["a"], adapter["b"]
-    if (*b.shape[:-1], *a.shape[2:]) != leaf.shape or not a.shape[1] == b.shape[-1] == lora.rank:
-        raise ValueError(f"adapter a {a.shape}, b {b.shape} of rank {lora.rank} does not fit a weight of {leaf.shape}")
-    return Adapted(leaf, a, b, lora.scale)
-
-
-@jax.jit
-def _merged_layers(w: Adapted) -> jax.Array:
-    return jax.lax.map(merged, w)  # one by one: a float32 copy of all layers of a weight is a third of a model
+    if (*b.shape[:-1], *a.shape[2:]) != w.shape or not a.shape[1] == b.shape[-1] == lora.rank:
+        raise ValueError(f"adapter a {a.shape}, b {b.shape} of rank {lora.rank} does not fit a weight of {w.shape}")
+    return Adapted(w, a, b, lora.scale)
 
 
 @functools.lru_cache(maxsize=8)

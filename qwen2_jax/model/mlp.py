@@ -9,8 +9,8 @@ from flax import nnx
 
 from qwen2_jax import ops
 from qwen2_jax.config.model_config import ModelConfig
-from qwen2_jax.weights.linear import linear
 from qwen2_jax.weights.params import Declare
+from qwen2_jax.weights.weight import matmul
 
 # B batch  T query  M = B * T rows  D model  F ffn  E experts  k experts per token
 
@@ -25,8 +25,8 @@ class MLP(nnx.Module):
         self.down_DF = declare(D, F, hf=f"{hf}.down_proj.weight")
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        hidden = jax.nn.silu(linear(x_BTD, self.gate_FD[...])) * linear(x_BTD, self.up_FD[...])
-        return linear(hidden, self.down_DF[...])
+        hidden = jax.nn.silu(matmul(x_BTD, self.gate_FD[...])) * matmul(x_BTD, self.up_FD[...])
+        return matmul(hidden, self.down_DF[...])
 
 
 @jax.tree_util.register_dataclass

@@ -2,16 +2,17 @@
 """Parameters as jax.ShapeDtypeStruct with shardings, from the model's declarations; a plan has no arrays."""
 
 from collections.abc import Mapping
-from typing import Any, cast
+from functools import partial
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from qwen2_jax.parallel import sharding
 from qwen2_jax.train.step import places_of
-from qwen2_jax.weights.linear import Int8, is_matrix, summed
+from qwen2_jax.weights.int8 import to_int8
 from qwen2_jax.weights.params import ParamSpec, Tree
+from qwen2_jax.weights.weight import is_matrix, shardings
 
 
 def shapes(specs: Tree, mesh: Mesh, dtype: Any, rules: Mapping = sharding.RULES) -> Tree:
@@ -21,16 +22,14 @@ def shapes(specs: Tree, mesh: Mesh, dtype: Any, rules: Mapping = sharding.RULES)
 
 
 def int8_shapes(specs: Tree, mesh: Mesh, dtype: Any, rules: Mapping = sharding.RULES) -> Tree:
-    """As `shapes`, with every matrix that linear.quantize rounds as Int8."""
+    """As `shapes`, with every matrix that int8.quantize rounds in the form of an Int8."""
 
     def rounded(spec: ParamSpec, shape: jax.ShapeDtypeStruct):
         if not is_matrix(spec):
             return shape
-        outs = len(spec.shape) - summed(spec)
-        place = sharding.sharding(spec.axes[:outs], spec.shape[:outs], mesh, rules)
-        values = jax.ShapeDtypeStruct(spec.shape, jnp.int8, sharding=shape.sharding)
-        scale = jax.ShapeDtypeStruct(spec.shape[:outs], jnp.float32, sharding=place)
-        return Int8(cast(Any, values), cast(Any, scale))
+        parts = jax.eval_shape(partial(to_int8, spec=spec), shape)
+        place = lambda part, where: jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=where)  # noqa: E731
+        return jax.tree.map(place, parts, shardings(parts, shape.sharding))
 
     return jax.tree.map(rounded, specs, shapes(specs, mesh, dtype, rules), is_leaf=is_spec)
 

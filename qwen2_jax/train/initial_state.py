@@ -15,7 +15,7 @@ from qwen2_jax.train.job import Job
 from qwen2_jax.train.optim import online_merging
 from qwen2_jax.train.post_training_config import Reward
 from qwen2_jax.train.step import State, Trainer
-from qwen2_jax.weights import linear
+from qwen2_jax.weights import int8
 from qwen2_jax.weights.params import Tree
 
 
@@ -34,7 +34,7 @@ def weights(job: Job, trainer: Trainer) -> tuple[Callable[[], State], Tree | Non
     frozen = load()
     if run.lora_base == "int8":
         # The layers' matrices, as in QLoRA: embedding and head stay, they are what the loss goes through.
-        frozen["stacks"] = linear.quantize(frozen["stacks"], trainer.model_specs["stacks"])
+        frozen["stacks"] = int8.quantize(frozen["stacks"], trainer.model_specs["stacks"])
     return lambda: trainer.init(made()), frozen
 
 

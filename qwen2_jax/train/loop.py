@@ -28,7 +28,7 @@ from qwen2_jax.train.state.fingerprint import digest
 from qwen2_jax.train.state.lock import alone
 from qwen2_jax.train.state.preemption import Preemption
 from qwen2_jax.train.step import State, Trainer, abstract, places_of
-from qwen2_jax.weights import linear
+from qwen2_jax.weights import int8
 from qwen2_jax.weights.params import Tree, count
 
 # What data.loader.Loaded.report counts: without text, without targets, of another length than asked for, longer than
@@ -144,7 +144,7 @@ def _tell(job: Job, trainer: Trainer, console: Console) -> None:
     if places:
         frozen = jax.tree.map(lambda x, p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=p), frozen, places)
     if run.lora_base == "int8":
-        frozen["stacks"] = jax.eval_shape(lambda stacks: linear.quantize(stacks, specs["stacks"]), frozen["stacks"])
+        frozen["stacks"] = jax.eval_shape(lambda stacks: int8.quantize(stacks, specs["stacks"]), frozen["stacks"])
     dry_run.report(
         job.config,
         trained=trainer.abstract.params,

@@ -20,7 +20,7 @@ from qwen2_jax.model.lora import Lora
 from qwen2_jax.parallel import sharding
 from qwen2_jax.plan import hlo
 from qwen2_jax.plan.infer import Job, make_generator
-from qwen2_jax.weights import linear
+from qwen2_jax.weights import int8
 from tiny import random_params
 
 DENSE = {
@@ -122,7 +122,7 @@ def _rollouts(name, mesh, trained, rank):
     if rank:
         settings = Lora(rank=rank)
         fresh = jax.tree.map(lambda x: x + 0.1, lora.init(config, settings, jax.random.key(0)))  # b is 0 at first
-        small = linear.quantize(dict(params["stacks"]), model.declare(config)[1]["stacks"])
+        small = int8.quantize(dict(params["stacks"]), model.declare(config)[1]["stacks"])
         params = lora.attach(params | {"stacks": small}, fresh, settings)
     made = Rollouts.of(config, rows=8, length=128, dtype="float32", mesh=mesh, long_context=mode)
     generator = made.generator

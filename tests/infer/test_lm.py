@@ -14,7 +14,7 @@ from qwen2_jax.infer import lm as lm_module
 from qwen2_jax.infer.engine import memory
 from qwen2_jax.infer.lm import LM
 from qwen2_jax.model import declare
-from qwen2_jax.weights.linear import quantize
+from qwen2_jax.weights.int8 import quantize
 from tiny import random_params
 
 PROMPTS = ["The quick brown fox", "a", "Zwölf Boxkämpfer jagen"]

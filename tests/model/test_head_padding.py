@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh
 from few import MANY
 from qwen2_jax import PRESETS, model
 from qwen2_jax.model import head_padding, lora
-from qwen2_jax.weights import linear
+from qwen2_jax.weights import int8
 from tiny import CONFIGS, random_params
 
 
@@ -78,7 +78,7 @@ def test_the_wider_model_gives_the_same(storage, tensor, unroll):
     params, specs = random_params(config, unroll=unroll), model.declare(config, unroll=unroll)[1]
     rank = lora.Lora(rank=2)
     if storage == "int8":
-        params = linear.quantize(params, specs)
+        params = int8.quantize(params, specs)
     elif storage == "adapted":
         adapters = lora.init(config, rank, jax.random.key(0), unroll=unroll)
         adapters = jax.tree.map(lambda x: jax.random.normal(jax.random.key(x.size), x.shape) * 0.1, adapters)

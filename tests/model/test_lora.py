@@ -18,8 +18,11 @@ from qwen2_jax.errors import UserError
 from qwen2_jax.model import lora
 from qwen2_jax.model.lora import Lora
 from qwen2_jax.parallel import sharding
-from qwen2_jax.weights.linear import MANY_ROWS, Adapted, Int8, linear, quantize
+from qwen2_jax.weights.adapted import Adapted
+from qwen2_jax.weights.int8 import Int8, quantize
 from qwen2_jax.weights.params import count, leaves
+from qwen2_jax.weights.plain import MANY_ROWS
+from qwen2_jax.weights.weight import dequantize, matmul
 from tolerance import assert_no_worse
 
 MIXED = dataclasses.replace(tiny.CONFIGS["moe_mixed"], num_hidden_layers=4)  # two repeats of a dense and a sparse layer
@@ -92,7 +95,7 @@ def test_a_bfloat16_product_is_as_good_as_plain_code(rows, contract):
     x, base = rng.normal(size=(rows, *inputs)), rng.normal(size=(*outputs, *inputs))
     a, b = rng.normal(size=(4, *inputs)), rng.normal(size=(*outputs, 4))
     w = Adapted(jnp.asarray(base, jnp.bfloat16), jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32), 0.5)
-    got = jax.jit(lambda x, w: linear(x, w, contract=contract))(jnp.asarray(x, jnp.bfloat16), w)
+    got = jax.jit(lambda x, w: matmul(x, w, contract=contract))(jnp.asarray(x, jnp.bfloat16), w)
     assert got.dtype == jnp.bfloat16 and got.shape == (rows, *outputs)
 
     rounded = [jnp.asarray(m, jnp.bfloat16).reshape(n, -1) for m, n in ((x, rows), (base, math.prod(outputs)), (a, 4))]
@@ -125,7 +128,7 @@ def test_int8_passes_the_gradient_to_its_input(rows, dtype):
     rng = np.random.default_rng(0)
     w = Int8(jnp.asarray(rng.integers(-127, 128, (3, 2, 8)), jnp.int8), jnp.asarray(rng.random((3, 2)), jnp.float32))
     x, dy = jnp.asarray(rng.normal(size=(rows, 8)), dtype), rng.normal(size=(rows, 3, 2))
-    got = jax.jit(jax.grad(lambda x: jnp.sum(linear(x, w, dtype=jnp.float32) * dy)))(x)
+    got = jax.jit(jax.grad(lambda x: jnp.sum(matmul(x, w, dtype=jnp.float32) * dy)))(x)
     assert got.dtype == dtype
     full = np.asarray(w.values, np.float64) * np.asarray(w.scale)[..., None]
     exact = np.tensordot(dy, full, 2)
@@ -134,13 +137,8 @@ def test_int8_passes_the_gradient_to_its_input(rows, dtype):
 
 
 def test_training_on_an_int8_base_has_the_gradients_of_the_rounded_weights():
-    def plain(leaf):
-        if not isinstance(leaf, Int8):
-            return leaf
-        return leaf.values * leaf.scale.reshape(*leaf.scale.shape, *[1] * (leaf.values.ndim - leaf.scale.ndim))
-
     rounded = quantize(tiny.random_params(DENSE), model.declare(DENSE)[1])
-    widened = jax.tree.map(plain, rounded, is_leaf=lambda x: isinstance(x, Int8))
+    widened = jax.tree.map(dequantize, rounded, is_leaf=lambda x: isinstance(x, Int8))
     got, want = (jax.tree.leaves(gradient_of(DENSE)(random_adapters(DENSE), base)) for base in (rounded, widened))
     norm = lambda xs: math.sqrt(sum(float(jnp.sum(x * x)) for x in xs))
     assert norm([g - w for g, w in zip(got, want, strict=True)]) < 0.01 * norm(
@@ -156,7 +154,7 @@ def test_no_work_and_no_memory_for_the_frozen_weight():
 
     def loss(trained, bases, x_MD):
         for base, (a, b) in zip(bases, trained, strict=True):
-            x_MD = jnp.tanh(linear(x_MD, Adapted(base, a, b, 2.0)))
+            x_MD = jnp.tanh(matmul(x_MD, Adapted(base, a, b, 2.0)))
         return x_MD.sum()
 
     def compiled(base):

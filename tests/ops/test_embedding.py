@@ -12,7 +12,8 @@ SCRIPT = """
 import sys
 import jax, jax.numpy as jnp, numpy as np
 from qwen2_jax.parallel import sharding
-from qwen2_jax.weights.linear import Int8, embed
+from qwen2_jax.weights.int8 import Int8
+from qwen2_jax.weights.weight import take
 
 mesh = sharding.make_mesh(**{name: int(size) for name, size in (part.split("=") for part in sys.argv[1:])})
 random = np.random.default_rng(0)
@@ -25,8 +26,8 @@ for B, T in ((8, 4), (8, 1), (2, 3)):  # a batch of training, a decode step, and
     weights = jnp.asarray(random.standard_normal((B, T, D)), jnp.float32)
 
     def results(table, rounded, ids):
-        loss = lambda table: (embed(table, ids, jnp.float32) * weights).sum()
-        return embed(table, ids, jnp.float32), embed(rounded, ids, jnp.float32), jax.grad(loss)(table)
+        loss = lambda table: (take(table, ids, jnp.float32) * weights).sum()
+        return take(table, ids, jnp.float32), take(rounded, ids, jnp.float32), jax.grad(loss)(table)
 
     whole = jax.jit(results)(table, rounded, ids)
     for rules in (sharding.RULES, sharding.SERVING):

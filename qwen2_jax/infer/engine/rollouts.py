@@ -30,8 +30,7 @@ from qwen2_jax.infer.engine.sampling_params import SamplingParams
 from qwen2_jax.model import decoder, head_padding, rope
 from qwen2_jax.model.kv_cache import Cache
 from qwen2_jax.parallel import sharding
-from qwen2_jax.weights import linear
-from qwen2_jax.weights.linear import Adapted, Int8
+from qwen2_jax.weights import weight
 from qwen2_jax.weights.params import ParamSpec, Tree
 
 # B rows
@@ -183,13 +182,12 @@ class Rollouts:
             raise UserError(f"{what} has repetition_penalty={params.repetition_penalty}; rollouts have none: give 1")
 
     def _placed(self, params: Tree) -> Tree:
-        plain = not any(isinstance(leaf, Adapted | Int8) for leaf in jax.tree.leaves(params, is_leaf=_is_weight))
-        if self._widening is not None and not plain:
+        if self._widening is not None and weight.stored_forms(params):
             raise UserError(
                 "rollouts with adapters or int8 weights need a mesh whose tensor axis divides the heads: lower its "
                 "tensor"
             )
-        params = jax.tree.map(linear.put, params, self._where, is_leaf=_is_weight)
+        params = weight.put(params, self._where)
         if self._widening is None or self.generator.shardings.mesh is None:
             return params
         return head_padding.place(params, self._widening[1], self._widening[0], self.generator.shardings.mesh)
@@ -205,10 +203,6 @@ class Rollouts:
             return jax.lax.dynamic_update_slice_in_dim(to, picked, row, axis=1)
 
         return jax.tree.map(copied, cache, staging)
-
-
-def _is_weight(leaf) -> bool:
-    return isinstance(leaf, Adapted | Int8)
 
 
 class _Call:

@@ -18,8 +18,8 @@ from qwen2_jax.model.attention import Tokens
 from qwen2_jax.model.cross_entropy import token_logprobs
 from qwen2_jax.model.decoder import Block, rms_norm
 from qwen2_jax.tokenizer import Tokenizer
-from qwen2_jax.weights.linear import embed, linear
 from qwen2_jax.weights.params import Declare, Tree
+from qwen2_jax.weights.weight import matmul, take
 
 # B batch  T query  D model  V vocabulary
 
@@ -98,7 +98,7 @@ class Walk:
     def _start(self, outside: Tree, tokens_BT: jax.Array):
         positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
         tokens = Tokens.locate(rope.plain(self.config), positions_BT, None, None, self.config.head_dim)
-        x_BTD = embed(outside["embed_VD"], tokens_BT, outside["final_norm_D"].dtype)
+        x_BTD = take(outside["embed_VD"], tokens_BT, outside["final_norm_D"].dtype)
         return (x_BTD, x_BTD, x_BTD), tokens
 
     def _layer(self, block: Tree, r, moes: Sequence[Tree], xs, tokens: Tokens, window):
@@ -120,7 +120,7 @@ class Walk:
         head_VD = outside["embed_VD" if self.config.tie_word_embeddings else "head_VD"]
         hidden = [rms_norm(x, outside["final_norm_D"], self.config.rms_norm_eps) for x in xs]
         losses = [-token_logprobs(h[:, :-1], head_VD, tokens_BT[:, 1:]).mean() for h in hidden]
-        want_BTV, *got = (linear(h, head_VD, dtype=jnp.float32) for h in hidden)
+        want_BTV, *got = (matmul(h, head_VD, dtype=jnp.float32) for h in hidden)
         return losses, [_match(want_BTV, logits_BTV)[1] for logits_BTV in got]
 
 

@@ -9,19 +9,21 @@ from flax import nnx
 
 import tiny
 from qwen2_jax import model
-from qwen2_jax.weights.linear import MANY_ROWS, Int8, embed, linear, quantize
+from qwen2_jax.weights.int8 import quantize
+from qwen2_jax.weights.plain import MANY_ROWS
+from qwen2_jax.weights.weight import matmul, stored_forms, take
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7, MANY_ROWS])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_linear_is_a_product_over_the_last_dimensions(rows, dtype):
+def test_matmul_is_a_product_over_the_last_dimensions(rows, dtype):
     x = jax.random.normal(jax.random.key(0), (rows, 4, 6), dtype)
     w = jax.random.normal(jax.random.key(1), (5, 3, 4, 6), dtype)
     want = np.einsum("mab,ofab->mof", np.asarray(x, np.float64), np.asarray(w, np.float64))
-    got = jax.jit(lambda x, w: linear(x, w, contract=2, dtype=jnp.float32))(x, w)
+    got = jax.jit(lambda x, w: matmul(x, w, contract=2, dtype=jnp.float32))(x, w)
     assert got.shape == (rows, 5, 3)
     np.testing.assert_allclose(got, want, atol=2e-5)
-    assert linear(x, w, contract=2).dtype == dtype
+    assert matmul(x, w, contract=2).dtype == dtype
 
 
 @pytest.mark.parametrize("rows", [1, 3, MANY_ROWS])
@@ -34,9 +36,9 @@ def test_int8_rounds_the_weight_and_nothing_else(rows):
     rounded = np.asarray(quantized.values, np.float64) * np.asarray(quantized.scale)[:, None]
     assert np.abs(rounded - w).max() <= np.abs(w).max(axis=1).max() / 254 + 1e-7
     x = np.random.default_rng(1).normal(size=(rows, 64)).astype(np.float32)
-    got = jax.jit(linear)(jnp.asarray(x), quantized)
+    got = jax.jit(matmul)(jnp.asarray(x), quantized)
     np.testing.assert_allclose(got, x @ rounded.T, atol=2e-3)  # 15 bits of x, 64 terms
-    np.testing.assert_allclose(embed(quantized, jnp.array([3]), jnp.float32)[0], rounded[3], atol=1e-6)
+    np.testing.assert_allclose(take(quantized, jnp.array([3]), jnp.float32)[0], rounded[3], atol=1e-6)
 
 
 def _spec(axes):
@@ -52,8 +54,7 @@ def test_a_quantized_model_stays_close(name, unroll):
     ids = jnp.arange(24).reshape(2, 12)
     exact = np.asarray(run(tiny.random_params(config, unroll=unroll), ids))
     params = quantize(tiny.random_params(config, unroll=unroll), specs)
-    kinds = {type(leaf) for leaf in jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Int8))}
-    assert Int8 in kinds
+    assert stored_forms(params) == ("int8",)
     got = np.asarray(run(params, ids))
     p, q = jax.nn.log_softmax(exact), jax.nn.log_softmax(got)
     divergence = (np.exp(p) * (p - q)).sum(-1).mean()
@@ -63,6 +64,6 @@ def test_a_quantized_model_stays_close(name, unroll):
 def test_a_frequent_token_s_gradient_is_added_up_in_float32():
     """bfloat16 has 8 bits: a sum of ones in it ends at 256."""
     table, ids = jnp.zeros((3, 2), jnp.bfloat16), jnp.full((4096,), 1)
-    gradient = jax.jit(jax.grad(lambda table: embed(table, ids, jnp.bfloat16).astype(jnp.float32).sum()))(table)
+    gradient = jax.jit(jax.grad(lambda table: take(table, ids, jnp.bfloat16).astype(jnp.float32).sum()))(table)
     assert gradient.dtype == jnp.bfloat16
     np.testing.assert_array_equal(gradient[:, 0], [0, 4096, 0])
