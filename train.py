@@ -18,7 +18,7 @@ USAGE = f"""usage: python train.py CONFIG.py [--any.field value]
   python train.py configs/grpo.py --data.sources prompts.jsonl --rewards rewards.py:mine    # from a reward function
   python train.py configs/finetune.py --dry-run                         # what would be done, and the first batch
   python train.py configs/pretrain_7b.py --plan v5e-64                  # does it fit, and how fast would it be: the
-      step is compiled for a machine that is not here, without the data; also v5p-256, 8xh100, 2x8xh200, ...
+      step is compiled for a target machine, without the data; also v5p-256, 8xh100, 2x8xh200, ...
       --json: for programs; --search: which mesh, remat and accumulate are fastest among those that fit
   python train.py configs/finetune.py --help                            # every field with its value
 
@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> int:
     """Runs or plans one configuration.
 
     0 = done, stopped by SIGTERM and saved, or a plan that fits; 1 = a plan does not fit; 2 = the user must change
-    something. hosts.LOST: another process is gone, and the same command on all hosts goes on.
+    something. hosts.LOST: another process is gone, and the same command on all hosts continues.
     """
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, file=sys.stdout if arguments else sys.stderr)
@@ -79,7 +79,7 @@ def main(arguments: list[str]) -> int:
                 return command.train(run, machine, Path(arguments[0]), **how)
             hosts.check(group, {"config": arguments[0], **dataclasses.asdict(run)})
             hosts.check_devices(group)
-            from qwen2_jax.train import recipes  # takes seconds: after the mistakes that can be told at once
+            from qwen2_jax.train import recipes  # imports for seconds: mistakes in a configuration are reported before
 
             recipes.run(run, group=group)
     except (UserError, OSError) as error:

@@ -8,17 +8,16 @@
 As configs/sft_7b.py, with four times as many rows, which is AutoIF's proportion. Not run at this size by us.
 """
 
+import dataclasses
 from pathlib import Path
 
-from qwen2_jax.data.spec import Data, Source
-from qwen2_jax.train import Checkpointing, Logging, Mesh, Sft, Start
+from qwen2_jax.train import Checkpointing, Start, config_file
 
-config = Sft(
+config = dataclasses.replace(
+    config_file.load(Path(__file__).with_name("sft_7b.py")),
     start=Start(checkpoint="qwen2-72b"),
-    data=Data(sources=(Source(path="chats.jsonl"),), packing="best_fit", too_long="drop"),
     rows=256,
-    mesh=Mesh(fsdp=-1),
+    accumulate=1,
     checkpoints=Checkpointing(every_steps=100),
-    log=Logging(tensorboard=True),
     out=Path("runs/sft-72b"),
 )

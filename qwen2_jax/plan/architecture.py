@@ -10,7 +10,7 @@ from pathlib import Path
 from qwen2_jax.config.model_config import HUB_IDS, PRESETS, ModelConfig
 from qwen2_jax.errors import UserError
 from qwen2_jax.train.config import Run, Upcycle
-from qwen2_jax.train.post_training_config import Reward
+from qwen2_jax.train.stage import stage_of
 from qwen2_jax.train.upcycle.upcycle import sparse_config
 
 DEMO = "demo"
@@ -44,8 +44,7 @@ def of_run(run: Run, path: Path | None) -> ModelConfig:
         assert run.model is not None
         return run.model
     config = _promised(run.start.checkpoint, path) or named(run.start.checkpoint)
-    if isinstance(run, Reward) and config.score_head is None:
-        config = dataclasses.replace(config, score_head=run.head)
+    config = stage_of(run).architecture(config, run.start.checkpoint)
     changes = {name: getattr(run.start, name) for name in ("rope_theta", "max_position_embeddings")}
     config = dataclasses.replace(config, **{name: value for name, value in changes.items() if value is not None})
     if run.length > config.max_position_embeddings and run.long_context == "off":

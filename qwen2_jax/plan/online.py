@@ -18,19 +18,13 @@ from qwen2_jax.plan.program import compiled, device_bytes
 from qwen2_jax.plan.report import Part
 from qwen2_jax.plan.shapes import shapes
 from qwen2_jax.train.config import Run
-from qwen2_jax.train.post_training_config import Dpo, Grpo, Online
+from qwen2_jax.train.post_training_config import Online
+from qwen2_jax.train.stage import stage_of
 from qwen2_jax.weights.params import Tree
 
 # A plan has no data: so many groups are taken to lie in a row, each of so many responses. Only sums over a row's groups
 # depend on it, a small part of a step.
 GROUPS, RESPONSES = 16, 6
-
-
-def has_reference(run: Run) -> bool:
-    """Whether a step compares with the log-probabilities of a reference."""
-    if isinstance(run, Grpo):
-        return run.policy.kl > 0
-    return isinstance(run, Dpo | Online)
 
 
 def beside(run: Run, specs: Tree, mesh: Mesh) -> dict[str, int]:
@@ -39,9 +33,7 @@ def beside(run: Run, specs: Tree, mesh: Mesh) -> dict[str, int]:
     The reference's weights, unless they are those below adapters, or its log-probabilities were computed ahead. A
     judging reward model is left out: it is another checkpoint, of any size.
     """
-    if not has_reference(run) or run.lora is not None or (isinstance(run, Dpo) and run.reference == "cached"):
-        return {}
-    return {"reference": copy(run, specs, mesh)}
+    return {"reference": copy(run, specs, mesh)} if stage_of(run).holds_reference else {}
 
 
 def copy(run: Run, specs: Tree, mesh: Mesh) -> int:

@@ -18,9 +18,8 @@ from qwen2_jax.plan import architecture, device_work, estimate, machine, online,
 from qwen2_jax.plan.program import Program, compiled, device_bytes
 from qwen2_jax.plan.report import GIB, Part, Plan
 from qwen2_jax.plan.shapes import int8_shapes, shapes
-from qwen2_jax.train import objective_and_batches
 from qwen2_jax.train.config import Run
-from qwen2_jax.train.post_training_config import Online
+from qwen2_jax.train.stage import stage_of
 from qwen2_jax.train.step import Trainer
 from qwen2_jax.weights.params import Tree, count
 
@@ -56,10 +55,7 @@ class Job:
     def batch(self) -> Batch:
         """Shapes of a batch with shardings."""
         dtypes = Batch(jnp.int32, jnp.int32, jnp.float32, jnp.int32, jnp.int32)
-        if online.has_reference(self.run):
-            dtypes = dtypes._replace(reference_BT=jnp.float32)
-        if isinstance(self.run, Online):
-            dtypes = dtypes._replace(old_BT=jnp.float32, sampled_BT=jnp.float32, advantages_BT=jnp.float32)
+        dtypes = dtypes._replace(**dict.fromkeys(stage_of(self.run).extra_columns, jnp.float32))
         shape = (self.run.rows, self.run.length)
         place = sharding.sharding(("batch", "length"), shape, self.mesh)
         return jax.tree.map(lambda dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=place), dtypes)
@@ -93,7 +89,7 @@ def prepare(run: Run, name: str, path: Path | None = None) -> Job:
     where = machine.parse(name)
     config = architecture.of_run(run, path)
     mesh = machine.mesh_of(where, run.mesh.sizes(where.devices))
-    objective = objective_and_batches.objective(run, groups=online.GROUPS, ranks=online.RESPONSES)
+    objective = stage_of(run).objective(groups=online.GROUPS, ranks=online.RESPONSES)
     trainer = Trainer(run, config, run.steps or STEPS, mesh=mesh, objective=objective)
     job = Job(run, config, where, mesh, trainer)
     if run.rows % (pieces := run.accumulate * job.row_parts):
@@ -161,13 +157,13 @@ def describe(job: Job, program: Program) -> Plan:
         f"{count(job.trainer.model_specs) / 1e9:.2f} B parameters, training step of {run.rows * run.length:,} tokens"
     )
     parts = [part]
-    if isinstance(run, Online):
+    if (episodes := stage_of(run).episodes) is not None:
         held = online.beside(run, job.trainer.model_specs, mesh)
         held["training's state"] = device_bytes(job.trainer.abstract) + device_bytes(job.frozen)
-        if run.sampling.mesh is not None:
-            mesh = machine.mesh_of(job.machine, run.sampling.mesh.sizes(job.machine.devices))
+        if episodes.sampling.mesh is not None:
+            mesh = machine.mesh_of(job.machine, episodes.sampling.mesh.sizes(job.machine.devices))
             held["weights as training has them"] = online.copy(run, job.trainer.model_specs, job.mesh)
-        parts.append(online.sampling(run, config, job.machine, mesh, held))
+        parts.append(online.sampling(episodes, config, job.machine, mesh, held))
     made = Plan(title, job.machine, dict(job.mesh.shape), settings, parts)
     return made if made.fits else dataclasses.replace(made, advice=tuple(advice(job, made)))
 

@@ -7,7 +7,7 @@ A config file shows what differs from the defaults here. It ends in `config = Pr
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from qwen2_jax import validate
 from qwen2_jax.config.model_config import ModelConfig
@@ -26,7 +26,7 @@ COMPUTE = ("bfloat16", "float32")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Start:
-    """A checkpoint to go on from. What is None stays as the checkpoint has it."""
+    """A checkpoint to start from. Fields that are None keep the checkpoint's value."""
 
     checkpoint: str  # name, Hub id, Hugging Face folder or Orbax folder
     rope_theta: float | None = None  # a new rotary base, as in a long-context phase (1e4 -> 1e6 for Qwen2)
@@ -160,7 +160,13 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """What every kind of training has in common. Use Pretrain or Sft, which differ in their defaults."""
+    """What every stage of training has in common. Use Pretrain, Sft, or one of post_training_config.py's.
+
+    A dataclass derived from this names its stage: what starts, feeds and evaluates its runs (stage.py).
+    """
+
+    stage: ClassVar[str | type | None] = None  # a class derived from stage.Stage, or "module:class" to import it late
+    answers: ClassVar[bool] = True  # whether the result is a chat model, whose answers end at <|im_end|>
 
     data: Data | PromptData
     rows: int  # of one step's batch, over all devices and micro-batches
@@ -192,6 +198,16 @@ class Run:
     resume: bool = True  # continue the run found in `out`; False starts over
     dry_run: bool = False  # print what would be done, and the first batch; train nothing
 
+    def fixed(self) -> dict[str, Any]:
+        """What may not change when a run is continued: the arrays in its checkpoints, and the order of its data."""
+        return {name: getattr(self, name) for name in ("lora", "rows", "length", "seed")} | {
+            "ema": self.ema is not None
+        }
+
+    def unfilled(self) -> Self:
+        """This without numbers that were computed from others, so that flags may change those others."""
+        return self
+
     def check_data(self) -> None:
         """Raises UserError for data of the other kind."""
         wanted: Any = next(field.type for field in dataclasses.fields(self) if field.name == "data")
@@ -211,7 +227,7 @@ class Run:
         validate.choice("export_dtype", self.export_dtype, COMPUTE)
         validate.choice("remat", self.remat, (None, *REMAT_POLICIES))
         if (self.model is None) == (self.start is None):
-            raise UserError("give either model (random weights) or start (a checkpoint to go on from)")
+            raise UserError("give either model (random weights) or start (a checkpoint to start from)")
         if self.start is None and self.tokenizer is None:
             raise UserError("a model from random weights needs a tokenizer: give tokenizer, a checkpoint or folder")
         if (self.steps is None) == (self.epochs is None) or self.epochs == 0:
@@ -239,6 +255,8 @@ class Run:
 class Pretrain(Run):
     """Next-token training on all tokens, from random weights or from a checkpoint (continued, long context)."""
 
+    stage = "qwen2_jax.train.stages.pretrain:PretrainStage"
+    answers = False
     data: Data
 
 
@@ -246,6 +264,7 @@ class Pretrain(Run):
 class Sft(Run):
     """Supervised fine-tuning on chats; the defaults are the Qwen2 report's (arXiv:2407.10671, sec. 4.2)."""
 
+    stage = "qwen2_jax.train.stages.sft:SftStage"
     data: Data
     length: int = 32768
     optim: Optim = Optim(lr=7e-6, schedule="linear", warmup=20, final=0.1, decay=0.1, clip=1.0)
@@ -268,3 +287,7 @@ class Upcycle:
 
     resume: bool = True  # False replaces a result that is there already
     dry_run: bool = False  # print what would be done
+
+    def unfilled(self) -> Self:
+        """This: no number is computed from others."""
+        return self

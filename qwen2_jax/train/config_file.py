@@ -3,7 +3,9 @@
 
 import dataclasses
 import runpy
+import sys
 import traceback
+import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,9 @@ import tyro
 from qwen2_jax.data.spec import Source
 from qwen2_jax.errors import UserError
 from qwen2_jax.rewards import Reward as RewardFunction
-from qwen2_jax.train.config import Pretrain, Sft, Upcycle
-from qwen2_jax.train.post_training_config import Dpo, Grpo, Online, OnlineDpo, Reward
+from qwen2_jax.train.config import Run, Upcycle
 
-Recipe = Pretrain | Sft | Reward | Dpo | OnlineDpo | Grpo | Upcycle
+Recipe = Run | Upcycle
 
 
 def load(path: Path, flags: Sequence[str] = ()) -> Recipe:
@@ -27,7 +28,7 @@ def load(path: Path, flags: Sequence[str] = ()) -> Recipe:
     if not path.is_file():
         raise UserError(f"no config file {str(path)!r}; give the path of a Python file such as configs/sft.py")
     try:
-        values = runpy.run_path(str(path))
+        values = _executed(path)
     except (SyntaxError, ImportError, NameError, TypeError, AttributeError) as mistake:
         lines = [frame.lineno for frame in traceback.extract_tb(mistake.__traceback__) if frame.filename == str(path)]
         other = "; the Reward that takes a function is that of qwen2_jax.rewards" * ("Reward.__init__" in str(mistake))
@@ -40,12 +41,21 @@ def load(path: Path, flags: Sequence[str] = ()) -> Recipe:
     with _as_words():
         return tyro.cli(
             type(config),
-            default=config.unfilled() if isinstance(config, Online) else config,
+            default=config.unfilled(),
             args=list(flags),
             prog=f"train.py {path}",
             description=values["__doc__"],
             config=(tyro.conf.AvoidSubcommands,),
         )
+
+
+def _executed(path: Path) -> dict[str, Any]:
+    """The names that a Python file defines. It stays importable: tyro looks up a dataclass that the file brings."""
+    values = runpy.run_path(str(path))
+    module = types.ModuleType(values["__name__"])
+    vars(module).update(values)
+    sys.modules[module.__name__] = module
+    return values
 
 
 def _as_words() -> tyro.constructors.ConstructorRegistry:

@@ -7,13 +7,12 @@ from functools import partial
 
 import jax
 
-from qwen2_jax import checkpoint
 from qwen2_jax.checkpoint import peft
 from qwen2_jax.errors import UserError
-from qwen2_jax.model import lora, reward
+from qwen2_jax.model import lora
 from qwen2_jax.train.job import Job
 from qwen2_jax.train.optim import online_merging
-from qwen2_jax.train.post_training_config import Reward
+from qwen2_jax.train.stage import stage_of
 from qwen2_jax.train.step import State, Trainer
 from qwen2_jax.weights import int8
 from qwen2_jax.weights.params import Tree
@@ -25,7 +24,7 @@ def weights(job: Job, trainer: Trainer) -> tuple[Callable[[], State], Tree | Non
     if job.source is None:
         return trainer.init, None
     dtype = "float32" if run.lora is None else "bfloat16" if run.lora_base == "int8" else run.lora_base
-    load = partial(params, job, dtype)
+    load = partial(stage_of(run).load, job, dtype)
     if run.optim.merging is not None:
         return lambda: merging_from(job, trainer, load()), None
     if run.lora is None:
@@ -59,13 +58,3 @@ def adapters(job: Job) -> Callable[[], Tree]:
     if meant[0] != meant[1]:
         raise UserError(f"start.adapter {run.start.adapter} is of {settings}, and the run asks for {run.lora}")
     return lambda: found
-
-
-def params(job: Job, dtype: str) -> Tree:
-    """The weights of the checkpoint that the run starts from; a new score head where the run trains one for it."""
-    assert job.source is not None
-    load = partial(checkpoint.load_params, job.source, dtype=dtype, mesh=job.mesh)
-    if not isinstance(job.run, Reward) or checkpoint.read_config(job.source).score_head is not None:
-        return load(job.config)
-    words = dataclasses.replace(job.config, score_head=None)
-    return reward.from_words(load(words), words, job.run.head, seed=job.run.seed)[0]

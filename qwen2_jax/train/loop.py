@@ -18,11 +18,11 @@ from qwen2_jax.errors import UserError
 from qwen2_jax.model import flops
 from qwen2_jax.observe import Recorder, plots
 from qwen2_jax.parallel.hosts import Group
-from qwen2_jax.tokenizer import IM_END
-from qwen2_jax.train import dry_run, initial_state, objective_and_batches
-from qwen2_jax.train.batch_sources import Feed
-from qwen2_jax.train.config import Run, Sft
-from qwen2_jax.train.job import Job, prepare
+from qwen2_jax.train import dry_run, initial_state
+from qwen2_jax.train.config import Run
+from qwen2_jax.train.job import Job
+from qwen2_jax.train.prepare import prepare
+from qwen2_jax.train.stage import Parts, stage_of
 from qwen2_jax.train.state.checkpoints import Checkpoints
 from qwen2_jax.train.state.fingerprint import digest
 from qwen2_jax.train.state.lock import alone
@@ -41,14 +41,14 @@ def run(config: Run, console: Console | None = None, *, group: Group | None = No
 
     group: the processes that train together, default this one alone; all of them call this, on one shared folder.
     Returns the folder with the result: config.out / "hf", or "adapter" where that is all. None when a signal asked to
-    stop before the end: everything is saved then, and the same configuration goes on.
+    stop before the end: the state is then saved, and the same configuration continues.
     """
     console, group = console or Console(stderr=True), group or Group()
     group.at("reading the data", no_time_limit=True)
     job = prepare(config, console)
-    trainer = Trainer(config, job.config, job.steps, mesh=job.mesh, objective=objective_and_batches.objective_of(job))
+    trainer = Trainer(config, job.config, job.steps, mesh=job.mesh, objective=stage_of(config).objective_of(job))
     if config.dry_run:
-        _tell(job, trainer, console)
+        _print_dry_run(job, trainer, console)
         return None
     with alone(config.out):
         return _run(job, trainer, console, group)
@@ -59,7 +59,7 @@ def _run(job: Job, trainer: Trainer, console: Console, group: Group) -> Path | N
     group.at("loading weights or a checkpoint")
     if jax.process_index() == 0:
         job.write_small_files()
-    _tell_what_is_left_out(job, console)
+    _print_left_out(job, console)
     cost = partial(flops.train_flops, job.config, frozen=config.lora is not None)
     recorder = Recorder(
         config.log, config.out, total=job.steps, cost=cost, about=dataclasses.asdict(config), console=console
@@ -71,7 +71,7 @@ def _run(job: Job, trainer: Trainer, console: Console, group: Group) -> Path | N
         + f", {job.steps} steps of {config.rows} x {config.length} tokens, run folder {config.out}",
         soft_wrap=True,
     )
-    # Adapters mean nothing on other weights. Of other runs the start is in the state: another one is only told.
+    # Adapters depend on the weights below them. Without adapters the state has all weights: another start is reported.
     identity = job.identity if frozen is None else job.identity | {"base": digest(frozen)}
     saved = Checkpoints(
         config.out / "checkpoints",
@@ -96,8 +96,8 @@ def _run(job: Job, trainer: Trainer, console: Console, group: Group) -> Path | N
         if 0 < done < job.steps and saved.export_due(done) and _lost(config, done):
             with recorder.goodput("save"):
                 export(job, trainer, state, frozen, config.out / f"hf-{done}")
-        with objective_and_batches.feed(job, trainer, done, frozen, about.get("feed") or {}, console) as feed:
-            state, done = _train(job, trainer, feed, state, done, frozen, saved, recorder, stop, group)
+        with stage_of(config).open(job, trainer, done, frozen, about.get("feed") or {}, console) as parts:
+            state, done = _train(job, trainer, parts, state, done, frozen, saved, recorder, stop, group)
         if done < job.steps:
             again = "the same command" if config.resume else "the same command without --no-resume"
             console.print(f"stopped after step {done}, which is saved; resume with {again}", soft_wrap=True)
@@ -113,7 +113,7 @@ def _run(job: Job, trainer: Trainer, console: Console, group: Group) -> Path | N
 
 
 def _where_it_goes_on(job: Job, done: int) -> str:
-    """What to say of a checkpoint after `done` steps. Raises UserError if the run ends before it."""
+    """The line that says where the run continues. Raises UserError if it ends before the checkpoint's step, `done`."""
     more = "--steps" if job.run.epochs is None else "--epochs"
     if done > job.steps:
         raise UserError(
@@ -131,10 +131,10 @@ def _lost(config: Run, step: int) -> bool:
     return jax.process_count() > 1 or not all(path.exists() for path in results(config, config.out / f"hf-{step}"))
 
 
-def _tell(job: Job, trainer: Trainer, console: Console) -> None:
-    """What the run would be, and the first row that it would see."""
+def _print_dry_run(job: Job, trainer: Trainer, console: Console) -> None:
+    """Prints what the run would do, and its first row."""
     run = job.run
-    batch = objective_and_batches.first_batch(job, trainer)
+    batch = stage_of(run).first_batch(job, trainer.place.host)
     data, epochs = job.data, list[tuple[str, float]]()
     if isinstance(data, Loaded) and isinstance(run.data, Data):
         epochs = [*zip((s.path for s in run.data.sources), data.epochs(job.steps, run.rows), strict=True)]
@@ -166,8 +166,8 @@ def _tell(job: Job, trainer: Trainer, console: Console) -> None:
     )
 
 
-def _tell_what_is_left_out(job: Job, console: Console) -> None:
-    """A line for each source of which records are not trained on, or not whole."""
+def _print_left_out(job: Job, console: Console) -> None:
+    """Prints a line for each source with records that are left out or cut."""
     for found in job.data.report():
         left = [f"{found[kind]:,} {kind}" for kind in LEFT_OUT if found.get(kind)]
         if left:
@@ -175,31 +175,32 @@ def _tell_what_is_left_out(job: Job, console: Console) -> None:
 
 
 def _train(
-    job: Job, trainer: Trainer, feed: Feed, state: State, done: int, frozen, saved: Checkpoints, recorder, stop, group
+    job: Job, trainer: Trainer, parts: Parts, state: State, done: int, frozen, saved: Checkpoints, recorder, stop, group
 ):
     """Steps until the end or a request to stop; returns the state and the number of steps done, which is saved."""
-    run = job.run
+    run, feed = job.run, parts.feed
     health = None
 
     def score() -> None:
         recorder.flush()
         group.at(f"evaluation after step {done}")
         with recorder.goodput("evaluation"):
-            recorder.evaluation(done, feed.evaluate(state, frozen))
+            recorder.evaluation(done, parts.evaluator(state, frozen))
 
     if job.held_out and run.evaluation.first and not done:
         score()
     while done < job.steps:
         group.at(f"data of step {done + 1}")
         with recorder.goodput(feed.phase, behind=recorder.newest):
-            batch, placed, told = feed.next(done, state, frozen)
+            batch, more = feed.next(done, state, frozen)
+            placed = parts.complete(trainer.place(batch))
         group.at(f"step {done + 1}")
         with recorder.goodput("step"):
             state, metrics = trainer.step(state, placed, frozen)
         done += 1
-        ratios = metrics["ratios"] | {name: (value, 1.0) for name, value in told.items()}
+        ratios = metrics["ratios"] | {name: (value, 1.0) for name, value in more.items()}
         recorder.step(done, metrics | {"ratios": ratios}, batch)
-        # Of the step before: its values are there already, and looking at them makes nobody wait.
+        # Checks the step before, whose values have been computed already: nothing waits for them.
         _check(run, health, done - 1, saved, recorder)
         health = metrics["skipped_in_a_row"]
         last, leave = done == job.steps, stop.requested(done)
@@ -210,7 +211,7 @@ def _train(
             group.at(f"saving step {done}")
             with recorder.goodput("save"):
                 saved.save(done, state, {"recorder": recorder.state(), "feed": feed.kept(done)})
-        if leave:  # who asks to stop does not wait for more than the save
+        if leave:  # a request to stop waits for the save, and for nothing else
             break
         if not last and saved.export_due(done):
             recorder.flush()
@@ -256,9 +257,7 @@ def export(job: Job, trainer: Trainer, state: State, frozen: Tree | None, folder
         params = state.params if state.ema is None else state.ema
         peft.save_peft(made[0], job.config, params, run.lora, base_name=run.start.checkpoint, replace=True)
     if made[-1] == folder:
-        config = job.config
-        if isinstance(run, Sft) and (end := job.tokenizer.token_id(IM_END)) is not None:
-            config = dataclasses.replace(config, eos_token_id=end)
+        config = stage_of(run).result_config(job)
         weights = trainer.weights(state, frozen)
         checkpoint.save_hf(
             folder, config, weights, dtype=run.export_dtype, tokenizer_files_from=job.files, replace=True
@@ -269,5 +268,5 @@ def export(job: Job, trainer: Trainer, state: State, frozen: Tree | None, folder
 def _draw(config: Run, console: Console) -> None:
     try:
         plots.draw(config.out / "metrics.jsonl", config.out / "curves.png")
-    except UserError as missing:  # curves are worth having, not worth losing the run for
+    except UserError as missing:  # a run does not fail because its curves could not be drawn
         console.print(f"no curves: {missing}")

@@ -7,7 +7,7 @@
 import copy
 import dataclasses
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from qwen2_jax import validate
 from qwen2_jax.data.spec import Data, PromptData
@@ -26,8 +26,11 @@ class Reward(Run):
     Six responses to a prompt and one epoch are the Qwen2.5-Math report's (arXiv:2409.12122, eq. 1).
     """
 
+    stage = "qwen2_jax.train.stages.reward:RewardStage"
     data: Data
-    head: Literal["two_layers", "linear"] = "two_layers"  # what stands on the last hidden state; Qwen's has two layers
+    head: Literal["two_layers", "linear"] = (
+        "two_layers"  # the score head on the last hidden state; Qwen's has two layers
+    )
     margin: float = 0.0  # by which a better response should be ahead
     centring: float = 0.0  # coefficient of the squared sum of a pair's rewards, which keeps them around 0; usual: 0.01
     length: int = 8192  # tokens of a row, which holds all responses to a prompt, each with the prompt
@@ -42,7 +45,7 @@ class Reward(Run):
         validate.number(self, "config", ("margin", "centring"), float, 0.0)
         _starts_from_a_checkpoint(self, "a reward model")
         if self.lora is not None:
-            raise UserError("adapters belong to layers, and a reward model's head is new: train it without lora")
+            raise UserError("lora adapts existing layers, and a reward model's head is new: train it without lora")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +53,7 @@ class Dpo(Run):
     """Direct preference optimization on pairs. Numbers of the defaults: the Online Merging paper's script
     (arXiv:2405.17931), as the Qwen2 report gives none."""
 
+    stage = "qwen2_jax.train.stages.dpo:DpoStage"
     data: Data
     preference: Preference = Preference()
     # cached: computed once for every row before the first step, and kept in the run's folder. live: at every step, from
@@ -69,15 +73,15 @@ class Dpo(Run):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How an episode's answers are drawn. top-p and the like are off: they would draw from another distribution than
-    the one whose probabilities are trained."""
+    """How an episode's answers are sampled. There is no top-p and the like: they would sample from another distribution
+    than the one whose probabilities are trained."""
 
     samples: int = 8  # answers to a prompt
     max_new_tokens: int = 1024
     temperature: float = 1.0  # log-probabilities are of the logits divided by this, in sampling and in training
-    rows: int = 64  # answers that are drawn side by side; one that ends makes room for the next
-    # Divides the same devices otherwise than the training's mesh does: drawing goes through all weights for every
-    # token, which fsdp would exchange each time. An episode then begins with a copy of the weights. None: as training.
+    rows: int = 64  # answers that are sampled at the same time; when one ends, the next prompt takes its row
+    # Another mesh of the same devices: sampling reads all weights for every token, and fsdp would gather them each
+    # time. An episode then begins with a copy of the weights. None: the mesh of training.
     mesh: Mesh | None = None
 
     def __post_init__(self):
@@ -90,7 +94,7 @@ class Sampling:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RewardModel:
-    """A reward model that judges sampled answers."""
+    """A reward model that scores sampled answers."""
 
     checkpoint: str  # name, Hub id or folder: what a run of Reward made, or a Qwen2 reward model from the Hub
     weight: float = 1.0  # of its score in the sum with the reward functions
@@ -107,7 +111,7 @@ class RewardModel:
 class Online(Run):
     """What stages that sample their own answers have in common. Use OnlineDpo or Grpo.
 
-    An episode: `prompts` prompts are drawn, each is answered `sampling.samples` times by the current weights, the
+    An episode: `prompts` prompts are read, each is answered `sampling.samples` times by the current weights, the
     answers are rewarded, and `updates` steps, each on its share of the prompts, go over them `iterations` times.
     """
 
@@ -125,7 +129,7 @@ class Online(Run):
     # Only prompts with such a mean reward: (0.25, 0.625) are 2 to 5 right answers of 8 (Qwen2-Math). Both this and
     # order "variance" have every prompt answered before the first step (prompt_selection.py).
     keep: tuple[float, float] | None = None
-    # Compares sampler and trainer: the largest difference of log-probabilities that is not told as a warning.
+    # Compares sampler and trainer: a larger difference of log-probabilities than this prints a warning.
     # None: 1e-5 in float32, where only the order of sums differs; no bound in bfloat16, which rounds.
     bound: float | None = None
 
@@ -144,10 +148,10 @@ class Online(Run):
         object.__setattr__(self, "rewards", tuple(self.rewards))
         if not self.rewards and self.reward_model is None:
             raise UserError(
-                "nothing rewards the answers: give rewards=(Reward(function=...),), mind the comma, or reward_model"
+                "no reward for the answers: give rewards=(Reward(function=...),), mind the comma, or reward_model"
             )
         if self.reward_model is not None and self.reward_model.shaped and not self.rewards:
-            raise UserError("reward_model.shaped orders answers below a verdict: give rewards that judge them")
+            raise UserError("reward_model.shaped orders answers with equal verdicts: give rewards that judge them")
         validate.choice("order", self.order, ("shuffled", "variance"))
         if self.keep is not None and not self.keep[0] <= self.keep[1]:
             raise UserError(f"keep={self.keep}: the first is the least mean reward, the second the largest")
@@ -159,7 +163,7 @@ class Online(Run):
         if not self.rows:
             object.__setattr__(self, "rows", -(-self.rows_needed // self.accumulate) * self.accumulate)
         super().__post_init__()
-        _starts_from_a_checkpoint(self, "learning from one's own answers")
+        _starts_from_a_checkpoint(self, "training on sampled answers")
         if self.epochs is not None:
             raise UserError("give steps, not epochs: an episode takes as many prompts as it needs")
         if self.length < self.answers_per_group * self.longest:
@@ -185,8 +189,14 @@ class Online(Run):
         size = max(self.answers_per_group * self.longest, -(-self.length // MOST))
         return -(-groups // max(1, self.length // size))
 
+    def fixed(self) -> dict[str, Any]:
+        episode = {name: getattr(self, name) for name in ("prompts", "updates", "iterations")}
+        # Which devices sample the answers changes none of them.
+        sampling = {name: value for name, value in dataclasses.asdict(self.sampling).items() if name != "mesh"}
+        return super().fixed() | episode | {"sampling": sampling}
+
     def unfilled(self) -> Self:
-        """This with 0 again where a number was filled in, so that flags may change what it follows from."""
+        """With 0 again where a number was filled in."""
         again = copy.copy(self)
         for name in self.filled_in:
             object.__setattr__(again, name, 0)
@@ -201,6 +211,7 @@ class Online(Run):
 class OnlineDpo(Online):
     """The Qwen2 report's online stage: of the answers to a prompt the best and the worst become a pair for DPO."""
 
+    stage = "qwen2_jax.train.stages.online_dpo:OnlineDpoStage"
     preference: Preference = Preference()
     optim: Optim = Optim(lr=5e-7, schedule="constant", warmup=10, decay=0.0, b2=0.999)
     out: Path = Path("runs/online-dpo")
@@ -214,6 +225,7 @@ class OnlineDpo(Online):
 class Grpo(Online):
     """Group relative policy optimization (DeepSeekMath, arXiv:2402.03300; Qwen2-Math and Qwen2.5 are trained so)."""
 
+    stage = "qwen2_jax.train.stages.grpo:GrpoStage"
     policy: Policy = Policy()
     mask_truncated: bool = False  # answers that reached sampling.max_new_tokens teach nothing
     optim: Optim = Optim(lr=1e-6, schedule="constant", warmup=10, decay=0.0, b2=0.999)

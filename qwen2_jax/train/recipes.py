@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `python train.py` does with each kind of configuration."""
+"""Runs a configuration: trains, or makes a mixture of experts out of a dense checkpoint."""
 
 from pathlib import Path
 
@@ -17,26 +17,26 @@ from qwen2_jax.train.upcycle import upcycle
 def run(config: Recipe, console: Console | None = None, *, group: Group | None = None) -> Path | None:
     """Carries a configuration out; returns the folder with the result, None if there is none (yet).
 
-    group: the processes that do it together, default this one alone. All call this; the first one tells and writes.
+    group: the processes that run it together, default this one alone. All call this; process 0 logs and writes.
     """
     group = group or Group()
     console = console or Console(stderr=True, quiet=not group.first)
     if not isinstance(config, Upcycle):
         return loop.run(config, console, group=group)
     if group.processes > 1:
-        raise UserError(f"upcycling is work for one process, not for {group.processes}: give --processes 1")
+        raise UserError(f"upcycling runs in one process, and there are {group.processes}: give --processes 1")
     return _upcycle(config, console)
 
 
 def _upcycle(config: Upcycle, console: Console) -> Path | None:
-    """Makes the mixture of experts unless it is there, and reports what it kept of the dense model's function."""
+    """Writes the mixture of experts unless it exists, and reports how close its outputs are to the dense model's."""
     folder = config.out / "hf"
     if config.dry_run:
         console.print(upcycle.sizes(config.checkpoint, config.experts))
         return None
     with alone(config.out):
         if folder.exists() and config.resume:
-            console.print(f"is there: {folder}; --no-resume makes it anew", soft_wrap=True)
+            console.print(f"{folder} exists already; --no-resume makes it again", soft_wrap=True)
             return folder
         report = str(upcycle.write(config.checkpoint, folder, config.experts, console, replace=not config.resume))
         (config.out / "report.txt").write_text(report + "\n", "utf-8")

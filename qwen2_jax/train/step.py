@@ -104,7 +104,7 @@ class Trainer:
         self.logprobs = jax.jit(sharding.on(mesh, self._logprobs))
 
     def random_params(self, seed: int) -> Tree:
-        """Random weights of the model, float32, born in their places."""
+        """Random weights of the model, float32, created with their shardings."""
         key = jax.random.key(seed)
         places = None if self.mesh is None else places_of(self.model_specs, self.mesh)
         make = lambda key: decoder.split(decoder.Qwen2(self.config, rngs=nnx.Rngs(key)))[1]  # noqa: E731

@@ -16,7 +16,8 @@ from qwen2_jax.data.tokens.packing import Batch
 from qwen2_jax.plan import online, train
 from qwen2_jax.plan.shapes import is_spec
 from qwen2_jax.rewards import Reward as Function
-from qwen2_jax.train import Dpo, Grpo, Lora, OnlineDpo, Optim, Policy, Reward, Sampling, Start, objective_and_batches
+from qwen2_jax.train import Dpo, Grpo, Lora, OnlineDpo, Optim, Policy, Reward, Sampling, Start
+from qwen2_jax.train.stage import stage_of
 from qwen2_jax.train.step import Trainer
 
 WIDE = ModelConfig(
@@ -38,7 +39,7 @@ GRPO = Grpo(policy=Policy(kl=0.1), length=8192, **ASKED, **COMMON)
 @pytest.mark.parametrize("run", [DPO, GRPO], ids=["dpo", "grpo"])
 def test_logits_of_all_tokens_never_exist(run):
     """Neither in a step nor where log-probabilities alone are computed: both stay below half of them in bfloat16."""
-    trainer = Trainer(run, WIDE, 4, objective=objective_and_batches.objective(run, groups=4, ranks=2))
+    trainer = Trainer(run, WIDE, 4, objective=stage_of(run).objective(groups=4, ranks=2))
     kinds = Batch(jnp.int32, jnp.int32, jnp.float32, jnp.int32, jnp.int32, *[jnp.float32] * 4)
     batch = jax.tree.map(lambda dtype: jax.ShapeDtypeStruct((1, 8192), dtype), kinds)
     weights = jax.tree.map(

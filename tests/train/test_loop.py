@@ -307,7 +307,7 @@ def test_lora_leaves_the_weights_alone(base, corpus, straight, tmp_path):
     assert (tmp_path / "hf").exists() == (base != "int8")
     assert folder == tmp_path / ("adapter" if base == "int8" else "hf") and f"wrote {folder}" in screen
     other = {"bfloat16": "float32", "int8": "bfloat16"}[base]
-    with pytest.raises(UserError, match=r"weights under the adapters are others.*same start\.checkpoint and lora_base"):
+    with pytest.raises(UserError, match=r"weights below the adapters differ.*same start\.checkpoint and lora_base"):
         run(dataclasses.replace(config, lora_base=other, dtype="float32" if other == "float32" else "bfloat16"))
     if base == "int8":
         (tmp_path / "hf").mkdir()

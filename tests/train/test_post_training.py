@@ -41,7 +41,8 @@ from qwen2_jax.train import (
     job,
     loop,
 )
-from qwen2_jax.train.online import prompt_selection, sampled_batches
+from qwen2_jax.train.online import prompt_selection, sampled_batches, sampler
+from qwen2_jax.train.stage import stage_of
 
 MODEL = ModelConfig(
     vocab_size=384,
@@ -296,7 +297,7 @@ def test_prompts_that_teach_most_come_first(base, tmp_path, monkeypatch):
     run(config)
     measured = json.loads((tmp_path / "difficulty.json").read_text())["rewards"]
     assert np.shape(measured) == (13, 4)
-    monkeypatch.setattr(sampled_batches.Sampled, "measure", lambda *_: pytest.fail("measured twice"))
+    monkeypatch.setattr(sampler.Sampler, "measure", lambda *_: pytest.fail("measured twice"))
     run(dataclasses.replace(config, steps=3))
     with pytest.raises(UserError, match="none has a mean reward from 2 to 3"):
         run(dataclasses.replace(config, steps=4, keep=(2.0, 3.0)))
@@ -307,10 +308,10 @@ def test_groups_of_both_stages(base, tmp_path):
         [sampled_batches.Answer([1], np.array([g]), np.zeros(1), truncated=g == 2) for g in range(3)] for _ in range(2)
     ]
     rewards = np.array([[0.5, math.nan, 2.0], [1.0, 1.0, 1.0]])
-    found = sampled_batches.groups(OnlineDpo(**online_settings(base, tmp_path)), answers, rewards)
+    found = stage_of(OnlineDpo(**online_settings(base, tmp_path))).groups(answers, rewards)
     assert [[a.completion[0] for a in group] for group in found[0]] == [[2, 0]]
     assert found[1] == []  # nothing to choose
-    found = sampled_batches.groups(Grpo(**online_settings(base, tmp_path), mask_truncated=True), answers, rewards)
+    found = stage_of(Grpo(**online_settings(base, tmp_path), mask_truncated=True)).groups(answers, rewards)
     weighed = [[group[0].advantage for group in groups] for groups in found]
     np.testing.assert_allclose(weighed[0], [-1 / math.sqrt(2), 0, 1 / math.sqrt(2)], atol=1e-4)
     assert weighed[1] == [0, 0, 0]
@@ -348,11 +349,14 @@ def test_a_broken_reward_ends_the_run_and_names_the_prompt(base, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rewards": ()}, "nothing rewards the answers"),
+        ({"rewards": ()}, "no reward for the answers"),
         ({"prompts": 4, "updates": 3}, "cannot be divided"),
         ({"steps": None, "epochs": 1.0}, "give steps, not epochs"),
         ({"length": 16}, "has no room"),
-        ({"reward_model": RewardModel(checkpoint="x", shaped=True), "rewards": ()}, "orders answers below a verdict"),
+        (
+            {"reward_model": RewardModel(checkpoint="x", shaped=True), "rewards": ()},
+            "orders answers with equal verdicts",
+        ),
         ({"start": None, "model": MODEL, "tokenizer": "demo"}, "starts from a checkpoint"),
     ],
 )
@@ -373,7 +377,7 @@ def test_online_stages_are_for_one_process(base, tmp_path, monkeypatch):
 
 
 def test_a_model_of_words_is_no_judge(base, tmp_path):
-    with pytest.raises(UserError, match="is a model of words"):
+    with pytest.raises(UserError, match="is a language model"):
         run(grpo(base, tmp_path, rewards=(), reward_model=RewardModel(checkpoint=str(base / "hf"), dtype="float32")))
 
 

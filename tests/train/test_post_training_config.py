@@ -67,7 +67,7 @@ def test_reward_functions_as_words():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rewards": ()}, "nothing rewards the answers"),
+        ({"rewards": ()}, "no reward for the answers"),
         ({"rewards": RewardFunction(function="number")}, "mind the comma"),
         ({"rewards": ("number",)}, "Reward of qwen2_jax.rewards"),
         ({"data": Data(sources=(Source(path="a.jsonl"),))}, r"Grpo takes PromptData\(sources=\(PATH,\)\)"),

@@ -27,7 +27,7 @@ class Sums(NamedTuple):
     """What a loss gives for some rows. Sums of shards and micro-batches add up to the step's."""
 
     objective: jax.Array  # what these rows add to what is minimised: divided by the step's count already
-    loss: Ratio  # what is told of it: without the terms that only keep the training in shape
+    loss: Ratio  # the reported loss, without auxiliary terms
     metrics: Ratios
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Episodes of learning from one's own answers: prompts -> sampled answers -> rewards -> packed rows to train on.
+"""Episodes of training on sampled answers: prompts -> sampled answers -> rewards -> packed rows to train on.
 
-An episode is a function of the state at its beginning, the seed and its number, so a run that goes on from there does
-the same. One that goes on from the middle of an episode is given the rest of it by the checkpoint.
+An episode is a function of the state at its beginning, the seed and its number, so a run that resumes there repeats it.
+A run that resumes in the middle of an episode reads the rest of it from the checkpoint.
 """
 
 import base64

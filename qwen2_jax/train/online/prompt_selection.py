@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which prompts are worth an answer: measured once, by answers of the weights that a run starts from.
+"""Selects the prompts to train on, by the rewards of answers that are sampled once with the initial weights.
 
 A group whose answers are all right or all wrong teaches nothing. Qwen2-Math keeps prompts that 2 to 5 of 8 answers
 solve (arXiv:2409.12122, sec. 3.3); Qwen2.5 takes those first whose rewards vary most (arXiv:2412.15115, sec. 4.3).
@@ -25,7 +25,7 @@ def selected(
     """The prompts that `run.keep` leaves, in the order that `run.order` says.
 
     rewards: (prompts, number of this call) -> rewards [P, G], NaN for an answer without one. file: keeps what was
-    measured, so that a run that goes on does not measure again. Raises UserError where nothing is left.
+    measured, so that a run that continues does not measure again. Raises UserError where nothing is left.
     """
     about = {"prompts": prompts.identity, "sampling": str(run.sampling), "seed": run.seed}
     found = json.loads(file.read_text("utf-8")) if file.exists() else {}

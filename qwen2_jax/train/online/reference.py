@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model that a policy is measured against: the weights that the run starts from."""
+"""The reference model that a policy is compared with: the weights that the run starts from."""
 
 import dataclasses
 import json
@@ -18,6 +18,7 @@ from qwen2_jax.errors import UserError
 from qwen2_jax.model import lora
 from qwen2_jax.train import initial_state
 from qwen2_jax.train.job import Job
+from qwen2_jax.train.stage import stage_of
 from qwen2_jax.train.state.fingerprint import digest
 from qwen2_jax.train.step import Trainer
 from qwen2_jax.weights.params import Tree
@@ -26,10 +27,10 @@ ABOUT = "about.json"
 
 
 def weights(job: Job, trainer: Trainer, frozen: Tree | None) -> Tree:
-    """The weights that the run starts from, as a step meets them. Below adapters they are not copied."""
+    """The weights that the run starts from, in the step's dtype. With adapters, the frozen weights are not copied."""
     run = job.run
     if frozen is None:
-        return jax.jit(lambda params: trainer.compute(params, None))(initial_state.params(job, "float32"))
+        return jax.jit(lambda params: trainer.compute(params, None))(stage_of(run).load(job, "float32"))
     if run.lora is None or run.start is None or run.start.adapter is None:
         return frozen  # new adapters change nothing before they are trained
     return lora.attach(frozen, initial_state.adapters(job)(), run.lora)
@@ -38,9 +39,9 @@ def weights(job: Job, trainer: Trainer, frozen: Tree | None) -> Tree:
 def cached(job: Job, trainer: Trainer, done: int, frozen: Tree | None, console: Console) -> Job:
     """The job with rows that carry reference_BT: computed once for all of them, and kept in the run's folder.
 
-    What is there is used again if it is of the same rows, weights and settings; a run that goes on (done > 0) takes the
-    weights to be its own, and does not load them again. Raises UserError where several processes train: each has part
-    of the rows only.
+    Existing files are used again if they are of the same rows, weights and settings; a run that continues (done > 0)
+    assumes that the weights are the same, and does not load them again. Raises UserError where several processes train:
+    each has part of the rows only.
     """
     if jax.process_count() > 1:
         raise UserError("reference 'cached' is for one process; give --reference live where several train together")
@@ -82,7 +83,7 @@ def _write(
             array.flush()
     work = place / (ABOUT + ".new")
     work.write_text(json.dumps(about) + "\n", "utf-8")
-    os.replace(work, place / ABOUT)  # says that the arrays are whole
+    os.replace(work, place / ABOUT)  # its presence says that the arrays are complete
 
 
 def _open(place: Path, i: int, plan: Rows, mode: Any) -> np.memmap:

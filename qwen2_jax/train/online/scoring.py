@@ -1,30 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who rewards an episode's answers: functions, a reward model, or both."""
+"""Rewards an episode's answers: with functions, a reward model, or both."""
 
 import contextlib
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 from rich.console import Console
 
 from qwen2_jax.errors import UserError
 from qwen2_jax.infer.lm import LM, load
 from qwen2_jax.rewards import Scorer, Scores, shaped
-from qwen2_jax.train.job import Job
 from qwen2_jax.train.post_training_config import Online, RewardModel
 
-Judge = Callable[..., Scores]  # (prompts, completions, **columns), each a list with one value per answer
+Score = Callable[..., Scores]  # (prompts, completions, **columns), each a list with one value per answer
 
 
-def opened(job: Job, stack: contextlib.ExitStack, console: Console) -> Judge:
-    """The judge of a run's answers, which is closed with the stack. Tells of failures that the run goes on after."""
-    assert isinstance(job.run, Online)
-    functions = stack.enter_context(Scorer(job.run.rewards)) if job.run.rewards else None
+def opened(run: Online, mesh: jax.sharding.Mesh | None, stack: contextlib.ExitStack, console: Console) -> Score:
+    """The function that scores a run's answers; the stack closes it. Prints failures that do not end the run."""
+    functions = stack.enter_context(Scorer(run.rewards)) if run.rewards else None
     for note in () if functions is None else functions.notes:
         console.print(f"note: {note}", soft_wrap=True)
-    model = job.run.reward_model
-    lm = None if model is None else _loaded(model, job)
+    model = run.reward_model
+    lm = None if model is None else _loaded(model, mesh)
 
     def score(prompts: Sequence[Any], completions: Sequence[str], **columns: Sequence[Any]) -> Scores:
         found = None if functions is None else functions(prompts, completions, **columns)
@@ -39,11 +38,11 @@ def opened(job: Job, stack: contextlib.ExitStack, console: Console) -> Judge:
     return score
 
 
-def _loaded(settings: RewardModel, job: Job) -> LM:
-    lm = load(settings.checkpoint, dtype=settings.dtype, mesh=job.mesh)
+def _loaded(settings: RewardModel, mesh: jax.sharding.Mesh | None) -> LM:
+    lm = load(settings.checkpoint, dtype=settings.dtype, mesh=mesh)
     if not lm.config.scores:
         raise UserError(
-            f"reward_model.checkpoint {settings.checkpoint} is a model of words; give one that a run of Reward made, "
+            f"reward_model.checkpoint {settings.checkpoint} is a language model; give one that a run of Reward made, "
             "or one whose architectures in config.json are Qwen2ForRewardModel or Qwen2ForSequenceClassification"
         )
     return lm

@@ -73,8 +73,8 @@ class Checkpoints:
     Where several processes train, all of them make every call, in the same order, on one shared folder.
 
     identity: JSON; what must be equal for a run to continue another, such as the model's config. meanings: what to say
-    when a field of it differs whose values tell a person nothing. settings: all of the run's; those that differ from
-    the checkpoint's are told, and the run goes on.
+    when a field of it differs whose values are digests. settings: all of the run's; those that differ from
+    the checkpoint's are printed, and the run continues.
     """
 
     def __init__(
@@ -190,7 +190,7 @@ class Checkpoints:
 
     def _compare(self, step: int, about: dict[str, Any], wanted: dict[str, Any]) -> None:
         differ = refused(about["identity"], self.identity, self.meanings)
-        if not differ:  # something that nobody listed in the identity may still have changed the arrays
+        if not differ:  # a setting that is not part of the identity may have changed the arrays
             differ = refused(about["arrays"], {name: describe(leaf) for name, leaf in wanted.items()}, {})
         if differ:
             shown = "; ".join(differ[:8]) + (f"; and {len(differ) - 8} more" if len(differ) > 8 else "")
@@ -211,9 +211,9 @@ class Checkpoints:
         _meet("checkpoints: set aside")
 
     def start_over(self, *along: Path) -> None:
-        """For a run that is told not to resume: moves the folder with the checkpoints of an earlier run aside.
+        """For a run with resume=False: moves the folder with the checkpoints of an earlier run aside.
 
-        along: files that tell of that run; they go into the folder.
+        along: other files of that run; they go into the folder.
         """
         if self.steps() and jax.process_index() == 0:
             names = (self.folder.with_name(f"{self.folder.name}.old{n or ''}") for n in range(10**6))
@@ -302,7 +302,7 @@ class Checkpoints:
             self._prune()
 
     def _probe(self, step: int) -> None:
-        """Raises OSError if no folder can be made: Orbax would tell in a thread of its own, and wait at the exit."""
+        """Raises OSError if no folder can be made: Orbax would report it in another thread, and wait at the exit."""
         problem = None
         if jax.process_index() == 0:
             probe = self.folder / f"{step}{PROBE}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A state and what is told of it as a folder on the disk: written by Orbax in the background, read back or damaged."""
+"""Saves and restores train state and metadata with Orbax, in the background; detects corruption."""
 
 import contextlib
 import gc
@@ -40,7 +40,7 @@ def load(folder: Path, abstract_state: Any) -> Any:
         except Exception as why:  # damage shows as anything: ValueError, KeyError, OSError, NotImplementedError
             problem = reason(why)
         if problem is not None:
-            gc.collect()  # what is left of the other reads complains now, while nobody hears it
+            gc.collect()  # unfinished reads report their errors now, while their output is hidden
     if problem is not None:
         raise Damaged(f"it cannot be read ({problem})")
     found = named(tree)
@@ -68,7 +68,7 @@ def _orbax() -> ocp.Context:
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """When one array cannot be read, Orbax abandons its other reads, which print pages of errors nobody can catch."""
+    """When one array cannot be read, Orbax abandons its other reads, which print errors that cannot be caught."""
     loggers, hook = [logging.getLogger(name) for name in ("absl", "asyncio")], sys.unraisablehook
     levels = [logger.level for logger in loggers]
     sys.unraisablehook = lambda _: None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a checkpoint and the run that would continue it differ in, as JSON, and how a person is told."""
+"""Compares a checkpoint's settings with those of the run that continues it, and words the differences."""
 
 import json
 from collections.abc import Iterator, Mapping

@@ -2,7 +2,8 @@
 """Upcycling: a fine-grained mixture of experts from a dense model (Qwen2 report, arXiv:2407.10671, sec. 2.2.2).
 
 The dense feed-forward layer is copied, each copy's neurons are shuffled, experts are cut out of the copies one after
-another, and half of each expert is drawn anew. docs/upcycling.md has the arithmetic, and what the report leaves open.
+another, and half of each expert is initialised anew. docs/upcycling.md has the arithmetic, and what the
+report leaves open.
 """
 
 import dataclasses

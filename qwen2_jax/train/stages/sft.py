@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Supervised fine-tuning: the cross-entropy of the next token, on the tokens that an assistant writes."""
+
+import dataclasses
+
+from qwen2_jax.config.model_config import ModelConfig
+from qwen2_jax.tokenizer import IM_END
+from qwen2_jax.train.job import Job
+from qwen2_jax.train.stages.pretrain import PretrainStage
+
+
+class SftStage(PretrainStage):
+    def result_config(self, job: Job) -> ModelConfig:
+        """Answers end at <|im_end|>, if the tokenizer has it."""
+        end = job.tokenizer.token_id(IM_END)
+        return job.config if end is None else dataclasses.replace(job.config, eos_token_id=end)
