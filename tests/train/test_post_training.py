@@ -42,6 +42,7 @@ from qwen2_jax.train import (
     loop,
 )
 from qwen2_jax.train.online import prompt_selection, sampled_batches, sampler
+from qwen2_jax.train.prepare import prepare
 from qwen2_jax.train.stage import stage_of
 
 MODEL = ModelConfig(
@@ -373,7 +374,7 @@ def test_a_reward_model_takes_no_adapters(base, tmp_path):
 def test_online_stages_are_for_one_process(base, tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(UserError, match="Grpo samples its answers in one process, and 2 are here"):
-        job.prepare(grpo(base, tmp_path), Console(file=io.StringIO()))
+        prepare(grpo(base, tmp_path), Console(file=io.StringIO()))
 
 
 def test_a_model_of_words_is_no_judge(base, tmp_path):
