@@ -38,7 +38,6 @@ from qwen2_jax.train import (
     RewardModel,
     Sampling,
     Start,
-    job,
     loop,
 )
 from qwen2_jax.train.online import prompt_selection, sampled_batches, sampler
