@@ -263,6 +263,7 @@ def test_grpo_trains_adapters(base, tmp_path, lora_base):
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.slow  # what the coefficient does to the loss: test_policy.py
 def test_grpo_stays_near_its_reference(base, tmp_path):
     """With a large coefficient the policy does not move away; without, the same steps take it far."""
     policies = {"free": Policy(), "held": Policy(kl=10.0)}
