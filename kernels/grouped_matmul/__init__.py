@@ -12,34 +12,51 @@ import jax.numpy as jnp
 from jax.experimental import checkify
 
 from ..dispatch import dispatch, late
+from ..target import require
 from . import reference, xla
+from .gradients import Scaled
 from .order import Order, permute, sort_by_expert, unpermute
 
 __all__ = ["Order", "grouped_matmul", "grouped_swiglu", "permute", "sort_by_expert", "unpermute"]
 
+
+def _no_int8(module, function, platform=None):
+    """`late` for an implementation that takes no Scaled matrices."""
+    run = late(f"{__name__}.{module}", function, platform)
+
+    def checked(x_MD, *args, **kwargs):
+        if any(isinstance(arg, Scaled) for arg in args):
+            if platform is not None:
+                require(platform)
+            raise NotImplementedError("takes no int8 matrices")
+        return run(x_MD, *args, **kwargs)
+
+    return checked
+
+
 IMPLEMENTATIONS = {  # fastest first
-    "gpu": late(f"{__name__}.gpu", "grouped_matmul", "gpu"),
-    "tpu": late(f"{__name__}.tpu", "grouped_matmul", "tpu"),
+    "gpu": _no_int8("gpu", "grouped_matmul", "gpu"),
+    "tpu": _no_int8("tpu", "grouped_matmul", "tpu"),
     "xla": xla.grouped_matmul,
     "reference": reference.grouped_matmul,
 }
 ONLY_BY_NAME = {  # jax's own; megablox.py says why they are not the default anywhere
-    "megablox": late(f"{__name__}.megablox", "grouped_matmul", "tpu"),
-    "ragged_dot": late(f"{__name__}.megablox", "ragged_matmul"),
+    "megablox": _no_int8("megablox", "grouped_matmul", "tpu"),
+    "ragged_dot": _no_int8("megablox", "ragged_matmul"),
 }
 SWIGLU_IMPLEMENTATIONS = {
-    "gpu": late(f"{__name__}.gpu", "grouped_swiglu", "gpu"),
-    "tpu": late(f"{__name__}.tpu", "grouped_swiglu", "tpu"),
+    "gpu": _no_int8("gpu", "grouped_swiglu", "gpu"),
+    "tpu": _no_int8("tpu", "grouped_swiglu", "tpu"),
     "xla": xla.grouped_swiglu,
     "reference": reference.grouped_swiglu,
 }
 SWIGLU_ONLY_BY_NAME = {
-    "megablox": late(f"{__name__}.megablox", "grouped_swiglu", "tpu"),
-    "ragged_dot": late(f"{__name__}.megablox", "ragged_swiglu"),
+    "megablox": _no_int8("megablox", "grouped_swiglu", "tpu"),
+    "ragged_dot": _no_int8("megablox", "ragged_swiglu"),
 }
 
 
-def grouped_matmul(x_MD, w, group_sizes_E, *, transpose_w=False, implementation=None):
+def grouped_matmul(x_MD, w, group_sizes_E, *, scale_EF=None, transpose_w=False, implementation=None):
     """Each group of rows of x times its expert's matrix: [M, F] in x's dtype, sums in float32.
 
     Args:
@@ -48,6 +65,8 @@ def grouped_matmul(x_MD, w, group_sizes_E, *, transpose_w=False, implementation=
         group_sizes_E: int; empty groups are allowed, and rows after the last group give zeros. A sum larger than M, or
             a negative size, is an error that only jax.experimental.checkify can report; without it the result is
             undefined.
+        scale_EF: float32, for int8 matrices: matrix = w * scale of its expert and output. "xla" and "reference" take
+            them; they are constants, without a gradient.
         implementation: "tpu", "gpu" (kernels), "xla" (plain XLA, work follows the groups), "reference" (from the
             definition), or None for the first that takes the inputs. Only by name: "megablox" (jax's kernel for TPU),
             "ragged_dot" (jax's operation; on CPU and GPU it costs E times the work).
@@ -63,14 +82,14 @@ def grouped_matmul(x_MD, w, group_sizes_E, *, transpose_w=False, implementation=
         IMPLEMENTATIONS,
         implementation,
         x_MD,
-        w,
+        w if scale_EF is None else Scaled(w, scale_EF),
         group_sizes_E,
         transpose_w=transpose_w,
         only_by_name=ONLY_BY_NAME,
     )
 
 
-def grouped_swiglu(x_MD, gate_EFD, up_EFD, group_sizes_E, *, implementation=None):
+def grouped_swiglu(x_MD, gate_EFD, up_EFD, group_sizes_E, *, gate_scale_EF=None, up_scale_EF=None, implementation=None):
     """silu(x gate^T) * (x up^T) with each row's own expert: [M, F] in x's dtype. The rest as in grouped_matmul."""
     _check(x_MD, group_sizes_E, True, gate_EFD=gate_EFD, up_EFD=up_EFD)
     if gate_EFD.shape != up_EFD.shape:
@@ -80,8 +99,8 @@ def grouped_swiglu(x_MD, gate_EFD, up_EFD, group_sizes_E, *, implementation=None
         SWIGLU_IMPLEMENTATIONS,
         implementation,
         x_MD,
-        gate_EFD,
-        up_EFD,
+        gate_EFD if gate_scale_EF is None else Scaled(gate_EFD, gate_scale_EF),
+        up_EFD if up_scale_EF is None else Scaled(up_EFD, up_scale_EF),
         group_sizes_E,
         only_by_name=SWIGLU_ONLY_BY_NAME,
     )

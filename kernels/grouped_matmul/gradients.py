@@ -9,9 +9,35 @@ M rows sorted by expert, E experts, D width in, F width out; A and C the widths 
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+
+class Scaled(NamedTuple):
+    """Matrices as int8 with a float32 factor for each output: a constant, which has no gradient."""
+
+    values: jax.Array  # [E, F, D]
+    scale_EF: jax.Array
+
+    @property
+    def shape(self):
+        return self.values.shape
+
+
+def rows_of_experts(table_EF, group_sizes_E, rows):
+    """The entry of each row's expert, [rows, F]; for rows of no expert any."""
+    expert_M = jnp.sum(jnp.arange(rows)[:, None] >= jnp.cumsum(group_sizes_E), axis=1)
+    return table_EF[jnp.minimum(expert_M, len(group_sizes_E) - 1)]
+
+
+def _towards_input(dy_MF, w, group_sizes_E):
+    """(dy, w) whose product is the gradient of x: factors of outputs go to dy, for which they are factors of inputs."""
+    if not isinstance(w, Scaled):
+        return dy_MF, w
+    scale_MF = rows_of_experts(w.scale_EF, group_sizes_E, len(dy_MF))
+    return (dy_MF.astype(jnp.float32) * scale_MF).astype(dy_MF.dtype), w.values
 
 
 def with_gradients(products, weight_gradient):
@@ -27,6 +53,9 @@ def with_gradients(products, weight_gradient):
     return [M, F] in x's dtype. `settings` are whatever the implementation wants, static.
     """
 
+    def of_weight(settings, left, right, group_sizes_E, w):
+        return None if isinstance(w, Scaled) else weight_gradient(settings, left, right, group_sizes_E, w.dtype)
+
     @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
     def matmul(settings, transpose_w, x_MD, w, group_sizes_E):
         return products(settings, (x_MD,), (w,), group_sizes_E, transpose_w=transpose_w, finish=_alone, results=1)[0]
@@ -36,9 +65,9 @@ def with_gradients(products, weight_gradient):
 
     def matmul_backward(settings, transpose_w, residuals, dy_MF):
         x_MD, w, group_sizes_E = residuals
-        dx_MD = matmul(settings, not transpose_w, dy_MF, w, group_sizes_E)
+        dx_MD = matmul(settings, not transpose_w, *_towards_input(dy_MF, w, group_sizes_E), group_sizes_E)
         left, right = (dy_MF, x_MD) if transpose_w else (x_MD, dy_MF)
-        return dx_MD, weight_gradient(settings, left, right, group_sizes_E, w.dtype), None
+        return dx_MD, of_weight(settings, left, right, group_sizes_E, w), None
 
     matmul.defvjp(matmul_forward, matmul_backward)
 
@@ -58,10 +87,11 @@ def with_gradients(products, weight_gradient):
         x_MD, gate_EFD, up_EFD, group_sizes_E, g_MF, u_MF = residuals
         g, u, dh = (x.astype(jnp.float32) for x in (g_MF, u_MF, dh_MF))
         dg_MF, du_MF = (x.astype(x_MD.dtype) for x in jax.vjp(lambda g, u: jax.nn.silu(g) * u, g, u)[1](dh))
-        ws = (gate_EFD, up_EFD)
-        (dx_MD,) = products(settings, (dg_MF, du_MF), ws, group_sizes_E, transpose_w=False, finish=_alone, results=1)
-        dgate_EFD = weight_gradient(settings, dg_MF, x_MD, group_sizes_E, gate_EFD.dtype)
-        return dx_MD, dgate_EFD, weight_gradient(settings, du_MF, x_MD, group_sizes_E, up_EFD.dtype), None
+        both = [_towards_input(dy_MF, w, group_sizes_E) for dy_MF, w in ((dg_MF, gate_EFD), (du_MF, up_EFD))]
+        xs, ws = zip(*both, strict=True)
+        (dx_MD,) = products(settings, xs, ws, group_sizes_E, transpose_w=False, finish=_alone, results=1)
+        dgate_EFD = of_weight(settings, dg_MF, x_MD, group_sizes_E, gate_EFD)
+        return dx_MD, dgate_EFD, of_weight(settings, du_MF, x_MD, group_sizes_E, up_EFD), None
 
     swiglu.defvjp(swiglu_forward, swiglu_backward)
     return matmul, swiglu

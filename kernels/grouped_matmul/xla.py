@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .gradients import with_gradients
+from .gradients import Scaled, with_gradients
 
 TILE = 256  # rows of one product of the loop, at most
 LEFTOVER = 64  # the same for what is left after a batched product
@@ -28,7 +28,7 @@ LAID_OUT = 2**27  # numbers in the arrays around a batched product, at most: hal
 
 @functools.partial(jax.jit, static_argnames=("transpose_w", "tile"))
 def grouped_matmul(x_MD, w, group_sizes_E, *, transpose_w=False, tile=None):
-    """Returns [M, F] in x's dtype. With `tile` there is only the loop, with so many rows in a product."""
+    """Returns [M, F] in x's dtype; w may be Scaled. With `tile` there is only the loop, of products of so many rows."""
     return _matmul(tile, transpose_w, x_MD, w, group_sizes_E)
 
 
@@ -87,20 +87,29 @@ def _products(tile, xs, ws, group_sizes_E, *, transpose_w, finish, results):
     """As with_gradients wants it: `results` arrays [M, F] in x's dtype, zero in the rows that belong to no expert."""
     (M, D), dtype = xs[0].shape, xs[0].dtype
     E, F = len(group_sizes_E), ws[0].shape[1 if transpose_w else 2]
+    scales = [w.scale_EF if isinstance(w, Scaled) else None for w in ws]
+    ws = [w.values if isinstance(w, Scaled) else w for w in ws]
+    narrow = ws[0].dtype.itemsize < dtype.itemsize  # int8 is widened an expert's matrix or panel at a time
     first_E = jnp.cumsum(group_sizes_E) - group_sizes_E
     rows = 0 if tile else share(M, E, len(ws) * (D + F) + results * F)
     tile = tile or min(tile_rows(M, E), LEFTOVER if rows else TILE)
     xs = [long_enough(x, max(rows, tile)) for x in xs]
     L = len(xs[0])
 
-    def made_of(xs, ws, dims):
-        products = [_dot(xs[p % len(xs)], w, dims) for p, w in enumerate(ws)]
+    def made_of(xs, ws, dims, scales):
+        products = [_dot(xs[p % len(xs)], w.astype(dtype) if narrow else w, dims) for p, w in enumerate(ws)]
+        products = [y if scale is None else y * scale for y, scale in zip(products, scales, strict=True)]
         return finish(*products) if len(xs) == 1 else finish(sum(products))
 
     def batched():
         dims = (((2,), (2 if transpose_w else 1,)), ((0,), (0,)))
         begin_E = jnp.minimum(first_E, L - rows)  # at the end a share reaches back, and its expert's rows are its last
-        made = made_of([lay_out(x, begin_E, rows) for x in xs], ws, dims)
+        laid_out = [lay_out(x, begin_E, rows) for x in xs]
+        if narrow:
+            one = (((1,), (1 if transpose_w else 0,)), ((), ()))
+            made = lax.map(lambda expert: made_of(*expert[:2], one, expert[2]), (laid_out, ws, scales))
+        else:
+            made = made_of(laid_out, ws, dims, scales)
         row_L = jnp.arange(L)
         expert_L = jnp.minimum(jnp.sum(row_L[:, None] >= jnp.cumsum(group_sizes_E), axis=1), E - 1)
         mine_L1 = (row_L - first_E[expert_L] < jnp.minimum(group_sizes_E[expert_L], rows))[:, None]
@@ -125,13 +134,15 @@ def _products(tile, xs, ws, group_sizes_E, *, transpose_w, finish, results):
         for w in ws:
             start = (e, column, 0) if transpose_w else (e, 0, column)
             size = (1, panel, w.shape[2]) if transpose_w else (1, w.shape[1], panel)
-            matrices.append(lax.dynamic_slice(w, start, size)[0])
+            matrix = lax.dynamic_slice(w, start, size)[0]
+            matrices.append(matrix.astype(dtype) if narrow else matrix)
+        factors = [None if scale is None else lax.dynamic_slice(scale, (e, column), (1, panel)) for scale in scales]
 
         def visit_tile(t, outs):
             first = first_E[e] + done_E[e] + t * tile
             row = jnp.minimum(first, L - tile)  # the last tile of all reaches back
             tiles = [lax.dynamic_slice_in_dim(x, row, tile) for x in xs]
-            made = made_of(tiles, matrices, dims)
+            made = made_of(tiles, matrices, dims, factors)
             # Rows of other groups, on which a group's last tile runs, keep what they have.
             row_X = row + jnp.arange(tile)
             mine_X1 = ((row_X >= first) & (row_X < first_E[e] + group_sizes_E[e]))[:, None]

@@ -185,7 +185,7 @@ def _adaptable(config: ModelConfig) -> tuple[str, ...]:
 
 
 def _can_adapt(spec: ParamSpec) -> bool:
-    return bool(spec.layers) and is_matrix(spec)
+    return bool(spec.layers) and is_matrix(spec) and "experts" not in spec.axes
 
 
 def _module(spec: ParamSpec) -> str:

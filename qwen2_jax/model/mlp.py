@@ -10,7 +10,7 @@ from flax import nnx
 from qwen2_jax import ops
 from qwen2_jax.config.model_config import ModelConfig
 from qwen2_jax.weights.params import Declare
-from qwen2_jax.weights.weight import matmul
+from qwen2_jax.weights.weight import matmul, of_experts
 
 # B batch  T query  M = B * T rows  D model  F ffn  E experts  k experts per token
 
@@ -92,9 +92,9 @@ class SparseMLP(nnx.Module):
             x_BTD,
             in_rows(jnp.where(real_M[:, None], expert_Mk, E)),  # padding goes to no expert
             in_rows(weight_Mk),
-            self.gate_EFD[...],
-            self.up_EFD[...],
-            self.down_EDF[...],
+            of_experts(self.gate_EFD[...]),
+            of_experts(self.up_EFD[...]),
+            of_experts(self.down_EDF[...]),
             implementation=implementation,
         )
         gate_BT = jax.nn.sigmoid(jnp.sum(x_BTD * self.shared_gate_D[...], axis=-1))

@@ -17,13 +17,17 @@ from qwen2_jax.parallel import expert_exchange, sharding
 # B batch  T query  M tokens  k experts of a token  E experts  F width of an expert
 
 
+# An array [E, O, I], or (int8 [E, O, I], float32 factors [E, O]); a factor of None means none.
+Matrices = jax.Array | tuple[jax.Array, jax.Array | None]
+
+
 def experts(
     x_BTD: jax.Array,
     chosen_BTk: jax.Array,
     weights_BTk: jax.Array,
-    gate_EFD: jax.Array,
-    up_EFD: jax.Array,
-    down_EDF: jax.Array,
+    gate_EFD: Matrices,
+    up_EFD: Matrices,
+    down_EDF: Matrices,
     *,
     implementation: str | None = None,
 ) -> jax.Array:
@@ -36,7 +40,8 @@ def experts(
     are added in float32.
     """
     x_BTD, chosen_BTk, weights_BTk = map(before_weights, (x_BTD, chosen_BTk, weights_BTk))
-    args = (x_BTD, chosen_BTk, weights_BTk, gate_EFD, up_EFD, down_EDF)
+    matrices = [m if isinstance(m, tuple) else (m, None) for m in (gate_EFD, up_EFD, down_EDF)]
+    args = (x_BTD, chosen_BTk, weights_BTk, *matrices)
     tokens = ("batch", "length", None)
     names = (tokens, tokens, tokens, ("experts", "mlp", None), ("experts", "mlp", None), ("experts", None, "mlp"))
     mesh, axes = sharding.current_mesh(), axes_of_names(args, names)
@@ -46,7 +51,7 @@ def experts(
     if mesh is not None and apart and apart == holders:
         devices = sharding.parts(holders, mesh)
         if exchange_of(implementation, devices, chosen_BTk.shape[-1], x_BTD.dtype.itemsize) == "all_to_all":
-            sent = _Sent(name, len(gate_EFD), holders, tuple(mesh.axis_names))
+            sent = _Sent(name, len(matrices[0][0]), holders, tuple(mesh.axis_names))
 
     def run(x_BTD, chosen_BTk, weights_BTk, *matrices):
         if apart and sent is None:
@@ -56,7 +61,7 @@ def experts(
         if sent is not None:
             y_BTD = _sent(sent, x_MD, chosen_Mk, weights_Mk, *matrices).reshape(x_BTD.shape)
             return jax.lax.psum(y_BTD.astype(jnp.float32), widths).astype(y_BTD.dtype) if widths else y_BTD
-        mine = len(matrices[0])
+        mine = len(matrices[0][0])
         if holders:  # another device's experts are none of mine: their rows cost nothing and give zeros
             chosen_Mk = chosen_Mk - jax.lax.axis_index(holders) * mine
         order = sort_by_expert(chosen_Mk, mine)
@@ -81,11 +86,16 @@ def exchange_of(implementation: str | None, devices: int, choices: int, itemsize
 
 def _products(name: str | None, rows_MD, matrices: Sequence, group_sizes_E, weights_M=None) -> jax.Array:
     """Each row through its expert, [M, D]; with weights_M times its weight."""
-    gate_EFD, up_EFD, down_EDF = matrices
-    hidden_MF = _grouped.grouped_swiglu(rows_MD, gate_EFD, up_EFD, group_sizes_E, implementation=name)
+    (gate_EFD, gate_scale_EF), (up_EFD, up_scale_EF), (down_EDF, down_scale_ED) = matrices
+    hidden_MF = _grouped.grouped_swiglu(
+        rows_MD, gate_EFD, up_EFD, group_sizes_E,
+        gate_scale_EF=gate_scale_EF, up_scale_EF=up_scale_EF, implementation=name,
+    )  # fmt: skip
     if weights_M is not None:
         hidden_MF = (hidden_MF * weights_M[:, None]).astype(hidden_MF.dtype)
-    return _grouped.grouped_matmul(hidden_MF, down_EDF, group_sizes_E, transpose_w=True, implementation=name)
+    return _grouped.grouped_matmul(
+        hidden_MF, down_EDF, group_sizes_E, scale_EF=down_scale_ED, transpose_w=True, implementation=name
+    )
 
 
 class _Sent(NamedTuple):
@@ -139,19 +149,20 @@ def _sent_backward(how: _Sent, args, dout_MD):
     def do(part: expert_exchange.Round, carry):
         drows_RD, dweights_R, *sums = carry
 
-        def product(rows_CD, weights_C, *matrices):
-            return _products(how.name, rows_CD, matrices, part.group_sizes_E, weights_C)
+        def product(rows_CD, weights_C, *trained):
+            return _products(how.name, rows_CD, trained or matrices, part.group_sizes_E, weights_C)
 
-        _, pull = jax.vjp(product, part.there(rows_RD), part.numbers_there(weights_R), *matrices)
+        _, pull = jax.vjp(product, part.there(rows_RD), part.numbers_there(weights_R), *trained)
         drows_CD, dweights_C, *more = pull(part.there(dout_RD))
         # An expert's rows are together in one window, or in a few that follow each other: few terms for each sum.
         sums = jax.tree.map(jnp.add, sums, more)
         return [part.back(drows_CD, drows_RD), part.numbers_back(dweights_C, dweights_R), *sums]
 
-    nothing = [jnp.zeros_like(x) for x in (rows_RD, weights_R, *matrices)]
+    trained = matrices if matrices[0][1] is None else []  # int8 is a constant
+    nothing = jax.tree.map(jnp.zeros_like, [rows_RD, weights_R, *trained])
     drows_RD, dweights_R, *dmatrices = how.exchange(order, chosen_Mk.shape[1]).over_rounds(do, nothing)
     dweights_Mk = dweights_R[order.rows_TK].astype(weights_Mk.dtype)
-    return (*to_tokens(drows_RD), None, dweights_Mk, *dmatrices)
+    return (*to_tokens(drows_RD), None, dweights_Mk, *(dmatrices or (None,) * 3))
 
 
 _sent.defvjp(_sent_forward, _sent_backward)

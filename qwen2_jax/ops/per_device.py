@@ -40,7 +40,8 @@ def before_weights(x_BT: jax.Array) -> jax.Array:
 def axes_of_names(args: tuple, names: tuple[Names, ...]) -> dict[str, tuple[str, ...]]:
     """Mesh axes over which each named dimension is split: those of its rule that divide it in every array.
 
-    All arrays of one argument have the same `names`. Query heads go with their key heads, or both stay whole.
+    All arrays of one argument have the same `names`; one with fewer dimensions has the first of them. Query heads go
+    with their key heads, or both stay whole.
     """
     mesh = sharding.current_mesh()
     if mesh is None:
@@ -48,7 +49,7 @@ def axes_of_names(args: tuple, names: tuple[Names, ...]) -> dict[str, tuple[str,
     axes: dict[str, tuple[str, ...]] = {}
     for arg, of in zip(args, names, strict=True):
         for leaf in jax.tree.leaves(arg):
-            for name, size in zip(of, leaf.shape, strict=True):
+            for name, size in zip(of, leaf.shape, strict=False):
                 if name is not None:
                     fits = sharding.dividing(name, size, mesh)
                     axes[name] = min(axes.get(name, fits), fits, key=len)
@@ -76,5 +77,5 @@ def _shared_out(run: Callable, args: tuple, names: tuple[Names, ...], out: Names
     def place(of):
         return PartitionSpec(*(axes.get(name) or None for name in of))
 
-    specs = tuple(jax.tree.map(lambda _, of=of: place(of), arg) for arg, of in zip(args, names, strict=True))
+    specs = tuple(jax.tree.map(lambda x, of=of: place(of[: x.ndim]), arg) for arg, of in zip(args, names, strict=True))
     return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=place(out), check_vma=False)(*args)

@@ -194,10 +194,7 @@ def advice(config: ModelConfig, made: Plan, job: Job, rows: int, context: int) -
         if (shorter := int(context * room / cache) // 256 * 256) >= 256:
             found.append(f"--context {shorter} with --batch {job.rows} fits")
     if job.dtype != "int8":
-        layers = sum(config.is_sparse(layer) for layer in range(config.num_hidden_layers))
-        experts = layers * config.num_experts * 3 * config.hidden_size * config.moe_intermediate_size if layers else 0
-        rounded = 1 - experts / flops.parameters(config)  # routed experts stay as they are
-        after = made.needed - weights * (1 - 1 / jnp.dtype(job.dtype).itemsize) * rounded
+        after = made.needed - weights * (1 - 1 / jnp.dtype(job.dtype).itemsize)
         verdict = "fits" if after <= made.limit else "is not enough alone"
         found.append(f"--dtype int8 {verdict}: about {after / GIB:.1f} GiB per device")
     multiples = (2, 4, 8, 16)

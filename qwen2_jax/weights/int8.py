@@ -61,6 +61,9 @@ class Int8(StoredWeight):
         scale = plain.along(self.scale, axis, change) if of_output else self.scale
         return Int8(plain.along(self.values, axis, change), scale)
 
+    def of_experts(self) -> tuple[jax.Array, jax.Array]:
+        return self.values, self.scale
+
 
 def quantize(params: Tree, specs: Tree) -> Tree:
     """The parameters with every weight matrix as Int8; see weight.convert, which empties `params` as it goes."""

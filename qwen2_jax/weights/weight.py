@@ -58,6 +58,10 @@ class StoredWeight(abc.ABC):
         """See the function `convert`."""
         return to(self.dequantize(), spec)
 
+    def of_experts(self) -> tuple[jax.Array, jax.Array | None]:
+        """See the function `of_experts`."""
+        return self.dequantize(), None
+
 
 Weight = jax.Array | StoredWeight
 
@@ -74,6 +78,11 @@ def matmul(x: jax.Array, w: Weight, *, contract: int = 1, dtype=None) -> jax.Arr
 def take(table_VD: Weight, ids: jax.Array, dtype) -> jax.Array:
     """Rows of an embedding, [..., D]; `dtype` is that of forms which widen. On a mesh the table does not move."""
     return table_VD.take(ids, dtype) if isinstance(table_VD, StoredWeight) else plain.take(table_VD, ids, dtype)
+
+
+def of_experts(w_EOI: Weight) -> tuple[jax.Array, jax.Array | None]:
+    """Matrices of routed experts as ops.experts takes them: (array [E, O, I], None or float32 factors [E, O])."""
+    return w_EOI.of_experts() if isinstance(w_EOI, StoredWeight) else (w_EOI, None)
 
 
 def dequantize(w: Weight) -> jax.Array:
@@ -114,7 +123,7 @@ def stored_forms(params: Any) -> tuple[str, ...]:
 
 
 def convert(params: Tree, specs: Tree, to: Callable[[jax.Array, ParamSpec], Weight]) -> Tree:
-    """The parameters with every weight matrix in another form; norms, biases, routers and routed experts stay.
+    """The parameters with every weight matrix in another form; norms, biases and routers stay arrays.
 
     Empties `params` array by array, so that the two never need the memory of both. The base of an adapted weight is
     converted, its correction is not.
@@ -135,9 +144,12 @@ def convert_one(w: Weight, spec: ParamSpec, to: Callable[[jax.Array, ParamSpec],
 
 
 def is_matrix(spec: ParamSpec) -> bool:
-    """Whether a parameter is a weight matrix that may be stored in any form: no router or routed expert is."""
-    dims = [axis for axis in spec.axes if axis != "layers"]
-    return spec.decay and len(dims) >= 2 and "experts" not in dims
+    """Whether a parameter is a weight matrix, or one for each expert, so that it may be stored in any form.
+
+    A router [experts, embed] is none: its rounding would change which experts are chosen.
+    """
+    dims = [axis for axis in spec.axes if axis not in ("layers", "experts")]
+    return spec.decay and len(dims) >= 2
 
 
 def summed(spec: ParamSpec) -> int:

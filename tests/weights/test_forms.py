@@ -8,10 +8,11 @@ import pytest
 from flax import nnx
 
 import tiny
-from qwen2_jax import model
+from qwen2_jax import model, ops
+from qwen2_jax.weights import int8
 from qwen2_jax.weights.int8 import quantize
 from qwen2_jax.weights.plain import MANY_ROWS
-from qwen2_jax.weights.weight import matmul, stored_forms, take
+from qwen2_jax.weights.weight import dequantize, matmul, of_experts, stored_forms, take
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7, MANY_ROWS])
@@ -59,6 +60,45 @@ def test_a_quantized_model_stays_close(name, unroll):
     p, q = jax.nn.log_softmax(exact), jax.nn.log_softmax(got)
     divergence = (np.exp(p) * (p - q)).sum(-1).mean()
     assert 0 < divergence < 0.02, f"mean KL divergence {divergence:.4f} nats"
+
+
+@pytest.mark.parametrize("rows", [3, 96])  # expert by expert, and laid out side by side
+def test_int8_experts_multiply_as_their_widened_matrices(rows):
+    """Values and the gradient of x; nothing like a widened copy of all experts is made."""
+    E, D, F = 8, 128, 192
+    rng = np.random.default_rng(0)
+    x_MD = jnp.asarray(rng.normal(size=(rows, D)), jnp.float32)
+    chosen_Mk = jnp.asarray(rng.permuted(np.tile(np.arange(E), (rows, 1)), axis=1)[None, :, :2])
+    weights_Mk = jnp.full(chosen_Mk.shape, 0.5)
+    shapes = {"gate_EFD": (E, F, D), "up_EFD": (E, F, D), "down_EDF": (E, D, F)}
+    rounded = [int8._rounded(jnp.asarray(rng.normal(size=shape) * 0.1, jnp.float32), 1) for shape in shapes.values()]
+    assert [w.scale.shape for w in rounded] == [(E, F), (E, F), (E, D)]
+
+    def loss(x_MD, matrices):
+        y_BTD = ops.experts(x_MD[None], chosen_Mk, weights_Mk, *map(of_experts, matrices))
+        return jnp.square(y_BTD).sum(), y_BTD
+
+    program = jax.jit(jax.grad(loss, has_aux=True))
+    got, want = program(x_MD, rounded), program(x_MD, [dequantize(w) for w in rounded])
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4 * float(jnp.abs(b).max()))
+    one_matrix = E * F * D * 4
+    forward = jax.jit(lambda *args: loss(*args)[1]).lower(x_MD, rounded).compile()
+    assert forward.memory_analysis().temp_size_in_bytes < one_matrix
+
+
+def test_int8_covers_routed_experts_and_not_the_router():
+    config = tiny.CONFIGS["moe"]
+    specs = model.declare(config)[1]
+    params = quantize(tiny.random_params(config), specs)
+    moe = params["stacks"][0]["blocks"][0]["moe"]
+    kinds = {name: stored_forms(moe[name]) for name in ("gate_EFD", "up_EFD", "down_EDF", "router_ED", "shared_gate_D")}
+    assert kinds == dict.fromkeys(("gate_EFD", "up_EFD", "down_EDF"), ("int8",)) | {
+        "router_ED": (),
+        "shared_gate_D": (),
+    }
+    R, E, F, D = moe["gate_EFD"].shape
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(moe["gate_EFD"])) == R * E * F * (D + 4)
 
 
 def test_a_frequent_token_s_gradient_is_added_up_in_float32():
