@@ -162,7 +162,9 @@ def test_nothing_recompiles_in_steady_state(dense):
     generator.logprobs([prompt(30), prompt(80)])
     warm, xla = generator.compiles, len(compiled)
     assert len(set(generator.programs)) == warm, generator.describe()
-    assert sum("cache=256" in program for program in generator.programs) == 2 * (2 + 2) + 2, generator.describe()
+    # Other tests of this module share the generator, and some of their rows have a penalty.
+    mine = [program for program in generator.programs if "cache=256" in program and "penalty" not in program]
+    assert len(mine) == 2 * (2 + 2) + 2, generator.describe()
     for _ in range(200):
         batch(rng.integers(1, 240, rng.integers(1, 5)))
     generator.logprobs([prompt(int(n)) for n in rng.integers(2, 250, 2)])
