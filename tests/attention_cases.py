@@ -22,7 +22,7 @@ def layout(kind, seed, shape, *, windowed=False, chunks=False):
     """Keyword arguments of an attention: where the tokens of a shape stand, with windows and scales per row.
 
     kind: "continued" (chunked prefill: the queries are the last tokens of a cache in use), "packed" (several documents
-    in a row), "shuffled" (any order at all), "padding" (nobody sees anything), "whole" (positions 0, 1, ... in every
+    in a row), "shuffled" (any order at all), "padding" (nothing is visible), "whole" (positions 0, 1, ... in every
     row). Every argument is always an array, so that a shape is compiled once.
     """
     B, T, S, *_ = shape

@@ -48,7 +48,7 @@ DECODE = {  # shape and form of the cache (decode_cases.case)
 }
 SMALL_DECODE = {"one query": ((1, 1, 128, 2, 1, 64), {})}
 GROUPED = {  # M, E, D, F; rows of each expert; whether weights are [E, F, D]
-    "uneven groups, rows of nobody": ((1000, 6, 512, 768), (301, 0, 37, 500, 0, 1), True),
+    "uneven groups, rows of no expert": ((1000, 6, 512, 768), (301, 0, 37, 500, 0, 1), True),
     "weights the other way round": ((640, 4, 768, 512), (128, 256, 0, 256), False),
     "fewer rows than a tile": ((19, 8, 256, 320), (0, 7, 0, 0, 1, 0, 11, 0), True),
     "all rows to one of 64": ((512, 64, 256, 256), (*[0] * 63, 512), True),
@@ -197,6 +197,6 @@ def by_name(setting: Setting):
     run = functools.partial(attention, attend, setting, shape, "whole", False, lse=False)
     wanted = {f"flash_attention {attend}": run}
     for name in products:
-        case = GROUPED["uneven groups, rows of nobody"]
+        case = GROUPED["uneven groups, rows of no expert"]
         wanted[f"grouped_matmul {name}"] = functools.partial(grouped, name, setting, *case)
     return wanted

@@ -19,7 +19,7 @@ def right():
 
 def wrong(setting: Setting):
     """An implementation of grouped_matmul that doubles its input: the check must see it and name it."""
-    from qwen2_jax.kernels import grouped_matmul as grouped_matmul
+    from qwen2_jax.kernels import grouped_matmul
 
     def doubled(x, w, sizes, transpose_w):
         return grouped_matmul.xla.grouped_matmul(2 * x, w, sizes, transpose_w=transpose_w)

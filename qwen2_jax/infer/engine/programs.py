@@ -49,7 +49,7 @@ class Request:
     sampling_params: SamplingParams
 
 
-CheckedRequest = NewType("CheckedRequest", Request)  # what Generator.check returns, so that nobody checks it again
+CheckedRequest = NewType("CheckedRequest", Request)  # what Generator.check returns; start takes no other
 
 
 @jax.tree_util.register_dataclass
