@@ -91,8 +91,8 @@ def worst(got, plain, exact) -> dict:
 def with_gradients(run, inputs, cotangents, given):
     """(results, gradients of all inputs) as one program. given: other arguments, arrays at run time as in real use.
 
-    Where they are constants of a program and nothing is visible, XLA:CPU (jax 0.12.0.1) returns memory that was never written
-    as the gradient of v.
+    As constants of the program, where nothing is visible, XLA:CPU (jax 0.12.0.1) gives v a gradient of memory that was
+    never written.
     """
 
     def both(inputs, cotangents, given):
