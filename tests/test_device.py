@@ -106,7 +106,7 @@ sys.modules.update(dict.fromkeys({missing!r}))
 sys.meta_path[:] = [x for x in sys.meta_path if "editable" not in repr(x)]
 from benchmarks.device.worker import find_sources
 find_sources()
-from benchmarks.device import checks, faults, models, speed
+from benchmarks.device import checks, faults, models, speed, training
 """
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     ended = subprocess.run(

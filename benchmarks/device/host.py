@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Computes something of models.py on the CPU and saves it: python -m benchmarks.device.host FILE FUNCTION."""
+"""Computes something on the CPU and saves it: python -m benchmarks.device.host FILE MODULE.FUNCTION [ARGUMENT ...]."""
 
+import importlib
 import sys
 
 import jax
@@ -11,7 +12,6 @@ from .worker import find_sources
 if __name__ == "__main__":
     find_sources()
     jax.config.update("jax_disable_most_optimizations", True)  # every program runs once
-    from . import models
-
-    file, function, *arguments = sys.argv[1:]
-    np.savez(file, **getattr(models, function)(*arguments))
+    file, name, *arguments = sys.argv[1:]
+    module, function = name.split(".")
+    np.savez(file, **getattr(importlib.import_module(f".{module}", __package__), function)(*arguments))

@@ -72,7 +72,7 @@ def time_kernel(operation, setting, shape, passes, rivals, floors):
     other = {"gpu": "tpu", "tpu": "gpu"}.get(setting.platform)
     wanted = fast + [name for name in rivals if name in known and name != f"plain causal, {other}"]
     if setting.platform == "cpu":
-        wanted = ["xla"]
+        wanted, passes = ["xla"], ONLY
     rows, refused, failed = bench.measure(op, sizes, jnp.bfloat16, passes, wanted, 3 if setting.small else 8, here)
     draw.cache_clear()
     hopper = here is not None and here.on.generation == "hopper"
