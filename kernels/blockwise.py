@@ -125,8 +125,9 @@ def _mask(s_BKXY, q: Tokens, kv: Tokens, q_bounds: Bounds, kv_bounds: Bounds, ma
         return jnp.where(seen_BXY[:, None], s_BKXY, -jnp.inf)
 
     whole_B = all_see(q_bounds, kv_bounds, masks.window_B)
-    if step is not None:
-        whole_B &= step.of(kv_bounds.low, masks.chunk_len_B) == step.of(kv_bounds.high, masks.chunk_len_B)
+    if step is not None:  # a block is visited for the whole batch; it may be of another step in some rows
+        of_this_step = [step.of(at_B, masks.chunk_len_B) == step.back for at_B in (kv_bounds.low, kv_bounds.high)]
+        whole_B &= of_this_step[0] & of_this_step[1]
     return lax.cond(jnp.all(whole_B), lambda: s_BKXY, masked)
 
 

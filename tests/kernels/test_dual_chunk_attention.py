@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from qwen2_jax.kernels.dual_chunk_attention import dual_chunk_attention, xla
 from qwen2_jax.kernels.flash_attention import flash_attention
 from qwen2_jax.kernels.masks import make_masks
+from qwen2_jax.kernels.visibility import FAR
 
 from attention_cases import arrays, naive
 from attention_layouts import BLOCKS, SHAPES, layouts
@@ -52,7 +53,17 @@ def value_and_gradients(attend, queries, k, v, weights, layout):
     return results, (*gradients[:-1], gradients[-1] / math.prod(k.shape[1:]))  # the scale's is a sum over everything
 
 
+def uneven_rows():
+    """Two rows that see a whole block of keys on different steps back over the chunks."""
+    at_BS = np.broadcast_to(np.arange(37, dtype=np.int32), (2, 37))
+    layout = {"q_positions_BT": np.stack([at_BS[0, 13:34], at_BS[1, 16:37]]), "kv_positions_BS": at_BS}
+    layout |= {"q_segments_BT": np.zeros((2, 21), np.int32), "kv_segments_BS": np.zeros((2, 37), np.int32)}
+    layout |= {"window": np.full(2, FAR, np.int32), "scale": np.array([0.1, 0.7], np.float32)}
+    return SHAPES[0], 10722, layout | {"chunk_len": np.array([32, 23], np.int32)}
+
+
 @MANY
+@example(uneven_rows())
 @given(layouts(chunks=True))
 def test_equals_the_definition_in_float32(case):
     shape, seed, layout = case
@@ -62,6 +73,7 @@ def test_equals_the_definition_in_float32(case):
 
 
 @MANY
+@example(uneven_rows())
 @given(layouts(SHAPES[:1], chunks=True))
 def test_no_worse_than_plain_bfloat16(case):
     shape, seed, layout = case

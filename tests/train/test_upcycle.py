@@ -218,7 +218,7 @@ def test_the_recipe_plans_makes_once_and_makes_anew(folders, tmp_path):
     assert "times dense" in screen and "parameters become" in screen
     assert "times dense" in (tmp_path / "run" / "report.txt").read_text()
     written = (folder / "model.safetensors").stat().st_mtime_ns
-    assert "is there" in told(config)[1]
+    assert "exists already; --no-resume makes it again" in told(config)[1]
     assert (folder / "model.safetensors").stat().st_mtime_ns == written
     told(dataclasses.replace(config, resume=False))
     assert (folder / "model.safetensors").stat().st_mtime_ns > written
