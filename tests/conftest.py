@@ -29,6 +29,13 @@ BEGAN = time.monotonic()
 
 def pytest_addoption(parser):
     parser.addoption("--seconds", type=float, help="tests that have not begun after so many seconds are skipped")
+    parser.addoption("--mutations", type=int, default=200, help="seeded mutations of each fuzzed input (default 200)")
+
+
+@pytest.fixture
+def mutations(request):
+    """The seeds of the mutations that a fuzz test tries (mutations.py)."""
+    return range(request.config.getoption("mutations"))
 
 
 def pytest_runtest_setup(item):

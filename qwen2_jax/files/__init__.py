@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writing folders that appear complete or not at all, and that one process builds while others wait."""
+"""Files: JSON that others wrote, folders that appear complete or not at all, and that one process builds for all."""

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads JSON that somebody else wrote: a file of a checkpoint, a line of prompts or records.
+
+What json.loads accepts and the code behind it cannot use is refused here, with the reason: deep nesting, integers of
+hundreds of digits, half of a surrogate pair, bytes that are not UTF-8. Whether a number or a type suits its key is
+checked where the key is read.
+"""
+
+import json
+from typing import Any
+
+from ..errors import UserError
+
+MAX_DEPTH = 100  # JSON schemas of tools nest about 20 deep; the walks over values here are recursive
+MAX_DIGITS = 100  # of an integer: converted to a float, 309 overflow
+
+
+def parse_json(content: bytes | str, where: str, error: type[UserError] = UserError) -> Any:
+    """The value of a JSON text.
+
+    Args:
+        content: the text; bytes are UTF-8, with or without a byte order mark.
+        where: what the message begins with, such as a path or "line 3 of prompts.jsonl".
+        error: the class to raise.
+
+    Raises:
+        UserError (or `error`): no JSON, no UTF-8, nested deeper than MAX_DEPTH, an integer of more than MAX_DIGITS
+            digits, or a string that is no Unicode text.
+    """
+    try:
+        text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
+        value = json.loads(text, parse_int=_integer)
+        _check(value)
+    except (ValueError, RecursionError) as why:
+        raise error(f"{where} is not JSON that can be read: {' '.join(str(why).split())[:200]}") from None
+    return value
+
+
+def parse_json_object(content: bytes | str, where: str, error: type[UserError] = UserError) -> dict[str, Any]:
+    """As parse_json; the value must be an object."""
+    value = parse_json(content, where, error)
+    if not isinstance(value, dict):
+        raise error(f"{where} holds a JSON {_NAMES.get(type(value), 'null')} instead of an object")
+    return value
+
+
+_NAMES = {list: "array", str: "string", bool: "boolean", int: "number", float: "number"}
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"an integer of {len(digits)} digits; at most {MAX_DIGITS} are read")
+    return int(digits)
+
+
+def _check(value: Any) -> None:
+    """Raises ValueError where a value is nested too deep or a string, key or value, is no Unicode text."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        keys = [key for item in level if isinstance(item, dict) for key in item]
+        for text in (*keys, *(item for item in level if isinstance(item, str))):
+            if not text.isascii():
+                text.encode()  # half of a surrogate pair, which JSON can escape, is no text: UnicodeEncodeError
+        level = [inner for item in level if isinstance(item, dict | list) for inner in _inside(item)]
+        if not level:
+            return
+    raise ValueError(f"nested more than {MAX_DEPTH} deep")
+
+
+def _inside(item: dict[str, Any] | list[Any]):
+    return item.values() if isinstance(item, dict) else item
