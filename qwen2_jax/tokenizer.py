@@ -102,6 +102,19 @@ class Tokenizer:
         """Every token, spelled in byte-level characters, with its id."""
         return self._backend.get_vocab(with_added_tokens=True)
 
+    @functools.cached_property
+    def splits_as_qwen2(self) -> bool:
+        """Whether text is normalised and split before BPE as Qwen2's tokenizer does it."""
+        ours, theirs = (json.loads(backend.to_str()) for backend in (pipeline(models.BPE()), self._backend))
+        for settings in (ours, theirs):  # offsets do not change ids
+            for part in (settings["pre_tokenizer"] or {}).get("pretokenizers", []):
+                part.pop("trim_offsets", None)
+        return all(ours[name] == theirs[name] for name in ("normalizer", "pre_tokenizer"))
+
+    def to_json(self) -> str:
+        """The text of a tokenizer.json."""
+        return self._backend.to_str()
+
     @property
     def eos_ids(self) -> tuple[int, ...]:
         """Ids that end a text: eos_token, else those of <|endoftext|> and <|im_end|> that exist."""

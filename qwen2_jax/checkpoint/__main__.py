@@ -18,13 +18,15 @@ from qwen2_jax.errors import UserError
 from qwen2_jax.parallel.sharding import RULES
 
 EPILOG = """a checkpoint is a folder in Hugging Face or Orbax format, a preset (qwen2-7b-instruct), a Hub id
-(Qwen/Qwen2-7B), a gs:// path of an Orbax folder, or 'demo'.
+(Qwen/Qwen2-7B), a .gguf file, a gs:// path of an Orbax folder, or 'demo'.
 
 examples:
   python -m qwen2_jax.checkpoint inspect demo
   python -m qwen2_jax.checkpoint convert Qwen/Qwen2-7B ./qwen2-7b-orbax --to orbax
   python -m qwen2_jax.checkpoint convert ./qwen2-7b-orbax ./qwen2-7b-hf --to hf      # byte-identical files
   python -m qwen2_jax.checkpoint convert demo ./demo-float32 --to hf --dtype float32
+  python -m qwen2_jax.checkpoint convert ./qwen2-7b-q4_k_m.gguf ./qwen2-7b-hf --to hf
+  python -m qwen2_jax.checkpoint convert ./qwen2-7b-hf ./qwen2-7b-q8_0.gguf --to gguf --dtype q8_0
   python -m qwen2_jax.checkpoint convert qwen2-72b --to orbax --plan 16 --mesh fsdp=16,tensor=4
   python -m qwen2_jax.checkpoint merge ./base ./maths ./code --out ./both --method ties --keep 0.2
   python -m qwen2_jax.checkpoint verify ./qwen2-7b-hf
@@ -47,10 +49,19 @@ def parser() -> argparse.ArgumentParser:
     )
     convert.add_argument("src", help="checkpoint to read")
     convert.add_argument(
-        "dst", nargs="?", help="folder to write; it must not exist, and appears only when it is complete"
+        "dst",
+        nargs="?",
+        help="folder (or .gguf file) to write; it must not exist, and appears only when it is complete",
     )
-    convert.add_argument("--to", required=True, choices=tuple(WRITERS), help="format of the new folder")
-    convert.add_argument("--dtype", choices=DTYPES, help="cast every tensor; default: each keeps its own")
+    convert.add_argument(
+        "--to", required=True, choices=(*WRITERS, "gguf"), help="format of the new folder or .gguf file"
+    )
+    convert.add_argument(
+        "--dtype",
+        choices=(*DTYPES, "q8_0"),
+        help="cast every tensor; default: each keeps its own, and quantised ones get the dtype of config.json; "
+        "q8_0: with --to gguf, eight bits in blocks of 32",
+    )
     convert.add_argument(
         "--max-shard-gb",
         type=float,
@@ -216,14 +227,14 @@ def _inspect(args: argparse.Namespace) -> int:
     config, infos = opened.config, opened.tensors.infos
     bytes_of: collections.Counter[str] = collections.Counter()
     for info in infos.values():
-        bytes_of[info.dtype.name] += info.nbytes
+        bytes_of[info.kind] += info.stored_bytes
     rows = {
         "folder": str(opened.source.path),
         "format": opened.source.format.title,
         "model": config.model_type,
         "parameters": f"{sum(info.nbytes // info.dtype.itemsize for info in infos.values()):,}",
         "bytes": readable_bytes(sum(bytes_of.values())),
-        "dtypes": ", ".join(f"{name} {readable_bytes(n)}" for name, n in bytes_of.items()),
+        "stored as": ", ".join(f"{kind} {readable_bytes(n)}" for kind, n in bytes_of.most_common()),
         "tensors": str(len(infos)),
         "manifest": "yes" if opened.source.read_bytes(MANIFEST) is not None else "no",
     }
@@ -234,7 +245,7 @@ def _inspect(args: argparse.Namespace) -> int:
         width = max(map(len, infos))
         print()
         for name, info in infos.items():
-            print(f"{name:{width}}  {info.dtype.name:8}  {readable_bytes(info.nbytes):>11}  {list(info.shape)}")
+            print(f"{name:{width}}  {info.kind:8}  {readable_bytes(info.stored_bytes):>11}  {list(info.shape)}")
     return 0
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from qwen2_jax.checkpoint.formats import names
+from qwen2_jax.checkpoint.formats import gguf_write, names
 from qwen2_jax.checkpoint.formats.in_memory import TreeTensors, recast
 from qwen2_jax.checkpoint.formats.names import Tree
 from qwen2_jax.checkpoint.formats.protocol import ArrayTensors, Progress, Reader
@@ -21,6 +21,7 @@ from qwen2_jax.config.model_config import DTYPES, ModelConfig
 from qwen2_jax.errors import CheckpointError
 from qwen2_jax.model.decoder import declare
 from qwen2_jax.parallel.sharding import RULES
+from qwen2_jax.tokenizer import Tokenizer
 from qwen2_jax.weights.params import count, leaves
 
 
@@ -130,17 +131,23 @@ def convert(
     max_shard_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Copies a checkpoint into the other format, or the same one in another dtype, holding one array at a time.
+    """Copies a checkpoint into another format, or the same one in another dtype, holding one array at a time.
+
+    to: "hf" or "orbax", which are folders, or "gguf", one file (gguf_write.py), of which dtype may also be "q8_0".
 
     Without dtype every tensor keeps its own, and a folder that was converted from Hugging Face format is written back
-    with the very same files, unless max_shard_bytes asks for other ones (default 5 GB where they are not known).
+    with the very same files, unless max_shard_bytes asks for other ones (default 5 GB where they are not known). A
+    quantised checkpoint is dequantised, in float32 and then to dtype, by default the one that its config names.
     Where several processes run, all of them call this with one `dst` on a shared disk; each reads and writes its share.
     Raises CheckpointError for a source that cannot be used and a `dst` that exists.
     """
-    if to not in WRITERS:
-        raise CheckpointError(f"to is {to!r}; choose from {', '.join(WRITERS)}")
-    if dtype is not None and dtype not in DTYPES:
-        raise CheckpointError(f"dtype is {dtype!r}; choose from {', '.join(DTYPES)}")
+    if to not in (*WRITERS, "gguf"):
+        raise CheckpointError(f"to is {to!r}; choose from {', '.join((*WRITERS, 'gguf'))}")
+    dtypes = gguf_write.KINDS if to == "gguf" else DTYPES
+    if dtype is not None and dtype not in dtypes:
+        raise CheckpointError(f"dtype is {dtype!r}; --to {to} writes {', '.join(dtypes)}")
+    if to == "gguf":
+        return _convert_to_gguf(src, dst, dtype, progress)
     with multihost.together(f"opening {src}"):
         source = locate(src)
         if isinstance(source.path, Path) and Path(dst).expanduser().resolve() == source.path.resolve():
@@ -148,6 +155,8 @@ def convert(
         opened = open_checkpoint(source)
         tensors: ArrayTensors = opened.tensors
         layout, config = opened.layout, opened.config
+        if dtype is None and any(info.kind != info.dtype.name for info in tensors.infos.values()):
+            dtype = config.dtype
         if dtype is not None:
             tensors, layout, config = recast(tensors, dtype), None, dataclasses.replace(config, dtype=dtype)
         if layout is not None and not layout.serves(tensors.infos):
@@ -155,6 +164,18 @@ def convert(
         files = small_files(config, tensors.infos, source, keep_dtype=dtype is None)
     writing = Writing(tensors, names.table(opened.specs), progress)
     return WRITERS[to](dst, writing, opened.specs, layout, files, max_shard_bytes)
+
+
+def _convert_to_gguf(src: str | Path | Source, dst: str | Path, dtype: str | None, progress: Progress | None) -> Path:
+    if jax.process_count() > 1:
+        raise CheckpointError("GGUF files are written by one process; run this convert in one")
+    opened = open_checkpoint(src)
+    with opened.source.folder_of_small_files() as folder:
+        tokenizer = Tokenizer.from_folder(folder)
+    table, kind = names.table(opened.specs), dtype or opened.config.dtype
+    return gguf_write.write_gguf(
+        Path(dst).expanduser(), opened.config, opened.tensors, table, tokenizer, kind, progress
+    )
 
 
 def verify(name: str | Path | Source, *, progress: Progress | None = None) -> Report:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from qwen2_jax.checkpoint.formats import gguf
 from qwen2_jax.checkpoint.formats.protocol import Format
 from qwen2_jax.checkpoint.formats.small_files import CONFIG, SmallFiles, read_json
 from qwen2_jax.checkpoint.formats.table import FORMATS, recognise
@@ -107,7 +108,7 @@ def locate(name: str | Path | Source) -> Source:
     if folder.is_file():
         if found := recognise(folder):
             return Source(found.name, folder)
-        raise CheckpointError(f"{folder} is a file; give the folder that holds it: {folder.parent}")
+        raise CheckpointError(f"{folder} is no .gguf file; of another format, give the folder: {folder.parent}")
     hub_id = HUB_IDS.get(text.lower())
     if hub_id is None and HUB_ID.fullmatch(text) and not text.endswith(PICKLES):
         hub_id = text
@@ -147,12 +148,14 @@ def _in_folder(folder: Path) -> Source:
             )
     if found := recognise(folder, names):
         return Source(found.name, folder)
+    if (file := gguf.in_folder(folder, names)) is not None:
+        return Source(gguf.FORMAT.name, file)
     if pickles := sorted(name for name in names if name.endswith(PICKLES)):
         raise CheckpointError(
             f"{folder} has its weights as pickle ({pickles[0]}), which can run code when read and is not supported; "
             "give a folder with .safetensors files (transformers' save_pretrained writes them)"
         )
-    raise NotFound(f"{folder} holds no checkpoint: neither .safetensors files nor an Orbax checkpoint are in it")
+    raise NotFound(f"{folder} holds no checkpoint: no .safetensors files, no Orbax checkpoint and no .gguf are in it")
 
 
 def _in_bucket(text: str) -> Source:

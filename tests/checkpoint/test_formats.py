@@ -34,7 +34,7 @@ QUANTISED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "do
 class Packed4:
     """w[f, k] = scales[g_idx[k], f] * (q[k, f] - 8)."""
 
-    row_multiple, form = 8, "int4_groups"
+    row_multiple, form, kind = 8, "int4_groups", "packed4"
 
     def __init__(self):
         self.asked = []
@@ -208,7 +208,7 @@ def test_several_tensors_per_weight(tmp_path, config, monkeypatch):
     asked = PackedFolder.decoder.asked
     assert all(rows.start % 8 == 0 and rows.stop - rows.start <= 400 // 32 // 8 * 8 + 16 for rows in asked)
     for to in ("hf", "orbax"):
-        out = checkpoint.convert(folder, tmp_path / to, to)
+        out = checkpoint.convert(folder, tmp_path / to, to, dtype="float32")
         assert "quantization_config" not in json.loads((out / CONFIG).read_text())
         for name, value in checkpoint.open_checkpoint(out).tensors.stream(list(means)):
             np.testing.assert_array_equal(value, means[name], err_msg=name)

@@ -31,22 +31,27 @@ class TensorInfo:
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def kind(self) -> str:
+        """How a file stores it, for people: a dtype, or a quantised type such as Q4_K."""
+        return self.dtype.name
+
+    @property
+    def stored_bytes(self) -> int:
+        """What it takes in the file."""
+        return self.nbytes
+
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor(TensorInfo):
     """A tensor that can be read without reading the others. dtype: the one that `mapped` gives.
 
     form: how the weight can stay in memory without loss, PLAIN or the name of a quantised form.
-    stored_bytes: what it takes in the file.
     """
 
     @property
     def form(self) -> str:
         return PLAIN
-
-    @property
-    def stored_bytes(self) -> int:
-        return self.nbytes
 
     def read_into(self, out: np.ndarray, index: tuple[slice, ...], shape: tuple[int, ...]) -> int:
         """Fills `out` with self.reshape(shape)[index], cast to out's dtype. Returns the number of file bytes asked for.
@@ -63,11 +68,17 @@ class StoredTensor(TensorInfo):
 class Decoder(Protocol):
     """Makes a weight from the tensors in which a format stores it. It has the settings: bits, group size, block type.
 
-    row_multiple: rows are decoded in multiples of this (8 where 8 outputs share a word). form: see StoredTensor.
+    row_multiple: rows are decoded in multiples of this (8 where 8 outputs share a word). form, kind: see StoredTensor.
     """
 
-    row_multiple: int
-    form: str
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def row_multiple(self) -> int: ...
+
+    @property
+    def form(self) -> str: ...
 
     def decode(self, parts: Mapping[str, StoredTensor], rows: slice) -> np.ndarray:
         """The weight's rows [rows.start, rows.stop), in a floating dtype. parts: by the name of their role."""
@@ -83,6 +94,10 @@ class DecodedTensor(StoredTensor):
     @property
     def form(self) -> str:
         return self.decoder.form
+
+    @property
+    def kind(self) -> str:
+        return self.decoder.kind
 
     @property
     def stored_bytes(self) -> int:

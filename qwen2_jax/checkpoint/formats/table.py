@@ -4,7 +4,7 @@
 from collections.abc import Collection
 from typing import Any
 
-from qwen2_jax.checkpoint.formats import hf_folder, orbax_folder
+from qwen2_jax.checkpoint.formats import gguf, hf_folder, orbax_folder
 from qwen2_jax.checkpoint.formats.protocol import Format
 
 FORMATS: dict[str, Format] = {
@@ -12,6 +12,7 @@ FORMATS: dict[str, Format] = {
     for one in (
         orbax_folder.FORMAT,
         hf_folder.FORMAT,
+        gguf.FORMAT,
     )
 }
 

@@ -24,14 +24,13 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 import numpy as np
-from tokenizers import models
 
 from qwen2_jax import validate
 from qwen2_jax.chat_template import ROLES
 from qwen2_jax.data.formats.record_formats import Chat, Document, Ranking, Text
 from qwen2_jax.data.tokens.loss_mask import Targets, trained_answers, turn_loss_mask
 from qwen2_jax.errors import UserError
-from qwen2_jax.tokenizer import END_OF_TEXT, IM_END, IM_START, Tokenizer, pipeline
+from qwen2_jax.tokenizer import END_OF_TEXT, IM_END, IM_START, Tokenizer
 
 PIECE = 1 << 17  # characters of a long text encoded at once
 TOGETHER = 8  # pieces encoded together: the library needs more than 100 bytes per character
@@ -125,14 +124,9 @@ class Encoder:
     @functools.cached_property
     def _may_cut(self) -> bool:
         """Whether this tokenizer splits text as Qwen2's does, and has no added token that spans a newline."""
-        ours, theirs = (json.loads(backend.to_str()) for backend in (pipeline(models.BPE()), self.tokenizer._backend))
-        for settings in (ours, theirs):  # offsets do not change ids
-            for part in (settings["pre_tokenizer"] or {}).get("pretokenizers", []):
-                part.pop("trim_offsets", None)
-        added = [token for token in theirs["added_tokens"] if not token["special"]]
+        added = [token for token in json.loads(self.tokenizer.to_json())["added_tokens"] if not token["special"]]
         greedy = any(token["lstrip"] or token["rstrip"] or "\n" in token["content"] for token in added)
-        same = all(ours[name] == theirs[name] for name in ("normalizer", "pre_tokenizer"))
-        return same and not greedy
+        return self.tokenizer.splits_as_qwen2 and not greedy
 
     @functools.cached_property
     def _end_of_text(self) -> int:
