@@ -96,7 +96,7 @@ def right_or_refused(seed: int, use: Callable[[], Any]) -> Any:
     except UserError as refusal:
         outcome = refusal
         text = str(refusal)
-        assert text and "\n" not in text and len(text) < 2000, f"mutation {seed}: no line to print: {text[:300]!r}"
+        assert text and "\n" not in text and len(text) < 20_000, f"mutation {seed}: no line to print: {text[:300]!r}"
         text.encode()  # it can be printed
     except Exception as error:
         raise AssertionError(f"mutation {seed} ended in {type(error).__name__}") from error

@@ -4,13 +4,14 @@
 from collections.abc import Collection
 from typing import Any
 
-from qwen2_jax.checkpoint.formats import gguf, hf_folder, orbax_folder
+from qwen2_jax.checkpoint.formats import gguf, hf_folder, orbax_folder, quantised_folder
 from qwen2_jax.checkpoint.formats.protocol import Format
 
 FORMATS: dict[str, Format] = {
     one.name: one
     for one in (
         orbax_folder.FORMAT,
+        quantised_folder.FORMAT,
         hf_folder.FORMAT,
         gguf.FORMAT,
     )

@@ -26,7 +26,7 @@ EXAMPLES = """examples:
   python infer.py "Once upon"                                continue a text with the bundled demo model (no network)
   python infer.py --ckpt qwen2-0.5b "The capital of France"  download a base model once and continue a text
   python infer.py --ckpt qwen2-7b-instruct                   chat; /reset starts over, Ctrl-C stops an answer
-  python infer.py --ckpt ./my-folder "Why is the sky blue?"  a local Hugging Face or Orbax folder
+  python infer.py --ckpt ./my-folder "Why is the sky blue?"  a local Hugging Face or Orbax folder, or a .gguf file
   cat report.txt | python infer.py --ckpt qwen2-7b-instruct --system "Summarise in one sentence."
   python infer.py --ckpt qwen2-7b-instruct --input prompts.jsonl --output answers.jsonl
         one JSON object per line: {"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]}, optionally
@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
     model = p.add_argument_group("model")
     model.add_argument(
         "--ckpt", default="demo", metavar="CKPT",
-        help="a name (qwen2-7b-instruct), Hub id (Qwen/Qwen2-7B), local folder or gs://... (default: the bundled demo)",
+        help="a name (qwen2-7b-instruct), Hub id (Qwen/Qwen2-7B), folder, .gguf file or gs://... (default: the demo)",
     )  # fmt: skip
     model.add_argument(
         "--dtype",

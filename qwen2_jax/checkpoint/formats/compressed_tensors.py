@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""compressed-tensors (vLLM's llm-compressor) and FP8 folders: packed integers, int8 or float8 with scales.
+
+Only weights are dequantised. What a file says about rounding activations is left out: the result is more exact.
+
+K inputs, F outputs, G groups, R rows (outputs) that are decoded at a time.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Self
+
+import numpy as np
+
+from qwen2_jax.checkpoint.formats.gptq_awq import dimensions, one_of, setting, shape_of, unpack
+from qwen2_jax.checkpoint.formats.safetensors import TensorInFile
+from qwen2_jax.checkpoint.formats.stored_tensor import PLAIN, DecodedTensor, StoredTensor
+from qwen2_jax.errors import CheckpointError
+
+FLOAT32 = np.dtype(np.float32)
+FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
+
+
+@dataclasses.dataclass(frozen=True)
+class CompressedTensors:
+    """The settings of a compressed-tensors checkpoint. bits: of packed integers, None where nothing is packed."""
+
+    bits: int | None
+    block: tuple[int, int] | None
+    suffixes = (
+        *("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx"),
+        *("input_scale", "input_zero_point", "output_scale", "output_zero_point"),
+    )
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> Self:
+        form = one_of("format", setting(settings, "format", str), FORMATS)
+        if settings.get("sparsity_config"):
+            raise CheckpointError("sparsity_config is given; sparse weights are not read")
+        groups = setting(settings, "config_groups", dict)
+        schemes: list[dict[str, Any]] = []
+        for group in groups.values():
+            if not isinstance(group, dict) or not isinstance(group.get("weights"), dict):
+                raise CheckpointError("config_groups must be objects with an object called weights")
+            if group.get("format") not in (None, form):
+                raise CheckpointError("config_groups have formats of their own, which is not read")
+            schemes.append(group["weights"])
+        if not schemes:
+            raise CheckpointError("config_groups is empty")
+        bits = {setting(scheme, "num_bits", int) for scheme in schemes}
+        if len(bits) > 1:
+            raise CheckpointError(f"num_bits are {sorted(bits)} in several groups; one number for all is read")
+        one_of("num_bits", min(bits), (4, 8))
+        blocks = [scheme.get("block_structure") for scheme in schemes if scheme.get("block_structure")]
+        return cls(min(bits) if form == "pack-quantized" else None, _block(blocks[0]) if blocks else None)
+
+    def weight(self, module: str, parts: Mapping[str, TensorInFile]) -> DecodedTensor:
+        if self.bits is None:
+            return _scaled(parts, "weight_scale", self.block)
+        n = 32 // self.bits
+        F, words = dimensions(parts, "weight_packed")
+        shape_of(parts, "weight_shape", (2,), "compressed-tensors")
+        with parts["weight_shape"].mapped() as stored:
+            shape = tuple(map(int, stored))
+        if shape[0] != F or not 0 < shape[1] <= words * n or shape[1] <= (words - 1) * n:
+            raise CheckpointError(f"weight_packed is {[F, words]} with num_bits {self.bits}; weight_shape says {shape}")
+        _, G = dimensions(parts, "weight_scale")
+        shape_of(parts, "weight_scale", (F, G), f"{F} outputs")
+        if shape[1] % G and "weight_g_idx" not in parts:
+            raise CheckpointError(f"weight_scale has {G} groups, which do not divide {shape[1]} inputs")
+        if "weight_zero_point" in parts:
+            shape_of(parts, "weight_zero_point", (-(-F // n), G), f"{F} outputs with num_bits {self.bits}")
+        if "weight_g_idx" in parts:
+            shape_of(parts, "weight_g_idx", (shape[1],), f"{shape[1]} inputs")
+        return DecodedTensor(FLOAT32, shape, dict(parts), _Packed(self.bits, module))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Packed:
+    bits: int
+    module: str
+    form: str = PLAIN
+
+    @property
+    def row_multiple(self) -> int:
+        return 32 // self.bits  # zero points are packed along the outputs
+
+    @property
+    def kind(self) -> str:
+        return f"compressed int{self.bits}"
+
+    def decode(self, parts: Mapping[str, StoredTensor], rows: slice) -> np.ndarray:
+        n, half = self.row_multiple, np.float32(1 << (self.bits - 1))
+        with parts["weight_shape"].mapped() as shape:
+            K = int(shape[1])
+        with parts["weight_packed"].mapped() as words:
+            w_RK = unpack(words[rows], self.bits, axis=1)[:, :K].astype(np.float32)
+        with parts["weight_scale"].mapped() as scales:
+            scale_RG = scales[rows].astype(np.float32)
+        if "weight_g_idx" in parts:
+            with parts["weight_g_idx"].mapped() as array:
+                group_K = np.array(array)
+            if group_K.min(initial=0) < 0 or group_K.max(initial=0) >= scale_RG.shape[1]:
+                raise CheckpointError(f"{self.module}: weight_g_idx names groups that are not there")
+        else:
+            group_K = np.arange(K) // (K // scale_RG.shape[1])
+        w_RK -= half
+        if "weight_zero_point" in parts:
+            with parts["weight_zero_point"].mapped() as words:
+                zero_RG = unpack(words[rows.start // n : -(-rows.stop // n)], self.bits, axis=0)[: len(w_RK)]
+            w_RK -= (zero_RG.astype(np.float32) - half)[:, group_K]
+        w_RK *= scale_RG[:, group_K]
+        return w_RK
+
+
+@dataclasses.dataclass(frozen=True)
+class Fp8:
+    """The settings of an FP8 checkpoint. block: rows and columns that share a scale, None for one or one per output."""
+
+    block: tuple[int, int] | None
+    suffixes = ("weight_scale", "weight_scale_inv", "input_scale", "activation_scale")
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> Self:
+        one_of("fmt", settings.get("fmt") or "e4m3", ("e4m3",))
+        block = settings.get("weight_block_size")
+        return cls(None if block is None else _block(block))
+
+    def weight(self, module: str, parts: Mapping[str, TensorInFile]) -> DecodedTensor:
+        return _scaled(parts, "weight_scale_inv" if "weight_scale_inv" in parts else "weight_scale", self.block)
+
+
+def _block(value: Any) -> tuple[int, int]:
+    if not (isinstance(value, list) and len(value) == 2 and all(type(n) is int and n > 0 for n in value)):
+        raise CheckpointError(f"the block size is {value!r:.60}; it must be two numbers, such as [128, 128]")
+    return value[0], value[1]
+
+
+def _scaled(parts: Mapping[str, TensorInFile], scale: str, block: tuple[int, int] | None) -> DecodedTensor:
+    """A weight of int8 or float8 numbers, with one scale, one for each output, or one for each block."""
+    F, K = dimensions(parts, "weight")
+    if "weight_zero_point" in parts:
+        raise CheckpointError("has a weight_zero_point; asymmetric int8 is not read")
+    if scale not in parts:
+        raise CheckpointError(f"has no {scale}")
+    shape = parts[scale].shape
+    wanted = [(), (1,), (1, 1), (F,), (F, 1)]
+    if block is not None:
+        wanted.append((-(-F // block[0]), -(-K // block[1])))
+    if shape not in wanted:
+        raise CheckpointError(f"{scale} is {list(shape)} for a weight of {[F, K]}")
+    by_block = block if shape not in wanted[:5] else None
+    return DecodedTensor(FLOAT32, (F, K), dict(parts), _Scaled(scale, by_block, parts["weight"].dtype.name))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scaled:
+    scale: str
+    block: tuple[int, int] | None
+    kind: str
+    row_multiple: int = 1
+    form: str = PLAIN
+
+    def decode(self, parts: Mapping[str, StoredTensor], rows: slice) -> np.ndarray:
+        with parts["weight"].mapped() as q, parts[self.scale].mapped() as stored:
+            w_RK, scale = q[rows].astype(np.float32), np.array(stored, np.float32)
+        if self.block is not None:
+            of_row = np.arange(rows.start, rows.stop) // self.block[0]
+            of_column = np.arange(w_RK.shape[1]) // self.block[1]
+            return w_RK * scale[of_row][:, of_column]
+        scale = scale.reshape(-1, 1)
+        return w_RK * (scale if len(scale) == 1 else scale[rows])
