@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen2_jax.checkpoint.formats.protocol import Format
-from qwen2_jax.checkpoint.formats.small_files import CONFIG, SmallFiles, read_json
+from qwen2_jax.checkpoint.formats.small_files import CONFIG, SmallFiles, read_json, small_file
 from qwen2_jax.checkpoint.formats.table import FORMATS, recognise
 from qwen2_jax.config.model_config import HUB_IDS, ModelConfig
 from qwen2_jax.errors import CheckpointError
@@ -66,7 +66,7 @@ class Source:
             return
         with tempfile.TemporaryDirectory() as folder:
             for name in self.small_files():
-                file = Path(folder) / name
+                file = small_file(Path(folder), name, str(self.path), writing=True)
                 file.parent.mkdir(exist_ok=True)
                 file.write_bytes(self.read_bytes(name) or b"")
             yield Path(folder)

@@ -6,6 +6,7 @@ hundreds of digits, half of a surrogate pair, bytes that are not UTF-8. Whether 
 checked where the key is read.
 """
 
+import functools
 import json
 from typing import Any
 
@@ -15,13 +16,16 @@ MAX_DEPTH = 100  # JSON schemas of tools nest about 20 deep; the walks over valu
 MAX_DIGITS = 100  # of an integer: converted to a float, 309 overflow
 
 
-def parse_json(content: bytes | str, where: str, error: type[UserError] = UserError) -> Any:
+def parse_json(
+    content: bytes | str, where: str, error: type[UserError] = UserError, *, repeated: list[str] | None = None
+) -> Any:
     """The value of a JSON text.
 
     Args:
         content: the text; bytes are UTF-8, with or without a byte order mark.
         where: what the message begins with, such as a path or "line 3 of prompts.jsonl".
         error: the class to raise.
+        repeated: receives the keys that an object gives more than once, of which the last value counts.
 
     Raises:
         UserError (or `error`): no JSON, no UTF-8, nested deeper than MAX_DEPTH, an integer of more than MAX_DIGITS
@@ -29,7 +33,8 @@ def parse_json(content: bytes | str, where: str, error: type[UserError] = UserEr
     """
     try:
         text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
-        value = json.loads(text, parse_int=_integer)
+        pairs = None if repeated is None else functools.partial(_object, repeated=repeated)
+        value = json.loads(text, parse_int=_integer, object_pairs_hook=pairs)
         _check(value)
     except (ValueError, RecursionError) as why:
         raise error(f"{where} is not JSON that can be read: {' '.join(str(why).split())[:200]}") from None
@@ -45,6 +50,16 @@ def parse_json_object(content: bytes | str, where: str, error: type[UserError] =
 
 
 _NAMES = {list: "array", str: "string", bool: "boolean", int: "number", float: "number"}
+
+
+def _object(pairs: list[tuple[str, Any]], repeated: list[str]) -> dict[str, Any]:
+    """An object's keys and values; keys that are there already go to `repeated`."""
+    out: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in out:
+            repeated.append(key)
+        out[key] = value
+    return out
 
 
 def _integer(digits: str) -> int:

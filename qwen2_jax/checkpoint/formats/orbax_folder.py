@@ -248,12 +248,7 @@ def _looks_like(path: Any, names: Collection[str]) -> bool:
 
 def _open(path: Any, files: SmallFiles, specs: Tree, *, tied: bool) -> OrbaxFolder:
     manifest, recorded = Manifest.read(path, files), read_json(path, files, LAYOUT)
-    try:
-        layout = None if recorded is None else Layout.from_json(recorded)
-    except (KeyError, TypeError, ValueError) as why:
-        raise CheckpointError(
-            f"{path / LAYOUT} is damaged ({why!r}); remove it to have the files laid out anew"
-        ) from None
+    layout = None if recorded is None else Layout.from_json(recorded, str(path / LAYOUT))
     return OrbaxFolder(path, manifest.infos if manifest else None, layout).check(table(specs), orbax_leaves(specs))
 
 
