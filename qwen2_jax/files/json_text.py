@@ -6,6 +6,7 @@ hundreds of digits, half of a surrogate pair, bytes that are not UTF-8. Whether 
 checked where the key is read.
 """
 
+import dataclasses
 import functools
 import json
 from typing import Any
@@ -62,10 +63,15 @@ def _object(pairs: list[tuple[str, Any]], repeated: list[str]) -> dict[str, Any]
     return out
 
 
-def _integer(digits: str) -> int:
-    if len(digits) > MAX_DIGITS:
-        raise ValueError(f"an integer of {len(digits)} digits; at most {MAX_DIGITS} are read")
-    return int(digits)
+@dataclasses.dataclass(frozen=True)
+class _LongInteger:
+    """Stands for an integer that is not read, until its key is known."""
+
+    digits: int
+
+
+def _integer(digits: str) -> int | _LongInteger:
+    return int(digits) if len(digits) <= MAX_DIGITS else _LongInteger(len(digits))
 
 
 def _check(value: Any) -> None:
@@ -73,6 +79,11 @@ def _check(value: Any) -> None:
     level = [value]
     for _ in range(MAX_DEPTH):
         keys = [key for item in level if isinstance(item, dict) for key in item]
+        for key, value in (pair for item in level if isinstance(item, dict) for pair in item.items()):
+            if isinstance(value, _LongInteger):
+                raise ValueError(f"{key} is {_too_long(value)}")
+        if long := next((item for item in level if isinstance(item, _LongInteger)), None):
+            raise ValueError(_too_long(long))
         for text in (*keys, *(item for item in level if isinstance(item, str))):
             if not text.isascii():
                 text.encode()  # half of a surrogate pair, which JSON can escape, is no text: UnicodeEncodeError
@@ -80,6 +91,10 @@ def _check(value: Any) -> None:
         if not level:
             return
     raise ValueError(f"nested more than {MAX_DEPTH} deep")
+
+
+def _too_long(number: _LongInteger) -> str:
+    return f"an integer of {number.digits} digits; at most {MAX_DIGITS} are read"
 
 
 def _inside(item: dict[str, Any] | list[Any]):

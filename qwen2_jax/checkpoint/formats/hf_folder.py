@@ -25,6 +25,7 @@ from qwen2_jax.checkpoint.formats.small_files import MAX_JSON_BYTES, SmallFiles
 from qwen2_jax.checkpoint.formats.stored_tensor import StoredTensor
 from qwen2_jax.errors import CheckpointError
 
+BODY = "model."  # in front of the decoder's names
 RULE = f"only {SUFFIX} files beside the index are read"
 
 
@@ -84,7 +85,10 @@ class HfFolder(FileTensors):
         return dict(in_files)
 
     def check(self, table: Mapping[str, Slot], *, tied: bool) -> "HfFolder":
-        """Compares the folder with the model's table of names; everything that is wrong is in one CheckpointError."""
+        """Compares the folder with the model's table of names; everything that is wrong is in one CheckpointError.
+
+        A folder of the bare decoder is read too, whose names lack the `model.` in front; `aliases` then has its names.
+        """
         if tied and HEAD in self.infos and EMBEDDING in self.infos and HEAD not in table:
             if self._equal(self.infos[HEAD], self.infos[EMBEDDING]):
                 self.aliases[HEAD] = EMBEDDING
@@ -94,10 +98,15 @@ class HfFolder(FileTensors):
                     "contradiction",
                     [f"{HEAD} differs from {EMBEDDING}, but tie_word_embeddings is true in config.json"],
                 )
+        if not any(name.startswith(BODY) for name in self.infos):  # saved from transformers' Qwen2Model, without a head
+            prefixed = {name: BODY + name if BODY + name in table else name for name in self.infos}
+            self.aliases |= {name: new for name, new in prefixed.items() if new != name}
+            self.infos = {prefixed[name]: info for name, info in self.infos.items()}
         for name in [n for n in self.infos if BUFFER.search(n) and n not in table]:
             self.extras[name] = self.infos.pop(name)
         headers = self.headers.values()
         broken = frozenset().union(*(header.broken for header in headers))
+        broken |= {BODY + name for name in broken}
         hidden = "missing files" in self.errors.kinds or any(
             h.problems and not h.tensors and not h.broken for h in headers
         )

@@ -28,8 +28,9 @@ MAX_BUFFER_BYTES = 1_000_000
 class Layout:
     """How tensors are spread over files, kept so that the same files can be written again.
 
-    headers: header text by file name. index: text of the index, None for a single file. aliases: names that repeat
-    another tensor (a tied head that is stored all the same). extras: bytes of harmless tensors that are no parameter.
+    headers: header text by file name. index: text of the index, None for a single file. aliases: names in the files ->
+    the model's name of that tensor, where they differ (a tied head that is stored all the same; names without the
+    `model.` in front). extras: bytes of harmless tensors that are no parameter.
     """
 
     headers: Mapping[str, str]
