@@ -8,10 +8,17 @@ import numpy as np
 import pytest
 
 import checkpoint.hf_folders as hf
+from mutations import damaged, mutated_json, right_or_refused
 from qwen2_jax import checkpoint
 from qwen2_jax.checkpoint.__main__ import main
+from qwen2_jax.checkpoint.formats import names
+from qwen2_jax.checkpoint.formats.hf_folder import HfFolder
 from qwen2_jax.checkpoint.formats.safetensors_layout import Layout
-from qwen2_jax.errors import CheckpointError
+from qwen2_jax.checkpoint.formats.small_files import FolderFiles
+from qwen2_jax.checkpoint.manifest import compare
+from qwen2_jax.checkpoint.transfer.write import Writing, write_hf
+from qwen2_jax.errors import CheckpointError, UserError
+from qwen2_jax.files.json_text import parse_json_object
 
 BUFFER = "model.layers.0.self_attn.rotary_emb.inv_freq"
 ONE = hf.TIED | {"num_hidden_layers": 1}
@@ -128,3 +135,110 @@ def test_a_manifest_names_no_file_elsewhere(good, tmp_path):
         file.write_text(json.dumps(manifest | {"files": {name: "0" * 64}}))
         with pytest.raises(CheckpointError, match=r"manifest\.json names .*small files lie in its folder"):
             checkpoint.verify(tmp_path / "a")
+
+
+def whole_file(header: bytes, data: bytes) -> bytes:
+    return len(header).to_bytes(8, "little") + header + data
+
+
+def parts_of(file) -> tuple[dict, bytes]:
+    content = file.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    return json.loads(content[8 : 8 + size]), content[8 + size :]
+
+
+def values_of(tensors) -> dict[str, bytes]:
+    return {name: array.tobytes() for name, array in tensors.stream(list(tensors.infos))}
+
+
+@pytest.fixture(scope="module")
+def model(good):
+    """What the good folder holds: declarations, tensors, their bytes."""
+    opened = checkpoint.open_checkpoint(good / "hf")
+    return opened, values_of(opened.tensors)
+
+
+def test_mutated_headers(mutations, good, model, tmp_path):
+    """The header of one of two files, the bytes of the file, or the index: the model's own tensors, or one line."""
+    opened, values = model
+    folder = shutil.copytree(good / "hf", tmp_path / "hf")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    file = min(folder.glob("*.safetensors"))
+    header, data = parts_of(file)
+    content = file.read_bytes()
+    sizes = {name: (info.dtype, info.shape) for name, info in opened.tensors.infos.items()}
+
+    def used():
+        again = HfFolder(folder).check(names.table(opened.specs), tied=True)
+        assert {name: (info.dtype, info.shape) for name, info in again.infos.items()} == sizes
+        Layout.from_json(json.loads(json.dumps(again.layout().to_json())), "layout")  # what a conversion keeps is good
+        return values_of(again)
+
+    assert used() == values
+    for seed in mutations:
+        match seed % 3:
+            case 0:
+                file.write_bytes(whole_file(mutated_json(seed, header), data))
+            case 1:
+                file.write_bytes(damaged(seed, content))
+            case _:
+                (folder / "model.safetensors.index.json").write_bytes(mutated_json(seed, index))
+        right_or_refused(seed, used)
+        file.write_bytes(content)
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def test_mutated_layouts(mutations, good, model, tmp_path):
+    """What is accepted for these tensors is written, and the new folder is one that reads back with the same bytes."""
+    opened, values = model
+    layout = json.loads((good / "orbax" / "safetensors_layout.json").read_text())
+    table = names.table(opened.specs)
+
+    def used(content):
+        found = Layout.from_json(parse_json_object(content, "layout", CheckpointError), "layout")
+        if not found.serves(opened.tensors.infos):
+            return "laid out anew"
+        write_hf(tmp_path / "out", Writing(opened.tensors, table, None), found, {})
+        again = HfFolder(tmp_path / "out").check(table, tied=True)
+        assert values_of(again) == values
+        return "written"
+
+    assert used(json.dumps(layout).encode()) == "written"
+    before = set(tmp_path.parent.rglob("*")) - set((tmp_path / "out").rglob("*"))
+    for seed in mutations:
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        inner = json.loads(json.dumps(layout))
+        file = max(inner["headers"]) if seed % 2 else min(inner["headers"])
+        match seed % 3:
+            case 0:
+                content = mutated_json(seed, layout)
+            case 1:
+                inner["headers"][file] = mutated_json(seed, json.loads(inner["headers"][file])).decode(errors="replace")
+                content = json.dumps(inner).encode()
+            case _:
+                inner["index"] = mutated_json(seed, json.loads(inner["index"])).decode(errors="replace")
+                content = json.dumps(inner).encode()
+        right_or_refused(seed, lambda content=content: used(content))
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    assert set(tmp_path.parent.rglob("*")) == before - {tmp_path / "out"}
+
+
+def test_mutated_manifests(mutations, good, model, tmp_path):
+    """An accepted manifest has every right hash, or finds damage where none is: never a wrong 'every hash is right'."""
+    opened, _ = model
+    checkpoint.convert(good / "hf", tmp_path / "a", "hf")
+    manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())
+    files = FolderFiles(tmp_path / "a")
+    for seed in mutations:
+        content = mutated_json(seed, manifest)
+        (tmp_path / "a" / "manifest.json").write_bytes(content)
+        found = right_or_refused(
+            seed, lambda: compare(tmp_path / "a", files, opened.tensors, opened.layout)
+        )  # fmt: skip
+        if not isinstance(found, UserError) and not found.damaged:
+            same = json.loads(content)
+            for name, row in manifest["tensors"].items():
+                kept = same["tensors"][name]
+                assert kept == row or (name not in opened.tensors.infos and kept["sha256"] == row["sha256"])
+            assert same["tensors"].keys() == manifest["tensors"].keys()
+            assert same["files"].items() <= manifest["files"].items()

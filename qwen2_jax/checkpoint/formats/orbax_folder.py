@@ -74,7 +74,7 @@ def _reading(path: Any, what: str) -> Iterator[None]:
     """What Orbax raises inside is a CheckpointError that names the folder, but for the machine's own failures."""
     try:
         yield
-    except (MemoryError, jax.errors.JaxRuntimeError):
+    except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
         raise
     except Exception as why:  # damage shows as anything: ValueError, KeyError, AttributeError, NotImplementedError
         reason = f"{type(why).__name__}: {' '.join(str(why).split())}"[:300]

@@ -212,9 +212,14 @@ def _one_line(why: Exception) -> str:
     return " ".join(str(why).split())[:200]
 
 
-def header_text(infos: Mapping[str, TensorInfo]) -> str:
-    """The header of a file with these tensors in this order, padded so that the data begin at a multiple of 8 bytes."""
-    entries: dict[str, Any] = {METADATA: {"format": "pt"}}  # transformers refuses files that do not say it
+def header_text(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str] | None = None) -> str:
+    """The header of a file with these tensors in this order, padded so that the data begin at a multiple of 8 bytes.
+
+    metadata: more texts by key, for a reader who knows the keys.
+    """
+    entries: dict[str, Any] = {
+        METADATA: {"format": "pt", **(metadata or {})}
+    }  # transformers refuses files that do not say it
     start = 0
     for name, info in infos.items():
         entries[name] = {
