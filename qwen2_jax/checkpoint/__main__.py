@@ -11,10 +11,11 @@ import warnings
 import jax
 
 from qwen2_jax.checkpoint.merge import KEEP, METHODS, Merge, merge
+from qwen2_jax.checkpoint.sources import NotFound
 from qwen2_jax.checkpoint.transfer.write import WRITERS
 from qwen2_jax.config.model_config import DTYPES
 from qwen2_jax.console import progress_bar, readable_bytes
-from qwen2_jax.errors import UserError
+from qwen2_jax.errors import CheckpointError, UserError
 from qwen2_jax.parallel.sharding import RULES
 
 EPILOG = """a checkpoint is a folder in Hugging Face or Orbax format, a preset (qwen2-7b-instruct), a Hub id
@@ -200,10 +201,17 @@ def _merge(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from qwen2_jax.checkpoint import verify
+    from qwen2_jax.checkpoint import locate, verify
 
-    with progress_bar("verifying") as progress:
-        report = verify(args.dir, progress=progress)
+    source = locate(args.dir)
+    try:
+        with progress_bar("verifying") as progress:
+            report = verify(source, progress=progress)
+    except NotFound:
+        raise
+    except CheckpointError as why:  # so damaged that its tensors cannot be compared one by one
+        print(f"damaged: {why}", file=sys.stderr)
+        return 1
     for line in report.damaged:
         print(f"damaged: {line}", file=sys.stderr)
     if report.damaged:

@@ -8,6 +8,7 @@ format on disk, so one manifest follows a checkpoint through conversions.
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -17,9 +18,10 @@ import numpy as np
 from qwen2_jax.checkpoint.formats.protocol import Progress, Tensors
 from qwen2_jax.checkpoint.formats.safetensors import CODES, DTYPES
 from qwen2_jax.checkpoint.formats.safetensors_layout import Layout
-from qwen2_jax.checkpoint.formats.small_files import MANIFEST, SmallFiles, read_json
+from qwen2_jax.checkpoint.formats.small_files import MANIFEST, MAX_BYTES, SmallFiles, read_json, small_file
 from qwen2_jax.checkpoint.formats.stored_tensor import TensorInfo
 from qwen2_jax.errors import CheckpointError
+from qwen2_jax.validate import short
 
 VERSION = 1
 UNREADABLE = (CheckpointError, OSError, ValueError)  # what the readers of all formats raise for damaged bytes
@@ -57,16 +59,32 @@ class Manifest:
             return None
         if data.get("version") != VERSION:
             raise CheckpointError(
-                f"{path / MANIFEST} has version {data.get('version')!r}; this program reads {VERSION}"
+                f"{path / MANIFEST} has version {short(data.get('version'))}; this program reads {VERSION}"
             )
-        try:
-            tensors = {
-                name: (TensorInfo(DTYPES[row["dtype"]], tuple(row["shape"])), str(row["sha256"]))
-                for name, row in data["tensors"].items()
-            }
-            return cls(tensors, {str(name): str(digest) for name, digest in data["files"].items()})
-        except (KeyError, TypeError, AttributeError) as why:
-            raise CheckpointError(f"{path / MANIFEST} is damaged: {why!r}") from None
+        where = str(path / MANIFEST)
+        tensors, digests = data.get("tensors"), data.get("files")
+        if not isinstance(tensors, dict) or not isinstance(digests, dict):
+            raise CheckpointError(f"{where} is damaged: tensors and files must be objects")
+        for name in digests:
+            small_file(path, name, where)
+        for name, digest in (*digests.items(), *((name, _digest(row)) for name, row in tensors.items())):
+            if not isinstance(digest, str) or not _SHA256.fullmatch(digest):
+                raise CheckpointError(f"{where} is damaged: {short(name)} has no SHA-256")
+        return cls({name: (_info(row, name, where), row["sha256"]) for name, row in tensors.items()}, digests)
+
+
+_SHA256 = re.compile("[0-9a-f]{64}")
+
+
+def _digest(row: Any) -> Any:
+    return row.get("sha256") if isinstance(row, dict) else None
+
+
+def _info(row: dict[str, Any], name: str, where: str) -> TensorInfo:
+    code, shape = row.get("dtype"), row.get("shape")
+    if code not in tuple(DTYPES) or not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
+        raise CheckpointError(f"{where} is damaged: {short(name)} has the dtype {short(code)} and shape {short(shape)}")
+    return TensorInfo(DTYPES[code], tuple(shape))
 
 
 class Hasher:
@@ -131,7 +149,7 @@ def compare(
         if progress is not None:
             progress(done, total)
     for name, digest in manifest.files.items():
-        content = files.read_bytes(name)
+        content = files.read_bytes(name, MAX_BYTES)
         if content is None:
             damaged.append(f"{name}: is not in the folder")
         elif hashlib.sha256(content).hexdigest() != digest:

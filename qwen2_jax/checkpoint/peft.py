@@ -5,51 +5,60 @@ Names and shapes are PEFT's: base_model.model.model.layers.0.self_attn.q_proj.lo
 [out, rank]. What a folder asks for and this project does not do is refused; nothing that changes the result is ignored.
 """
 
+import contextlib
+import dataclasses
+import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from qwen2_jax import validate
 from qwen2_jax.checkpoint.formats import names
 from qwen2_jax.checkpoint.formats.collected_errors import CollectedErrors
 from qwen2_jax.checkpoint.formats.hf_folder import HfFolder
 from qwen2_jax.checkpoint.formats.in_memory import TreeTensors
 from qwen2_jax.checkpoint.formats.names import Slot
-from qwen2_jax.checkpoint.formats.safetensors import header_text
+from qwen2_jax.checkpoint.formats.safetensors import METADATA, header_text, read_header
 from qwen2_jax.checkpoint.formats.safetensors_layout import Layout
-from qwen2_jax.checkpoint.formats.stored_tensor import TensorInfo
-from qwen2_jax.checkpoint.sources import NotFound, Source
+from qwen2_jax.checkpoint.formats.stored_tensor import StoredTensor, TensorInfo
+from qwen2_jax.checkpoint.manifest import Manifest
+from qwen2_jax.checkpoint.sources import DEMO, NotFound, Source, locate
 from qwen2_jax.checkpoint.transfer import load
 from qwen2_jax.checkpoint.transfer.multihost import shared_folder
 from qwen2_jax.checkpoint.transfer.write import MARGIN_BYTES, Writing, write_weights
-from qwen2_jax.config.model_config import ModelConfig
+from qwen2_jax.config.model_config import HUB_IDS, ModelConfig
 from qwen2_jax.errors import CheckpointError, UserError
 from qwen2_jax.files.atomic_folder import write_file
+from qwen2_jax.files.json_text import parse_json_object
 from qwen2_jax.model import lora as low_rank
 from qwen2_jax.model.lora import Lora
 from qwen2_jax.validate import short
 from qwen2_jax.weights.params import Tree, leaves
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+BASE_SHA256 = "qwen2_jax.base_sha256"  # key in the metadata of adapter_model.safetensors
 PREFIX = "base_model.model."  # what PEFT wraps around the model
-MODULE = re.compile(re.escape(PREFIX) + r"model\.layers\.\d+\.(.+)\.lora_[AB]\.weight")
+TENSOR = re.compile(re.escape(PREFIX) + r"(model\.layers\.\d+\..+)\.lora_[AB]\.weight")
 
-READ = ("r", "lora_alpha", "target_modules", "use_rslora")
+READ = ("r", "lora_alpha", "target_modules", "use_rslora", "exclude_modules", "layers_to_transform")
 # Keys with a value that has to be one of these. Initialisations that change the base weights are not among them.
 ONLY: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none", None),
+    "use_rslora": (None, True, False),
+    "layers_pattern": (None, "", [], "layers", ["layers"]),
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
 }
 # Bookkeeping, and settings of training or of features that another key switches on. Other keys must be null or empty.
 IGNORED = frozenset(
     """
     auto_mapping base_model_name_or_path revision inference_mode task_type peft_version runtime_config lora_dropout
-    layers_pattern megatron_core qalora_group_size eva_config
+    megatron_core qalora_group_size eva_config
     """.split()  # noqa: SIM905
 )
 
@@ -72,11 +81,19 @@ class AdapterTensors(TreeTensors):
 
 
 def save_peft(
-    folder: str | Path, config: ModelConfig, adapters: Tree, lora: Lora, base_name: str, *, replace: bool = False
+    folder: str | Path,
+    config: ModelConfig,
+    adapters: Tree,
+    lora: Lora,
+    base_name: str,
+    *,
+    base_sha256: str | None = None,
+    replace: bool = False,
 ) -> Path:
     """Writes adapters as a new folder that peft.PeftModel.from_pretrained loads onto the base model. Returns its path.
 
-    base_name: the base model's name on the Hub or its folder, recorded for the reader. The folder appears complete or
+    base_name: the base model's name on the Hub or its folder, recorded for the reader. base_sha256: of its weights, see
+    weights_sha256, recorded in the header of the tensors. The folder appears complete or
     not at all. replace: an existing folder is replaced when the new one is complete. Where several processes
     run, all of them call this with one path on a shared disk.
     """
@@ -97,7 +114,7 @@ def save_peft(
         "use_dora": False,
         "use_rslora": lora.rslora,
     }
-    layout = Layout({WEIGHTS: header_text(tensors.infos)})
+    layout = Layout({WEIGHTS: header_text(tensors.infos, {} if base_sha256 is None else {BASE_SHA256: base_sha256})})
     nbytes = sum(info.nbytes for info in tensors.infos.values()) + MARGIN_BYTES
 
     writing = Writing(tensors, tensors.table, None)
@@ -123,21 +140,96 @@ def load_peft(
     if not (path / WEIGHTS).is_file():
         raise NotFound(f"{path} has no {WEIGHTS}; adapters saved as pickle (adapter_model.bin) are not read")
     tensors = AdapterFolder(path)
+    tensors.errors.raise_any()
     try:
+        targets, modules = _adapted_modules(data, config, tensors)
         lora = Lora(
             rank=data.get("r", 8),  # PEFT's default
             alpha=data.get("lora_alpha", 8),
-            targets=_targets(data.get("target_modules"), tensors),
-            rslora=bool(data.get("use_rslora")),
+            targets=targets,
+            rslora=data.get("use_rslora") is True,
         )
         specs = low_rank.declare(config, lora, unroll=unroll)
     except CheckpointError:
         raise
     except UserError as why:
         raise CheckpointError(f"{path / CONFIG}: {why}") from None
-    tensors.check(_table(specs), tied=False)
+    table, unexpected = _table(specs), []
+    for name, slot in table.items():
+        if _module(name) not in modules:
+            unexpected += [name] if name in tensors.infos else []
+            tensors.infos[name] = Zeros(np.dtype(np.float32), slot.shape)
+    tensors.errors.add("unexpected by target_modules, exclude_modules and layers_to_transform", unexpected)
+    tensors.check(table, tied=False)
     tensors.infos = {name.removeprefix(PREFIX): info for name, info in tensors.infos.items()}
     return lora, tensors.read_params(specs, load.param_shardings(mesh))
+
+
+@dataclasses.dataclass(frozen=True)
+class Zeros(StoredTensor):
+    """The adapter of a module that has none. Both of its factors are zero, so it stays zero in training."""
+
+    @property
+    def stored_bytes(self) -> int:
+        return 0
+
+    def read_into(self, out: np.ndarray, index: tuple[slice, ...], shape: tuple[int, ...]) -> int:
+        out[...] = 0
+        return 0
+
+    @contextlib.contextmanager
+    def mapped(self) -> Iterator[np.ndarray]:
+        yield np.zeros(self.shape, self.dtype)
+
+
+def weights_sha256(source: Source) -> str | None:
+    """A SHA-256 of a checkpoint's weights, from its manifest; None where it has none."""
+    manifest = Manifest.read(source.path, source.files)
+    if manifest is None:
+        return None
+    rows = sorted(f"{name} {digest}" for name, (_, digest) in manifest.tensors.items())
+    return hashlib.sha256("\n".join(rows).encode()).hexdigest()
+
+
+def other_base(folder: str | Path, name: str, source: Source) -> str | None:
+    """A sentence that names both, where a PEFT folder was trained on another model than the checkpoint `name`.
+
+    The weights' hashes decide where both are known, else the names: a preset and its Hub id are the same, and so are a
+    Hub id and its folder in the Hub's cache, and paths to one folder. None where no base is recorded.
+    """
+    path = Path(folder).expanduser()
+    base = (Source("hf", path).read_json(CONFIG) or {}).get("base_model_name_or_path")
+    recorded = None
+    if (path / WEIGHTS).is_file() and (text := read_header(path / WEIGHTS).text):
+        about = parse_json_object(text, str(path / WEIGHTS)).get(METADATA)
+        recorded = about.get(BASE_SHA256) if isinstance(about, dict) else None
+    here = None if recorded is None else weights_sha256(source)
+    trained_on = base if isinstance(base, str) and base.strip() else None
+    if here is not None:
+        same = recorded == here
+    else:
+        same = trained_on is None or _canonical(trained_on) == _canonical(name)
+    if same:
+        return None
+    of = "another model" if trained_on is None else validate.key(trained_on)
+    return (
+        f"{folder} was trained on {of}, and this run's weights are {name}'s: adapters fit the weights that they were "
+        "trained on; give their base as start.checkpoint"
+    )
+
+
+def _canonical(name: str) -> str:
+    text = name.strip()
+    if text == DEMO:
+        return str(locate(DEMO).path.resolve())
+    if text.lower() in HUB_IDS:
+        return HUB_IDS[text.lower()].lower()
+    path = Path(text).expanduser()
+    with contextlib.suppress(OSError, ValueError):  # a name that no file system takes
+        if path.exists():
+            text = str(path.resolve())
+    in_cache = re.search(r"models--([^/]+)--([^/]+)", text)
+    return f"{in_cache[1]}/{in_cache[2]}".lower() if in_cache else text.rstrip("/") if text[:1] == "/" else text.lower()
 
 
 def _check(data: dict[str, Any], errors: CollectedErrors) -> None:
@@ -152,14 +244,61 @@ def _check(data: dict[str, Any], errors: CollectedErrors) -> None:
     errors.raise_any()
 
 
-def _targets(given: Any, tensors: HfFolder) -> tuple[str, ...]:
-    """Lora.targets from target_modules: a list of names; or a pattern, which is what the file holds."""
-    if isinstance(given, list):
-        return tuple(given)
-    if not isinstance(given, str):
+def _module(name: str) -> str:
+    """model.layers.0.self_attn.q_proj from the name of a tensor."""
+    found = TENSOR.fullmatch(name)
+    return found[1] if found else ""
+
+
+def _adapted_modules(data: dict[str, Any], config: ModelConfig, tensors: HfFolder) -> tuple[tuple[str, ...], set[str]]:
+    """(Lora.targets, full names of the modules that have adapters) by PEFT's rules (check_target_module_exists).
+
+    A name means a module that has it or ends with it; layers_to_transform counts for names that are not full ones.
+    Where PEFT takes a pattern, the tensors in the file say what it matched: a stranger's pattern may take for ever.
+    """
+    given, excluded, layers = (data.get(key) for key in ("target_modules", "exclude_modules", "layers_to_transform"))
+    if not isinstance(given, str | list) or (isinstance(given, list) and not _is_list_of(given, str)):
         raise CheckpointError(f"{tensors.path / CONFIG}: target_modules is {short(given)}; it must be a list of names")
-    tensors.errors.raise_any()
-    return tuple(dict.fromkeys(found[1] for name in tensors.infos if (found := MODULE.fullmatch(name))))
+    if excluded is not None and not isinstance(excluded, str) and not _is_list_of(excluded, str):
+        raise UserError(f"exclude_modules is {short(excluded)}; it must be a list of names")
+    layers = [layers] if type(layers) is int else layers or None
+    if layers is not None and not _is_list_of(layers, int):
+        raise UserError(f"layers_to_transform is {short(data['layers_to_transform'])}; it must be a list of numbers")
+    in_file = {_module(name) for name in tensors.infos}
+    every = low_rank.declare(config, Lora(rank=1, targets=low_rank.adaptable(config)))
+    possible = dict.fromkeys(_module(name) for name in _table(every))
+    if isinstance(given, str):
+        found = {module for module in possible if module in in_file}
+    else:
+        known = {ending for module in possible for ending in _endings(module)}
+        for target in given:
+            if target not in known:
+                low_rank.modules(config, target)  # raises an error with what can be adapted
+        names, numbers = set(given), None if layers is None else set(layers)
+        found = {
+            module
+            for module in possible
+            if module in names
+            or (not names.isdisjoint(_endings(module)) and (numbers is None or int(module.split(".")[2]) in numbers))
+        }
+    if isinstance(excluded, str):
+        found &= in_file
+    elif excluded:
+        found = {module for module in found if set(excluded).isdisjoint(_endings(module))}
+    short_names = tuple(dict.fromkeys(module.split(".", 3)[3] for module in possible if module in found))
+    whole = not isinstance(given, str) and not excluded and layers is None
+    if whole and not any(target in possible or target.startswith("layers.") for target in given):
+        return tuple(given), found
+    return short_names, found
+
+
+def _endings(module: str) -> set[str]:
+    parts = module.split(".")
+    return {".".join(parts[i:]) for i in range(len(parts))}
+
+
+def _is_list_of(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and all(type(item) is kind for item in value)
 
 
 def _target_modules(config: ModelConfig, lora: Lora) -> list[str]:

@@ -13,16 +13,19 @@ from typing import Any
 
 from qwen2_jax.checkpoint.formats import gguf
 from qwen2_jax.checkpoint.formats.protocol import Format
-from qwen2_jax.checkpoint.formats.small_files import CONFIG, SmallFiles, read_json
+from qwen2_jax.checkpoint.formats.small_files import CONFIG, FolderFiles, SmallFiles, read_json, small_file
 from qwen2_jax.checkpoint.formats.table import FORMATS, recognise
 from qwen2_jax.config.model_config import HUB_IDS, ModelConfig
-from qwen2_jax.errors import CheckpointError
+from qwen2_jax.errors import CheckpointError, UserError
 from qwen2_jax.files.atomic_folder import MARKER, UNFINISHED
+from qwen2_jax.validate import short
 
 DEMO = "demo"
+ADAPTER_CONFIG = "adapter_config.json"  # of a PEFT folder
 # Of a Hub repository; never pickles.
 DOWNLOADED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.jinja"]
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+WEIGHTS = (".safetensors", *PICKLES)
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -67,7 +70,7 @@ class Source:
             return
         with tempfile.TemporaryDirectory() as folder:
             for name in self.small_files():
-                file = Path(folder) / name
+                file = small_file(Path(folder), name, str(self.path), writing=True)
                 file.parent.mkdir(exist_ok=True)
                 file.write_bytes(self.read_bytes(name) or b"")
             yield Path(folder)
@@ -81,7 +84,10 @@ def read_config(source: Source) -> ModelConfig:
             f"{source.path} ({source.format.title}) has no {CONFIG}; a checkpoint folder holds one beside its weights: "
             "put the model's into it"
         )
-    return ModelConfig.from_hf(data)
+    try:
+        return ModelConfig.from_hf(data)
+    except UserError as why:
+        raise CheckpointError(f"{source.path / CONFIG}: {why}") from None
 
 
 def locate(name: str | Path | Source) -> Source:
@@ -146,6 +152,14 @@ def _in_folder(folder: Path) -> Source:
                 f"{folder} is the state of a training run, from which only that run continues; give the model that it "
                 f"wrote: {run / 'hf'}, which is there when the run is done, or one that checkpoints.export_every made"
             )
+    if ADAPTER_CONFIG in names and all(name.startswith("adapter_") for name in names if name.endswith(WEIGHTS)):
+        base = (read_json(folder, FolderFiles(folder), ADAPTER_CONFIG) or {}).get("base_model_name_or_path")
+        of = f" (of {short(base)[1:-1]})" if isinstance(base, str) and base else ""
+        raise CheckpointError(
+            f"{folder} holds LoRA adapters{of}, not a whole "
+            "model: give the `hf` folder of the run that made them, or merge them into the base first "
+            "(docs/lora.md: load_peft, lora.merge, save_hf); a LoRA run continues from them with --start.adapter"
+        )
     if found := recognise(folder, names):
         return Source(found.name, folder)
     if (file := gguf.in_folder(folder, names)) is not None:

@@ -18,15 +18,21 @@ def score_head(data: Mapping[str, Any]) -> HeadKind | None:
 
     Raises UserError for another task of Qwen2's, and for another number of labels than a reward model's one.
     """
-    names = data.get("architectures")
-    name = names[0] if isinstance(names, list | tuple) and names else None
+    names, given, by_id = data.get("architectures"), data.get("num_labels"), data.get("id2label")
+    if not isinstance(names, list | tuple | None):
+        raise UserError(f"architectures is {validate.short(names)}; it must be a list of names, or null")
+    if not isinstance(by_id, Mapping | None):
+        raise UserError(f"id2label is {validate.short(by_id)}; it must be an object of labels by number, or null")
+    if given is not None and (type(given) is not int or given < 0):
+        raise UserError(f"num_labels is {validate.short(given)}; it must be a whole number, or null")
+    name = names[0] if names else None
     match = re.fullmatch(r"(Qwen2(?:Moe)?For)(\w+)", str(name))
     if match is None:
         return None
     validate.choice("architectures", name, [match[1] + task for task in TASKS])
     head = TASKS[match[2]]
     unsaid = 2 if head == "linear" else 1  # as transformers has it, and Qwen's code
-    labels = data.get("num_labels") or len(data.get("id2label") or ()) or unsaid
+    labels = given or len(by_id or ()) or unsaid
     if head is not None and labels != 1:
         raise UserError(f"{name} has {labels} labels (num_labels, id2label); supported: 1, the score of a reward model")
     return head

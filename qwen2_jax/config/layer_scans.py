@@ -16,16 +16,22 @@ class Stack(NamedTuple):
 @functools.lru_cache(maxsize=64)
 def shortest(kinds: tuple[str, ...]) -> tuple[Stack, ...]:
     """Stacks of layers of these kinds with as few blocks to compile as possible, then as few scans as possible."""
-    # Dynamic programme from the last layer: best[i] = ((distinct blocks, scans), stacks) for the layers from i on.
+    # Dynamic programme from the last layer: best[i] = (distinct blocks, scans) for the layers from i on, and chosen[i]
+    # the first of these stacks as (period, repeats). equal[p]: how many layers from i on are of the kind of those p on.
     n = len(kinds)
-    best: list[tuple[tuple[int, int], tuple[Stack, ...]]] = [((0, 0), ())] * (n + 1)
+    best, chosen = [(0, 0)] * (n + 1), [(0, 0)] * n
+    equal = [0] * (n + 1)
     for i in reversed(range(n)):
-        options = []
+        best[i] = (n + 1, 0)
         for period in range(1, n - i + 1):
-            block, repeats = kinds[i : i + period], 1
-            while kinds[i + (repeats - 1) * period : i + repeats * period] == block:
-                (blocks, scans), rest = best[i + repeats * period]
-                options.append(((blocks + period, scans + 1), (Stack(block, i, repeats), *rest)))
-                repeats += 1
-        best[i] = min(options, key=lambda option: option[0])
-    return best[0][1]
+            equal[period] = equal[period] + 1 if i + period < n and kinds[i] == kinds[i + period] else 0
+            for repeats in range(1, equal[period] // period + 2):
+                blocks, scans = best[i + repeats * period]
+                if (blocks + period, scans + 1) < best[i]:
+                    best[i], chosen[i] = (blocks + period, scans + 1), (period, repeats)
+    stacks, i = [], 0
+    while i < n:
+        period, repeats = chosen[i]
+        stacks.append(Stack(kinds[i : i + period], i, repeats))
+        i += period * repeats
+    return tuple(stacks)

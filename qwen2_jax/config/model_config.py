@@ -15,14 +15,39 @@ from qwen2_jax import validate
 from qwen2_jax.config import architectures, presets
 from qwen2_jax.config.architectures import HeadKind
 from qwen2_jax.config.layer_scans import Stack, shortest
+from qwen2_jax.config.rope_settings import (
+    FULL,
+    LAYER_TYPES,
+    MAX_POSITIONS,
+    DualChunk,
+    RopeScaling,
+    read_dual_chunk,
+    read_rope,
+)
 from qwen2_jax.errors import UserError
 
-FULL = 2**30  # the window of a layer that sees everything: larger than any position
+# The largest sizes that are read, far beyond any released model's. Memory and time to declare a model grow with layers,
+# experts and head_dim, before a weight is seen.
+LARGEST = {
+    "vocab_size": 2**24,
+    "hidden_size": 2**20,
+    "intermediate_size": 2**24,
+    "num_hidden_layers": 512,
+    "num_attention_heads": 2**14,
+    "num_key_value_heads": 2**14,
+    "head_dim": 2**14,
+    "max_position_embeddings": MAX_POSITIONS,
+    "num_experts": 10_000,
+    "num_experts_per_tok": 10_000,
+    "moe_intermediate_size": 2**24,
+    "shared_expert_intermediate_size": 2**24,
+}
+SHOWN = 20  # unknown keys that are named in warnings
+MAX_EXPERTS = 100_000  # of all layers together
+MAX_TOKEN_ID = 2**31 - 1
 
 MODEL_TYPES = ("qwen2", "qwen2_moe")
-ROPE_TYPES = ("default", "linear", "yarn")
 DTYPES = ("bfloat16", "float16", "float32")
-LAYER_TYPES = ("full_attention", "sliding_attention")
 
 # Keys that leave the next-token distribution alone: bookkeeping, how transformers runs the model, and generation
 # settings of files older than generation_config.json.
@@ -50,6 +75,7 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "mlp_bias": (None, False),
     "attention_bias": (None, True),
     "is_encoder_decoder": (None, False),
+    "is_causal": (None, True),
     "add_cross_attention": (None, False),
     "pruned_heads": (None, {}),
     "per_layer_config": (None, {}),
@@ -65,57 +91,6 @@ _OPTIONAL = (
 _SPARSE_ONLY = (
     *SPARSE_SIZES, "norm_topk_prob", "decoder_sparse_step", "router_aux_loss_coef", "output_router_logits",
 )  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RopeScaling:
-    """How the rotary frequencies are stretched, for every prompt alike as the checkpoint asks.
-
-    type: "yarn" (Peng et al. 2023, arXiv:2309.00071) or "linear": all frequencies divided by `factor`, the other fields
-    unused. original_max_position_embeddings: tokens the model was trained at. attention_factor: multiplies cos and sin;
-    None derives it from factor, mscale and mscale_all_dim as transformers does. truncate: round the ramp's ends.
-    """
-
-    type: str
-    factor: float
-    original_max_position_embeddings: int | None = None  # an int inside a ModelConfig when type is "yarn"
-    attention_factor: float | None = None
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    truncate: bool = True
-
-    def __post_init__(self):
-        validate.choice("rope_scaling type", self.type, ("linear", "yarn"))
-        validate.number(self, "rope_scaling", ("factor", "beta_fast", "beta_slow"), float, 0.0)
-        validate.number(self, "rope_scaling", ("attention_factor", "mscale", "mscale_all_dim"), float, 0.0, none=True)
-        validate.number(self, "rope_scaling", ("original_max_position_embeddings",), int, 1, none=True)
-        validate.number(self, "rope_scaling", ("truncate",), bool)
-        if self.factor < 1:
-            raise UserError(f"rope_scaling factor is {self.factor}; it must be 1 or more")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DualChunk:
-    """Dual Chunk Attention (An et al. 2024, arXiv:2402.17463), sizes in tokens; the defaults are vLLM's.
-
-    Positions are cut every chunk_size - local_size tokens. original_max_position_embeddings: length above which the
-    logits are sharpened; 0 turns that off.
-    """
-
-    chunk_size: int = 8192
-    local_size: int = 1024
-    original_max_position_embeddings: int = 0
-
-    def __post_init__(self):
-        validate.number(self, "dual_chunk_attention_config", ("chunk_size", "local_size"), int, 1)
-        validate.number(self, "dual_chunk_attention_config", ("original_max_position_embeddings",), int, 0)
-        if self.local_size >= self.chunk_size:
-            raise UserError(
-                f"dual_chunk_attention_config has local_size {self.local_size} and chunk_size {self.chunk_size}; "
-                "local_size must be smaller than chunk_size"
-            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -172,7 +147,12 @@ class ModelConfig:
     def __post_init__(self):
         put = functools.partial(object.__setattr__, self)
         number = functools.partial(validate.number, self, "config")
-        number(SIZES, int, 1)
+
+        def sizes(names, least: int) -> None:
+            for name in names:
+                number((name,), int, least, most=LARGEST[name])
+
+        sizes(SIZES, 1)
         if self.num_key_value_heads is None:
             put("num_key_value_heads", self.num_attention_heads)
         if self.head_dim is None:
@@ -184,11 +164,14 @@ class ModelConfig:
         if not isinstance(self.mlp_only_layers, tuple) or not isinstance(self.layer_types, tuple | None):
             raise UserError("mlp_only_layers must be a list of layer numbers, and layer_types a list of names or null")
 
-        number(("num_key_value_heads", "head_dim", "max_position_embeddings", "decoder_sparse_step"), int, 1)
-        number(("max_window_layers", *SPARSE_SIZES), int, 0)
-        number(("sliding_window", "bos_token_id", "pad_token_id"), int, 0, none=True)
+        sizes(("num_key_value_heads", "head_dim", "max_position_embeddings"), 1)
+        sizes(SPARSE_SIZES, 0)
+        number(("decoder_sparse_step",), int, 1)
+        number(("max_window_layers",), int, 0)
+        number(("sliding_window",), int, 0, none=True)
+        number(("bos_token_id", "pad_token_id"), int, 0, none=True, most=MAX_TOKEN_ID)
         number(("rms_norm_eps", "initializer_range", "attention_dropout", "router_aux_loss_coef"), float, 0.0)
-        number(("rope_theta",), float, 1.0)
+        number(("rope_theta",), float, above=1.0)
         number(("tie_word_embeddings", "qkv_bias", "use_sliding_window"), bool)
         number(("norm_topk_prob", "output_router_logits"), bool)
         validate.choice("model_type", self.model_type, MODEL_TYPES)
@@ -200,14 +183,23 @@ class ModelConfig:
         )
         if self.head_dim % 2:
             raise UserError(f"head_dim is {self.head_dim}; rotary embedding needs an even width")
-        if not all(type(token) is int and token >= 0 for token in self.eos_ids):
-            raise UserError(f"eos_token_id is {self.eos_token_id!r}; it must be a token id, a list of them or null")
+        if not all(type(token) is int and 0 <= token <= MAX_TOKEN_ID for token in self.eos_ids):
+            raise UserError(
+                f"eos_token_id is {validate.short(self.eos_token_id)}; it must be a token id, a list of them or null"
+            )
         self._check_experts()
         self._check_windows(put)
         rope = self.rope_scaling
         if rope is not None and rope.type == "yarn" and rope.original_max_position_embeddings is None:
             length = self.max_position_embeddings  # as transformers does
-            put("rope_scaling", dataclasses.replace(rope, original_max_position_embeddings=length))
+            rope = dataclasses.replace(rope, original_max_position_embeddings=length)
+            put("rope_scaling", rope)
+        if rope is not None and rope.type == "yarn" and (original := rope.original_max_position_embeddings):
+            if rope.factor * original > FULL:
+                raise UserError(
+                    f"rope_scaling factor is {rope.factor:g} for an original length of {original} tokens; supported: a "
+                    f"product of at most {FULL:,}"
+                )
 
     def _check_experts(self) -> None:
         if self.model_type == "qwen2" and self.num_experts:
@@ -216,11 +208,18 @@ class ModelConfig:
             raise UserError("qkv_bias is False with model_type 'qwen2'; only 'qwen2_moe' can switch the bias off")
         if self.num_experts:
             validate.number(self, "config", SPARSE_SIZES, int, 1)
+            if self.num_experts * self.num_hidden_layers > MAX_EXPERTS:
+                raise UserError(
+                    f"num_experts is {self.num_experts} in {self.num_hidden_layers} layers; supported: at most "
+                    f"{MAX_EXPERTS:,} experts in all layers together"
+                )
             if self.num_experts_per_tok > self.num_experts:
                 raise UserError(f"num_experts_per_tok is {self.num_experts_per_tok}; num_experts is {self.num_experts}")
         for layer in self.mlp_only_layers:
             if type(layer) is not int or not 0 <= layer < self.num_hidden_layers:
-                raise UserError(f"mlp_only_layers has {layer!r}; allowed are 0 to {self.num_hidden_layers - 1}")
+                raise UserError(
+                    f"mlp_only_layers has {validate.short(layer)}; allowed are 0 to {self.num_hidden_layers - 1}"
+                )
 
     def _check_windows(self, put) -> None:
         types = self.layer_types
@@ -249,9 +248,9 @@ class ModelConfig:
 
     @property
     def windows(self) -> tuple[int, ...]:
-        """Keys each layer's query sees, itself included: `sliding_window`, or FULL."""
-        types = self.layer_types or self._default_layer_types()
-        return tuple(self.sliding_window or FULL if t == "sliding_attention" else FULL for t in types)
+        """Keys each layer's query sees, itself included: `sliding_window`, or FULL. A window beyond FULL is none."""
+        types, window = self.layer_types or self._default_layer_types(), min(self.sliding_window or FULL, FULL)
+        return tuple(window if t == "sliding_attention" else FULL for t in types)
 
     @property
     def scores(self) -> bool:
@@ -307,15 +306,19 @@ class ModelConfig:
                 raise UserError(f"{name} is {validate.short(data[name])}; supported: {', '.join(map(repr, allowed))}")
         names = {field.name for field in dataclasses.fields(cls)} - {"score_head"}
         known = names | IGNORED | ONLY.keys() | {"torch_dtype", "rope_parameters"}
-        for name in sorted(data.keys() - known):
-            message = f"the config has {name} = {validate.short(data[name])}, which is unknown here and has no effect"
-            warnings.warn(message, stacklevel=2)
+        unknown = sorted(data.keys() - known)
+        for name in unknown[:SHOWN]:
+            shown = f"{validate.key(name)} = {validate.short(data[name])}"
+            warnings.warn(f"the config has {shown}, which is unknown here and has no effect", stacklevel=2)
+        if (more := len(unknown) - SHOWN) > 0:
+            warnings.warn(f"the config has {more} more keys that are unknown here and have no effect", stacklevel=2)
 
         values = {name: data[name] for name in names & data.keys()}
-        values["rope_theta"], values["rope_scaling"] = _read_rope(data)
-        values["dual_chunk_attention_config"] = _read_dual_chunk(data.get("dual_chunk_attention_config"))
+        values["rope_theta"], values["rope_scaling"] = read_rope(data)
+        values["dual_chunk_attention_config"] = read_dual_chunk(data.get("dual_chunk_attention_config"))
         values["score_head"] = architectures.score_head(data)
-        values["dtype"] = data.get("dtype") or data.get("torch_dtype") or "float32"
+        dtypes = (data.get("dtype"), data.get("torch_dtype"))
+        values["dtype"] = next((dtype for dtype in dtypes if dtype is not None), "float32")
         if values.get("mlp_only_layers", ()) is None:
             del values["mlp_only_layers"]
         return cls(**values)
@@ -343,51 +346,6 @@ class ModelConfig:
                 value = dataclasses.asdict(value)
             out["torch_dtype" if field.name == "dtype" else field.name] = value
         return out | {"use_cache": True}
-
-
-def _read_rope(data: Mapping[str, Any]) -> tuple[Any, RopeScaling | None]:
-    """(rope_theta, scaling) from rope_theta and rope_scaling, or from the rope_parameters of transformers 5."""
-    for name in ("rope_scaling", "rope_parameters"):
-        if not isinstance(data.get(name), Mapping | None):
-            raise UserError(f"{name} is {validate.short(data[name])}; it must be an object or null")
-    old, new = data.get("rope_scaling"), data.get("rope_parameters")
-    if old and new and dict(old) != dict(new):
-        raise UserError(
-            f"rope_scaling {validate.short(old)} and rope_parameters {validate.short(new)} disagree; keep one"
-        )
-    name = "rope_parameters" if new else "rope_scaling"
-    given = dict(new or old or {})
-    if nested := [key for key in LAYER_TYPES if key in given]:
-        raise UserError(f"{name} has {', '.join(nested)}: settings per layer type; supported: one set for all layers")
-    theta = given.pop("rope_theta", data.get("rope_theta", 10000.0))
-    kinds = [given.pop(key) for key in ("rope_type", "type") if key in given] or ["default"]
-    if kinds[0] != kinds[-1]:
-        raise UserError(f"{name} has rope_type {kinds[0]!r} and type {kinds[-1]!r}; they must agree")
-    kind = kinds[0]
-    validate.choice(f"{name} rope_type", kind, ROPE_TYPES)
-    if given.pop("partial_rotary_factor", 1.0) not in (None, 1.0):
-        raise UserError(f"{name} has partial_rotary_factor other than 1.0; supported: 1.0")
-    yarn = [field.name for field in dataclasses.fields(RopeScaling) if field.name != "type"]
-    allowed = {"default": [], "linear": ["factor"], "yarn": yarn}[kind]
-    validate.known(f"{name} of type {kind!r}", given, allowed)
-    if kind == "default":
-        return theta, None
-    if given.get("factor") is None:
-        raise UserError(f"{name} of type {kind!r} has no factor; give the factor by which the context is extended")
-    return theta, RopeScaling(type=kind, **{key: value for key, value in given.items() if value is not None})
-
-
-def _read_dual_chunk(given: Any) -> DualChunk | None:
-    if given is None:
-        return None
-    if not isinstance(given, Mapping):
-        raise UserError(f"dual_chunk_attention_config is {validate.short(given)}; it must be an object or null")
-    names = [field.name for field in dataclasses.fields(DualChunk)]
-    dense = {key: value for key, value in given.items() if not key.startswith("sparse_attention_")}
-    validate.known("dual_chunk_attention_config", dense, names)
-    if len(dense) < len(given):  # these choose what an approximation may skip
-        warnings.warn("sparse_attention settings have no effect: every visible key is attended to", stacklevel=3)
-    return DualChunk(**dense)
 
 
 PRESETS: dict[str, ModelConfig] = {row[0].lower(): ModelConfig.from_hf(presets.hub_config(row)) for row in presets.ROWS}

@@ -6,6 +6,8 @@ hundreds of digits, half of a surrogate pair, bytes that are not UTF-8. Whether 
 checked where the key is read.
 """
 
+import dataclasses
+import functools
 import json
 from typing import Any
 
@@ -15,13 +17,16 @@ MAX_DEPTH = 100  # JSON schemas of tools nest about 20 deep; the walks over valu
 MAX_DIGITS = 100  # of an integer: converted to a float, 309 overflow
 
 
-def parse_json(content: bytes | str, where: str, error: type[UserError] = UserError) -> Any:
+def parse_json(
+    content: bytes | str, where: str, error: type[UserError] = UserError, *, repeated: list[str] | None = None
+) -> Any:
     """The value of a JSON text.
 
     Args:
         content: the text; bytes are UTF-8, with or without a byte order mark.
         where: what the message begins with, such as a path or "line 3 of prompts.jsonl".
         error: the class to raise.
+        repeated: receives the keys that an object gives more than once, of which the last value counts.
 
     Raises:
         UserError (or `error`): no JSON, no UTF-8, nested deeper than MAX_DEPTH, an integer of more than MAX_DIGITS
@@ -29,7 +34,8 @@ def parse_json(content: bytes | str, where: str, error: type[UserError] = UserEr
     """
     try:
         text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
-        value = json.loads(text, parse_int=_integer)
+        pairs = None if repeated is None else functools.partial(_object, repeated=repeated)
+        value = json.loads(text, parse_int=_integer, object_pairs_hook=pairs)
         _check(value)
     except (ValueError, RecursionError) as why:
         raise error(f"{where} is not JSON that can be read: {' '.join(str(why).split())[:200]}") from None
@@ -47,10 +53,25 @@ def parse_json_object(content: bytes | str, where: str, error: type[UserError] =
 _NAMES = {list: "array", str: "string", bool: "boolean", int: "number", float: "number"}
 
 
-def _integer(digits: str) -> int:
-    if len(digits) > MAX_DIGITS:
-        raise ValueError(f"an integer of {len(digits)} digits; at most {MAX_DIGITS} are read")
-    return int(digits)
+def _object(pairs: list[tuple[str, Any]], repeated: list[str]) -> dict[str, Any]:
+    """An object's keys and values; keys that are there already go to `repeated`."""
+    out: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in out:
+            repeated.append(key)
+        out[key] = value
+    return out
+
+
+@dataclasses.dataclass(frozen=True)
+class _LongInteger:
+    """Stands for an integer that is not read, until its key is known."""
+
+    digits: int
+
+
+def _integer(digits: str) -> int | _LongInteger:
+    return int(digits) if len(digits) <= MAX_DIGITS else _LongInteger(len(digits))
 
 
 def _check(value: Any) -> None:
@@ -58,6 +79,11 @@ def _check(value: Any) -> None:
     level = [value]
     for _ in range(MAX_DEPTH):
         keys = [key for item in level if isinstance(item, dict) for key in item]
+        for key, value in (pair for item in level if isinstance(item, dict) for pair in item.items()):
+            if isinstance(value, _LongInteger):
+                raise ValueError(f"{key} is {_too_long(value)}")
+        if long := next((item for item in level if isinstance(item, _LongInteger)), None):
+            raise ValueError(_too_long(long))
         for text in (*keys, *(item for item in level if isinstance(item, str))):
             if not text.isascii():
                 text.encode()  # half of a surrogate pair, which JSON can escape, is no text: UnicodeEncodeError
@@ -65,6 +91,10 @@ def _check(value: Any) -> None:
         if not level:
             return
     raise ValueError(f"nested more than {MAX_DEPTH} deep")
+
+
+def _too_long(number: _LongInteger) -> str:
+    return f"an integer of {number.digits} digits; at most {MAX_DIGITS} are read"
 
 
 def _inside(item: dict[str, Any] | list[Any]):

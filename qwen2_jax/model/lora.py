@@ -10,11 +10,13 @@ the jitted step; the base may be float32, bfloat16 or int8 (as in QLoRA, Dettmer
 import dataclasses
 import functools
 import math
+import operator
 import zlib
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from qwen2_jax import validate
 from qwen2_jax.config.model_config import ModelConfig
@@ -56,11 +58,11 @@ def modules(config: ModelConfig, target: str) -> tuple[str, ...]:
 
     Raises UserError with what can be adapted where there are none.
     """
-    can = _adaptable(config)
+    can = adaptable(config)
     found = tuple(name for name in can if f".{name}".endswith(f".{target}"))  # PEFT's rule
     if not found:
         hint = "; routed experts and routers take no adapters" if config.num_experts else ""
-        raise UserError(f"lora: targets has {target!r}; this model can adapt {', '.join(can)}{hint}")
+        raise UserError(f"lora: targets has {validate.short(target)}; this model can adapt {', '.join(can)}{hint}")
     return found
 
 
@@ -115,12 +117,31 @@ def attach(params: Tree, adapters: Tree, lora: Lora) -> Tree:
     return _on_adapted(params, adapters, lora, lambda w: w)
 
 
-def merge(params: Tree, adapters: Tree, lora: Lora) -> Tree:
-    """The parameters with the corrections added, W + scale * b a in float32, in the dtypes they had. Copies.
+def merge(params: Tree, adapters: Tree, lora: Lora, dtype: DTypeLike | None = None) -> Tree:
+    """The parameters with the corrections added, W + scale * b a in float32. Copies.
 
+    dtype: of the weights with an adapter, default the ones they had; bfloat16 rounds away most of a small correction.
     Weights without an adapter are those of `params`. Raises UserError where an adapted weight is stored as int8.
     """
-    return _on_adapted(params, adapters, lora, _merged)
+    return _on_adapted(params, adapters, lora, functools.partial(_merged, dtype=dtype))
+
+
+def share_changed(params: Tree, merged: Tree, adapters: Tree, dtype: DTypeLike) -> float:
+    """The share of the numbers of adapted weights that differ from the base's after rounding to `dtype`."""
+    changed, total = 0.0, 0
+    for (*path, last), _ in leaves(adapters):
+        if last == "a":
+            base, new = (functools.reduce(operator.getitem, path, tree) for tree in (params, merged))
+            assert isinstance(base, jax.Array)
+            assert isinstance(new, jax.Array)
+            changed += float(_changed(base, new, jnp.dtype(dtype))) * base.size
+            total += base.size
+    return changed / total
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _changed(base: jax.Array, new: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    return jnp.mean(base.astype(dtype) != new.astype(dtype))
 
 
 def _on_adapted(params: Tree, adapters: Tree, lora: Lora, do: Callable[[Adapted], Weight]) -> Tree:
@@ -138,18 +159,18 @@ def _on_adapted(params: Tree, adapters: Tree, lora: Lora, do: Callable[[Adapted]
     return params | changed
 
 
-def _merged(w: Adapted) -> jax.Array:
+def _merged(w: Adapted, dtype: DTypeLike | None) -> jax.Array:
     if forms := stored_forms(w.base):
         raise UserError(
             f"adapters cannot be merged into {forms[0]} weights, which would round them away: load bfloat16"
         )
-    return _sum_of_layers(w)
+    return _sum_of_layers(w, jnp.dtype(w.base.dtype if dtype is None else dtype))  # type: ignore[union-attr]
 
 
-@jax.jit
-def _sum_of_layers(w: Adapted) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=1)
+def _sum_of_layers(w: Adapted, dtype: jnp.dtype) -> jax.Array:
     # One layer at a time: a float32 copy of all layers of a weight is a third of a model.
-    return jax.lax.map(Adapted.dequantize, w)
+    return jax.lax.map(lambda layer: layer.summed().astype(dtype), w)
 
 
 _A, _B = ".lora_A.weight", ".lora_B.weight"  # PEFT's names of a and b
@@ -179,7 +200,7 @@ def _adapted(w: Weight, adapter: Tree, lora: Lora) -> Adapted:
 
 
 @functools.lru_cache(maxsize=8)
-def _adaptable(config: ModelConfig) -> tuple[str, ...]:
+def adaptable(config: ModelConfig) -> tuple[str, ...]:
     """The modules of a layer that may be adapted."""
     return tuple(dict.fromkeys(_module(spec) for _, spec in leaves(decoder.declare(config)[1]) if _can_adapt(spec)))
 

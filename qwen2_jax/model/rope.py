@@ -163,8 +163,9 @@ def plain(config: ModelConfig) -> Rope:
 def choose(config: ModelConfig, lengths: int | Sequence[int], mode: LongContext = "auto") -> Rope:
     """The rotary arrays for rows that will hold `lengths` tokens (prompt and answer together).
 
-    mode "auto": plain up to config.trained_length; beyond it what the config says (dual_chunk_attention_config, else
-    rope_scaling of type yarn), and Dual Chunk Attention with Qwen2's sizes where it says nothing.
+    mode "auto": plain up to config.trained_length, or the chunk_size of a dual_chunk_attention_config that is shorter;
+    beyond it what the config says (dual_chunk_attention_config, else rope_scaling of type yarn), and Dual Chunk
+    Attention with Qwen2's sizes where it says nothing.
     "off": plain at any length. "yarn": YaRN at any length with the config's factor, as transformers applies it; where
     the config has none, with the factor length / trained_length. "dca": Dual Chunk Attention at any length.
     A length of at most the chunk size is plain attention under "dca" too.
@@ -179,7 +180,8 @@ def _row(config: ModelConfig, length: int, mode: LongContext) -> tuple:
     scaling = config.rope_scaling
     has_yarn = scaling is not None and scaling.type == "yarn"
     if mode == "auto":
-        if length <= config.trained_length:
+        chunk = config.dual_chunk_attention_config
+        if length <= min(config.trained_length, chunk.chunk_size if chunk else FULL):
             mode = "off"
         elif has_yarn and config.dual_chunk_attention_config is None:
             mode = "yarn"

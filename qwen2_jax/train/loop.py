@@ -15,7 +15,7 @@ from qwen2_jax.checkpoint import peft
 from qwen2_jax.data.spec import Data
 from qwen2_jax.data.tokens.loader import Loaded
 from qwen2_jax.errors import UserError
-from qwen2_jax.model import flops
+from qwen2_jax.model import flops, lora
 from qwen2_jax.observe import Recorder, plots
 from qwen2_jax.parallel.hosts import Group
 from qwen2_jax.train import dry_run, initial_state
@@ -64,6 +64,9 @@ def _run(job: Job, trainer: Trainer, console: Console, group: Group) -> Path | N
     recorder = Recorder(
         config.log, config.out, total=job.steps, cost=cost, about=dataclasses.asdict(config), console=console
     )
+    if config.start is not None and config.start.adapter is not None and job.source is not None:
+        if warning := peft.other_base(config.start.adapter, config.start.checkpoint, job.source):
+            console.print(f"warning: {warning}", soft_wrap=True)
     begin, frozen = initial_state.weights(job, trainer)
     console.print(
         f"{count(trainer.model_specs) / 1e6:,.2f} M parameters"
@@ -95,7 +98,7 @@ def _run(job: Job, trainer: Trainer, console: Console, group: Group) -> Path | N
         recorder.start(done, about.get("recorder"))
         if 0 < done < job.steps and saved.export_due(done) and _lost(config, done):
             with recorder.goodput("save"):
-                export(job, trainer, state, frozen, config.out / f"hf-{done}")
+                export(job, trainer, state, frozen, config.out / f"hf-{done}", console)
         with stage_of(config).open(job, trainer, done, frozen, about.get("feed") or {}, console) as parts:
             state, done = _train(job, trainer, parts, state, done, frozen, saved, recorder, stop, group)
         if done < job.steps:
@@ -103,7 +106,7 @@ def _run(job: Job, trainer: Trainer, console: Console, group: Group) -> Path | N
             console.print(f"stopped after step {done}, which is saved; resume with {again}", soft_wrap=True)
             return None
     group.at("writing the result")
-    folder = export(job, trainer, state, frozen, config.out / "hf")
+    folder = export(job, trainer, state, frozen, config.out / "hf", console)
     if jax.process_index() == 0:
         _draw(config, console)
     console.print(f"wrote {folder}", soft_wrap=True)
@@ -246,7 +249,9 @@ def results(run: Run, folder: Path) -> list[Path]:
     return [adapters] if run.lora_base == "int8" else [adapters, folder]  # merging would round the adapters away
 
 
-def export(job: Job, trainer: Trainer, state: State, frozen: Tree | None, folder: Path) -> Path:
+def export(
+    job: Job, trainer: Trainer, state: State, frozen: Tree | None, folder: Path, console: Console | None = None
+) -> Path:
     """Writes the trained weights as a Hugging Face folder in place of an earlier one, and adapters as PEFT's files.
 
     Returns the last folder that it wrote. Where several processes train, all of them call it, each writes its share.
@@ -255,10 +260,20 @@ def export(job: Job, trainer: Trainer, state: State, frozen: Tree | None, folder
     made = results(run, folder)
     if run.lora is not None and run.start is not None:
         params = state.params if state.ema is None else state.ema
-        peft.save_peft(made[0], job.config, params, run.lora, base_name=run.start.checkpoint, replace=True)
+        base = None if job.source is None else peft.weights_sha256(job.source)
+        name = run.start.checkpoint
+        peft.save_peft(made[0], job.config, params, run.lora, name, base_sha256=base, replace=True)
     if made[-1] == folder:
         config = stage_of(run).result_config(job)
         weights = trainer.weights(state, frozen)
+        if run.lora is not None and frozen is not None and run.export_dtype != "float32" and console is not None:
+            params = state.params if state.ema is None else state.ema
+            changed = lora.share_changed(frozen, weights, params, run.export_dtype)
+            console.print(
+                f"rounded to {run.export_dtype}, {1 - changed:.0%} of the adapted numbers are the base's own again; "
+                f"{made[0]} and an export with --export-dtype float32 lose nothing",
+                soft_wrap=True,
+            )
         checkpoint.save_hf(
             folder, config, weights, dtype=run.export_dtype, tokenizer_files_from=job.files, replace=True
         )

@@ -119,11 +119,15 @@ class Trainer:
         return self.begin(params)
 
     def weights(self, state: State, frozen: Tree | None = None) -> Tree:
-        """The weights as they are evaluated and exported: averaged where the run has an EMA, adapters merged."""
+        """The weights as they are exported: averaged where the run has an EMA, adapters merged.
+
+        With export_dtype float32 the merged weights are float32, whatever the dtype of the base.
+        """
         params = state.params if state.ema is None else state.ema
         if self.run.lora is None or frozen is None:
             return params
-        return lora.merge(frozen, params, self.run.lora)
+        dtype = jnp.float32 if self.run.export_dtype == "float32" else None
+        return lora.merge(frozen, params, self.run.lora, dtype)
 
     def _begin(self, params: Tree) -> State:
         params = jax.tree.map(lambda p: p.astype(jnp.float32), params)

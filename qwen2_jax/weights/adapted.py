@@ -45,11 +45,15 @@ class Adapted(StoredWeight):
         raise TypeError("an embedding takes no low-rank correction")
 
     def dequantize(self) -> jax.Array:
-        """base + scale * b a, summed in float32, in the dtype of the base. Of one layer: w[layer].dequantize()."""
+        """As `summed`, in the dtype of the base."""
+        return self.summed().astype(weight.dequantize(self.base).dtype)
+
+    def summed(self) -> jax.Array:
+        """base + scale * b a in float32. Of one layer: w[layer].summed()."""
         base = weight.dequantize(self.base)
         b_Or, a_rI = self.b.reshape(-1, self.b.shape[-1]), self.a.reshape(self.a.shape[0], -1)
         change_OI = jnp.matmul(b_Or, a_rI, precision=lax.Precision.HIGHEST) * self.scale
-        return (base.astype(jnp.float32) + change_OI.reshape(self.shape)).astype(base.dtype)
+        return base.astype(jnp.float32) + change_OI.reshape(self.shape)
 
     def shardings(self, where: Sharding) -> "Adapted":
         dims = list(range(len(self.shape)))

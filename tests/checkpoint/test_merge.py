@@ -71,6 +71,7 @@ def test_equals_numpy(folders, tmp_path, monkeypatch, method, weights, block):
             tau = signed_mean([largest(p, keep) for p in parts], given)
         else:
             tau = sum(w * p for w, p in zip(given, parts, strict=True))
+        # Five roundings to float32 (2^-24 = 6e-8 each): the weighted sum, its scale, the sum with the base.
         np.testing.assert_allclose(made[name], x + 0.7 * tau, rtol=3e-7, atol=3e-7, err_msg=name)
 
 
@@ -105,7 +106,7 @@ def test_dare_ties_elects_among_what_was_drawn(folders, tmp_path):
     out = merge(base, models, tmp_path / "out", Merge(method="dare_ties", keep=1.0), dtype="float32")
     made = load_file(out / "model.safetensors")[NAME]
     want = old[NAME] + signed_mean([tensors[NAME] - old[NAME] for tensors in new], (0.5, 0.5))
-    np.testing.assert_allclose(made, want, rtol=3e-7, atol=3e-7)
+    np.testing.assert_allclose(made, want, rtol=3e-7, atol=3e-7)  # five roundings to float32, as above
 
 
 def test_the_folder_is_the_bases_with_other_weights(folders, tmp_path):

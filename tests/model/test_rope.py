@@ -12,7 +12,7 @@ from flax import nnx
 
 import tiny
 from qwen2_jax import PRESETS, model
-from qwen2_jax.config import FULL, RopeScaling
+from qwen2_jax.config import FULL, DualChunk, RopeScaling
 from qwen2_jax.errors import UserError
 from qwen2_jax.model import rope
 
@@ -44,6 +44,17 @@ def test_auto_is_dual_chunk_for_qwen2_which_says_nothing():
     # f(131072 / 32768)^2 of the Qwen2.5-1M report
     assert float(long.logit_scale(jnp.array([131072]))[0]) == pytest.approx(1.138629436111989**2, rel=1e-6)
     assert float(long.logit_scale(jnp.array([32768]))[0]) == 1
+
+
+def test_auto_follows_a_dual_chunk_config_from_its_chunk_on():
+    """A checkpoint that carries it asks for it, whatever the trained length is taken to be."""
+    config = dataclasses.replace(
+        DENSE, max_position_embeddings=256, dual_chunk_attention_config=DualChunk(chunk_size=64, local_size=8)
+    )
+    assert config.trained_length == 256
+    rows = rope.choose(config, [64, 65])
+    assert rows.chunk_len_B.tolist() == [FULL, 56] and rows.chunk_size_B.tolist() == [FULL, 64]
+    assert rows.original_length_B.tolist() == [0, 0]  # no length factor where the config gives no length
 
 
 def test_small_models_get_chunks_in_proportion():

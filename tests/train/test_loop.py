@@ -8,15 +8,18 @@ import importlib.util
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
+from safetensors.numpy import load_file
 
 import qwen2_jax
 import tiny
@@ -306,6 +309,23 @@ def test_lora_leaves_the_weights_alone(base, corpus, straight, tmp_path):
     assert all(np.isfinite(losses))
     assert (tmp_path / "hf").exists() == (base != "int8")
     assert folder == tmp_path / ("adapter" if base == "int8" else "hf") and f"wrote {folder}" in screen
+    if base == "bfloat16":  # what was trained is what is exported, beyond the base's own bits
+        whole, low, before = (
+            load_file(folder / file)
+            for folder, file in (
+                (tmp_path / "hf", "model.safetensors"),
+                (tmp_path / "adapter", "adapter_model.safetensors"),
+                (straight[1], "model.safetensors"),
+            )
+        )
+        assert "rounded to" not in screen
+        for name in (name for name in low if name.endswith("lora_A.weight")):
+            module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            change = low[name.replace("lora_A", "lora_B")].astype(np.float64) @ low[name] * (8 / 4)
+            base_weight = before[f"{module}.weight"].astype(jnp.bfloat16).astype(np.float64)  # as it was trained on
+            got = whole[f"{module}.weight"]
+            assert got.dtype == np.float32 and np.abs(change).max() > 0
+            np.testing.assert_allclose(got, base_weight + change, atol=1e-6)  # float32 of numbers below 2: 1.2e-7
     other = {"bfloat16": "float32", "int8": "bfloat16"}[base]
     with pytest.raises(UserError, match=r"weights below the adapters differ.*same start\.checkpoint and lora_base"):
         run(dataclasses.replace(config, lora_base=other, dtype="float32" if other == "float32" else "bfloat16"))
@@ -318,9 +338,10 @@ def test_lora_goes_on_from_an_adapter(corpus, straight, tmp_path):
     """The second run's first loss is what the first one came to, and other settings than the folder's are refused."""
     lora = {"lora": Lora(rank=4, alpha=8.0), "lora_base": "float32"}
     first = sft(corpus, straight, tmp_path / "first", optim=Optim(lr=3e-2, schedule="constant"), **lora)
-    run(first)
+    screen = run(first)[1]
+    assert re.search(r"rounded to bfloat16, \d+% of the adapted numbers are the base's own again", screen)
     start = dataclasses.replace(first.start, adapter=str(tmp_path / "first" / "adapter"))
-    run(dataclasses.replace(first, start=start, out=tmp_path / "second"))
+    assert "was trained on" not in run(dataclasses.replace(first, start=start, out=tmp_path / "second"))[1]
     began, went_on = (lines_of(tmp_path / name)[0]["loss"] for name in ("first", "second"))
     assert went_on < began - 0.05
     other = dataclasses.replace(first, start=start, out=tmp_path / "third", lora=Lora(rank=8, alpha=8.0))

@@ -4,6 +4,8 @@
 import ml_dtypes
 import numpy as np
 
+from qwen2_jax.errors import CheckpointError
+
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 BLOCK = 1 << 16  # elements; the temporaries stay in the processor's cache
 
@@ -35,6 +37,28 @@ def as_dtype(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     out = np.empty(array.shape, dtype)
     cast_into(out, array)
     return out
+
+
+def narrowed(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """As as_dtype. Raises CheckpointError that names the tensor where a finite number becomes an infinity."""
+    with np.errstate(over="ignore"):
+        out = as_dtype(array, dtype)
+    if out is not array and not _finite(out) and _overflows(array.reshape(-1), out.reshape(-1)):
+        largest = float(ml_dtypes.finfo(dtype).max)
+        raise CheckpointError(
+            f"{name} has numbers beyond {largest:g}, the largest of {dtype.name}; give bfloat16 or float32"
+        )
+    return out
+
+
+def _finite(array: np.ndarray) -> bool:
+    flat = array.reshape(-1)
+    return all(np.isfinite(flat[at : at + BLOCK]).all() for at in range(0, flat.size, BLOCK))
+
+
+def _overflows(before: np.ndarray, after: np.ndarray) -> bool:
+    blocks = (slice(at, at + BLOCK) for at in range(0, before.size, BLOCK))
+    return any((np.isinf(after[block]) & np.isfinite(before[block])).any() for block in blocks)
 
 
 def _cast_block(out: np.ndarray, x: np.ndarray) -> None:

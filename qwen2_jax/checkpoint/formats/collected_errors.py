@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from qwen2_jax.checkpoint.formats.names import EMBEDDING, HEAD
 from qwen2_jax.errors import CheckpointError
 
+MAX_LINE = 300  # names of tensors may come from a stranger
 SHOWN = 40  # per kind: a folder of another model would otherwise list thousands
 
 
@@ -18,7 +19,8 @@ class CollectedErrors:
         self.kinds: dict[str, list[str]] = {}
 
     def add(self, kind: str, lines: Iterable[str]) -> None:
-        found = list(lines)
+        found = [line if line.isprintable() else line.encode("unicode_escape").decode() for line in lines]
+        found = [line if len(line) <= MAX_LINE else line[: MAX_LINE - 3] + "..." for line in found]
         if found:
             self.kinds.setdefault(kind, []).extend(found)
 

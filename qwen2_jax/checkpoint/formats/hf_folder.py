@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A Hugging Face folder: safetensors in one file or in shards with an index, read tensor by tensor."""
 
-import json
-import os
-import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,14 +12,21 @@ from qwen2_jax.checkpoint.formats.file_tensors import FileTensors
 from qwen2_jax.checkpoint.formats.names import EMBEDDING, HEAD, Slot, Tree, table
 from qwen2_jax.checkpoint.formats.protocol import Format
 from qwen2_jax.checkpoint.formats.safetensors import DTYPES, Header, TensorInFile, read_header
-from qwen2_jax.checkpoint.formats.safetensors_layout import INDEX, SINGLE, Layout
+from qwen2_jax.checkpoint.formats.safetensors_layout import (
+    BUFFER,
+    INDEX,
+    MAX_BUFFER_BYTES,
+    SINGLE,
+    SUFFIX,
+    Layout,
+    weight_map,
+)
 from qwen2_jax.checkpoint.formats.small_files import MAX_JSON_BYTES, SmallFiles
 from qwen2_jax.checkpoint.formats.stored_tensor import StoredTensor
 from qwen2_jax.errors import CheckpointError
 
-# A buffer that older transformers saved; it is computed, not trained.
-IGNORED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
-MAX_EXTRA_BYTES = 1_000_000
+BODY = "model."  # in front of the decoder's names
+RULE = f"only {SUFFIX} files beside the index are read"
 
 
 class HfFolder(FileTensors):
@@ -44,7 +48,7 @@ class HfFolder(FileTensors):
         self.in_files: dict[str, TensorInFile] = {}
         self.aliases: dict[str, str] = {}
         self.extras: dict[str, StoredTensor] = {}
-        files, weight_map = self._files()
+        files, listed_in = self._files()
         absent = [name for name in files if not (path / name).is_file()]
         self.errors.add("missing files", (f"{n} (an unfinished download? start it again to resume)" for n in absent))
         for name in files:
@@ -55,12 +59,12 @@ class HfFolder(FileTensors):
                     if tensor in self.in_files:
                         self.errors.add("given twice", [f"{tensor} in {self.in_files[tensor].file.name} and {name}"])
                     self.in_files[tensor] = info
-        if weight_map is not None:
+        if listed_in is not None:
             readable = {name for name in files if name not in absent and not self.headers[name].problems}
-            listed = {tensor: file for tensor, file in weight_map.items() if file in readable}
+            listed = {tensor: file for tensor, file in listed_in.items() if file in readable}
             wrong = (t for t, file in listed.items() if t not in self.headers[file].tensors)
-            self.errors.add(f"listed in {INDEX} but not in that file", (f"{t} ({weight_map[t]})" for t in wrong))
-            self.errors.add(f"not listed in {INDEX}", (t for t in self.in_files if t not in weight_map))
+            self.errors.add(f"listed in {INDEX} but not in that file", (f"{t} ({listed_in[t]})" for t in wrong))
+            self.errors.add(f"not listed in {INDEX}", (t for t in self.in_files if t not in listed_in))
         self.infos = self.weights(self.in_files)
 
     def _files(self) -> tuple[list[str], dict[str, str] | None]:
@@ -69,23 +73,8 @@ class HfFolder(FileTensors):
             return [SINGLE], None
         if (self.path / INDEX).is_file():
             self.index = read_text(self.path / INDEX)
-            try:
-                weight_map = json.loads(self.index)["weight_map"]
-            except (ValueError, KeyError, TypeError, RecursionError) as why:
-                raise CheckpointError(f"{self.path / INDEX} is not an index with a weight_map: {why!r}") from None
-            if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
-                raise CheckpointError(f"{self.path / INDEX}: weight_map must map tensor names to file names")
-            for file in set(weight_map.values()):
-                if (
-                    file != os.path.basename(file)
-                    or file in ("", ".", "..")
-                    or "\\" in file
-                    or not file.endswith(".safetensors")
-                ):
-                    raise CheckpointError(
-                        f"{self.path / INDEX} names {file!r}; only .safetensors files beside the index are read"
-                    )
-            return sorted(set(weight_map.values())), weight_map
+            found = weight_map(self.index, str(self.path / INDEX), RULE)
+            return sorted(set(found.values())), found
         files = sorted(p.name for p in self.path.glob("*.safetensors"))
         if not files:
             raise CheckpointError(f"{self.path} has no .safetensors file")
@@ -96,7 +85,10 @@ class HfFolder(FileTensors):
         return dict(in_files)
 
     def check(self, table: Mapping[str, Slot], *, tied: bool) -> "HfFolder":
-        """Compares the folder with the model's table of names; everything that is wrong is in one CheckpointError."""
+        """Compares the folder with the model's table of names; everything that is wrong is in one CheckpointError.
+
+        A folder of the bare decoder is read too, whose names lack the `model.` in front; `aliases` then has its names.
+        """
         if tied and HEAD in self.infos and EMBEDDING in self.infos and HEAD not in table:
             if self._equal(self.infos[HEAD], self.infos[EMBEDDING]):
                 self.aliases[HEAD] = EMBEDDING
@@ -106,10 +98,15 @@ class HfFolder(FileTensors):
                     "contradiction",
                     [f"{HEAD} differs from {EMBEDDING}, but tie_word_embeddings is true in config.json"],
                 )
-        for name in [n for n in self.infos if IGNORED.search(n) and n not in table]:
+        if not any(name.startswith(BODY) for name in self.infos):  # saved from transformers' Qwen2Model, without a head
+            prefixed = {name: BODY + name if BODY + name in table else name for name in self.infos}
+            self.aliases |= {name: new for name, new in prefixed.items() if new != name}
+            self.infos = {prefixed[name]: info for name, info in self.infos.items()}
+        for name in [n for n in self.infos if BUFFER.search(n) and n not in table]:
             self.extras[name] = self.infos.pop(name)
         headers = self.headers.values()
         broken = frozenset().union(*(header.broken for header in headers))
+        broken |= {BODY + name for name in broken}
         hidden = "missing files" in self.errors.kinds or any(
             h.problems and not h.tensors and not h.broken for h in headers
         )
@@ -132,7 +129,7 @@ class HfFolder(FileTensors):
         """The files as they are, to write them again byte for byte."""
         extras = {}
         for name, info in self.extras.items():
-            if info.nbytes > MAX_EXTRA_BYTES:
+            if info.nbytes > MAX_BUFFER_BYTES:
                 file = self.in_files[name].file.name
                 raise CheckpointError(
                     f"{name} in {file} has {info.nbytes} bytes; a buffer of rotary frequencies is smaller"

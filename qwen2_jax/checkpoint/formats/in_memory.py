@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen2_jax.checkpoint.formats import names
+from qwen2_jax.checkpoint.formats.casting import narrowed
 from qwen2_jax.checkpoint.formats.names import Leaf, Tree
 from qwen2_jax.checkpoint.formats.protocol import ArrayTensors
 from qwen2_jax.checkpoint.formats.safetensors import CODES
@@ -95,13 +96,14 @@ def _specs_like(config: ModelConfig, params: Tree) -> Tree:
 
 @dataclasses.dataclass(frozen=True)
 class Recast:
-    """Tensors that are to be written in another dtype; the writer casts."""
+    """Tensors in another dtype. Raises CheckpointError for one with a number that the dtype cannot hold."""
 
     tensors: ArrayTensors
     infos: Mapping[str, TensorInfo]
 
     def stream(self, wanted: Sequence[str], mine: Container[str] | None = None) -> Iterator[tuple[str, np.ndarray]]:
-        return self.tensors.stream(wanted, mine)
+        for name, array in self.tensors.stream(wanted, mine):
+            yield name, narrowed(name, array, self.infos[name].dtype)
 
     def read_array(self, leaf: Leaf, spec: ParamSpec, where: jax.sharding.Sharding) -> jax.Array:
         return self.tensors.read_array(leaf, spec, where)

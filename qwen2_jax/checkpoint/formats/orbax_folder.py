@@ -69,6 +69,18 @@ def _session() -> Iterator[Any]:
         absl.setLevel(level)
 
 
+@contextlib.contextmanager
+def _reading(path: Any, what: str) -> Iterator[None]:
+    """What Orbax raises inside is a CheckpointError that names the folder, but for the machine's own failures."""
+    try:
+        yield
+    except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
+        raise
+    except Exception as why:  # damage shows as anything: ValueError, KeyError, AttributeError, NotImplementedError
+        reason = f"{type(why).__name__}: {' '.join(str(why).split())}"[:300]
+        raise CheckpointError(f"{path} {what}: {reason}; fetch or convert it again") from None
+
+
 def _chunks(_, array: jax.Array):
     """Experts and heads [1, E, ...] are cut between each other first; Orbax would cut the largest dimension."""
     if array.ndim < 4 or math.prod(array.shape[2:]) * array.dtype.itemsize < ROW_BYTES:
@@ -128,17 +140,14 @@ class OrbaxFolder:
         self._layout = layout
         self.path = path.absolute() if isinstance(path, Path) else path  # Orbax sees nothing under a relative path
         self.original = original or {}
-        try:
-            with _session() as ocp:
-                tree = ocp.metadata(self.path).metadata
-        except (ValueError, OSError, KeyError) as why:
-            reason = " ".join(str(why).split())[:300]
-            raise CheckpointError(f"{path} is not a complete Orbax checkpoint: {reason}") from None
+        with _session() as ocp, _reading(path, "is not a complete Orbax checkpoint"):
+            tree = ocp.metadata(self.path).metadata
         if not isinstance(tree, dict):
             raise CheckpointError(
                 f"{path}: the list of its arrays cannot be read; the checkpoint is damaged or incomplete"
             )
-        self.arrays = {tuple(map(str, key)): (tuple(m.shape), np.dtype(m.dtype)) for key, m in leaves(tree)}
+        with _reading(path, "has a damaged list of arrays"):
+            self.arrays = {tuple(map(str, key)): (tuple(m.shape), np.dtype(m.dtype)) for key, m in leaves(tree)}
         self.leaves: list[Leaf] = []
         self.infos: dict[str, TensorInfo] = {}
 
@@ -174,7 +183,7 @@ class OrbaxFolder:
     def read(self, group: Sequence[tuple[Leaf, np.dtype, jax.sharding.Sharding]]) -> list[jax.Array]:
         """The arrays of some leaves in the dtypes and shardings given; each device reads the chunks of its shard."""
         wanted = {leaf.path: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=where) for leaf, dtype, where in group}
-        with _session() as ocp:
+        with _session() as ocp, _reading(self.path, "is damaged"):
             tree = ocp.load(self.path, nested(wanted))
         _release()
         return [get(tree, leaf.path) for leaf, _, _ in group]
@@ -248,12 +257,7 @@ def _looks_like(path: Any, names: Collection[str]) -> bool:
 
 def _open(path: Any, files: SmallFiles, specs: Tree, *, tied: bool) -> OrbaxFolder:
     manifest, recorded = Manifest.read(path, files), read_json(path, files, LAYOUT)
-    try:
-        layout = None if recorded is None else Layout.from_json(recorded)
-    except (KeyError, TypeError, ValueError) as why:
-        raise CheckpointError(
-            f"{path / LAYOUT} is damaged ({why!r}); remove it to have the files laid out anew"
-        ) from None
+    layout = None if recorded is None else Layout.from_json(recorded, str(path / LAYOUT))
     return OrbaxFolder(path, manifest.infos if manifest else None, layout).check(table(specs), orbax_leaves(specs))
 
 

@@ -14,7 +14,7 @@ import os
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import ml_dtypes
 import numpy as np
@@ -23,6 +23,8 @@ from safetensors import SafetensorError, safe_open
 from qwen2_jax.checkpoint.formats.casting import cast_into
 from qwen2_jax.checkpoint.formats.stored_tensor import StoredTensor, TensorInfo
 from qwen2_jax.errors import CheckpointError
+from qwen2_jax.files.json_text import parse_json
+from qwen2_jax.validate import short
 
 DTYPES: dict[str, np.dtype] = {
     "F32": np.dtype(np.float32),
@@ -32,6 +34,8 @@ DTYPES: dict[str, np.dtype] = {
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 MAX_HEADER_BYTES = 100_000_000  # the bound of the official reader
 MAX_SIZE = 2**62
+MAX_DIMS = 32
+METADATA = "__metadata__"  # key of a header that is no tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,26 +138,21 @@ def read_header(path: Path, dtypes: Mapping[str, np.dtype] = DTYPES) -> Header:
             )
             return Header("", {}, (f"{path.name} ({size} bytes) {what}: truncated or not a safetensors file",))
         raw = f.read(length)
-    repeated: list[str] = []
     try:
         text = raw.decode()
-        entries = json.loads(text, object_pairs_hook=lambda pairs: _pairs(pairs, repeated))
-    except (ValueError, RecursionError) as why:
+        found, repeated = header_entries(text, dtypes)
+    except (UnicodeDecodeError, CheckpointError) as why:
         return Header("", {}, (f"{path.name} has a header that cannot be read: {_one_line(why)}",))
-    if not isinstance(entries, dict):
-        return Header("", {}, (f"{path.name} has a header that is not a JSON object",))
 
     tensors, problems, broken = {}, [f"{path.name} holds {name} twice" for name in repeated], set()
-    for name, entry in entries.items():
-        if name == "__metadata__":
-            continue
-        found = _entry(entry, size - 8 - length, dtypes)
-        if isinstance(found, str):
-            problems.append(f"{name} in {path.name} {found}")
+    for name, entry in found.items():
+        wrong = entry if isinstance(entry, str) else _cut_off(*entry, size - 8 - length)
+        if wrong or isinstance(entry, str):
+            problems.append(f"{name} in {path.name} {wrong}")
             broken.add(name)
         else:
-            dtype, shape, start = found
-            tensors[name] = TensorInFile(dtype, shape, path, 8 + length + start)
+            info, start = entry
+            tensors[name] = TensorInFile(info.dtype, info.shape, path, 8 + length + start)
     if not problems:
         try:
             with safe_open(path, framework="np"):
@@ -163,43 +162,64 @@ def read_header(path: Path, dtypes: Mapping[str, np.dtype] = DTYPES) -> Header:
     return Header(text, tensors, tuple(problems), frozenset(broken))
 
 
-def _pairs(pairs: list[tuple[str, Any]], repeated: list[str]) -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in out:
-            repeated.append(key)
-        out[key] = value
-    return out
+def header_entries(
+    text: str, dtypes: Mapping[str, np.dtype] = DTYPES
+) -> tuple[dict[str, tuple[TensorInfo, int] | str], list[str]]:
+    """Each tensor of a header with its first byte after the header, or what is wrong with it; names given twice.
+
+    Raises CheckpointError for a text that is no header.
+    """
+    repeated: list[str] = []
+    entries = parse_json(text, "the header", CheckpointError, repeated=repeated)
+    if not isinstance(entries, dict):
+        raise CheckpointError("the header is not a JSON object")
+    return {name: _entry(entry, dtypes) for name, entry in entries.items() if name != METADATA}, repeated
 
 
-def _entry(entry: Any, data_bytes: int, dtypes: Mapping[str, np.dtype]) -> tuple[np.dtype, tuple[int, ...], int] | str:
-    """(dtype, shape, start) of one header entry, or what is wrong with it."""
+def _entry(entry: Any, dtypes: Mapping[str, np.dtype]) -> tuple[TensorInfo, int] | str:
+    """What one header entry describes, and its first byte; or what is wrong with it."""
     if not isinstance(entry, dict):
         return f"is described by {type(entry).__name__} instead of an object"
     code, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(code, str) or code not in dtypes:
-        return f"has the dtype {code!r}; supported: {', '.join(dtypes)}"
-    if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < MAX_SIZE for n in shape):
-        return f"has the shape {shape!r}"
+        return f"has the dtype {short(code)}; supported: {', '.join(dtypes)}"
     if not (
-        isinstance(offsets, list) and len(offsets) == 2 and all(type(n) is int and 0 <= n < MAX_SIZE for n in offsets)
+        isinstance(shape, list) and len(shape) <= MAX_DIMS and all(type(n) is int and 0 <= n < MAX_SIZE for n in shape)
     ):
-        return f"has the data_offsets {offsets!r}"
-    need, given = math.prod(shape) * dtypes[code].itemsize, offsets[1] - offsets[0]
-    if need != given:
-        return f"has {given} bytes; {code} of shape {shape} needs {need}"
-    if offsets[1] > data_bytes:
-        return f"is truncated: its last {min(need, offsets[1] - data_bytes)} of {need} bytes are not in the file"
-    return dtypes[code], tuple(shape), offsets[0]
+        return f"has the shape {short(shape)}"
+    if not _are_sizes(offsets) or len(offsets) != 2:
+        return f"has the data_offsets {short(offsets)}"
+    info = TensorInfo(dtypes[code], tuple(shape))
+    if info.nbytes != offsets[1] - offsets[0]:
+        return f"has {offsets[1] - offsets[0]} bytes; {code} of shape {short(shape)} needs {info.nbytes}"
+    return info, offsets[0]
+
+
+def _are_sizes(values: Any) -> TypeGuard[list[int]]:
+    few = isinstance(values, list) and len(values) <= MAX_DIMS
+    return few and all(type(n) is int and 0 <= n < MAX_SIZE for n in values)
+
+
+def _cut_off(info: TensorInfo, start: int, data_bytes: int) -> str | None:
+    """What is wrong where a tensor ends behind the file's data."""
+    missing = start + info.nbytes - data_bytes
+    if missing <= 0:
+        return None
+    return f"is truncated: its last {min(info.nbytes, missing)} of {info.nbytes} bytes are not in the file"
 
 
 def _one_line(why: Exception) -> str:
     return " ".join(str(why).split())[:200]
 
 
-def header_text(infos: Mapping[str, TensorInfo]) -> str:
-    """The header of a file with these tensors in this order, padded so that the data begin at a multiple of 8 bytes."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses files that do not say it
+def header_text(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str] | None = None) -> str:
+    """The header of a file with these tensors in this order, padded so that the data begin at a multiple of 8 bytes.
+
+    metadata: more texts by key, for a reader who knows the keys.
+    """
+    entries: dict[str, Any] = {
+        METADATA: {"format": "pt", **(metadata or {})}
+    }  # transformers refuses files that do not say it
     start = 0
     for name, info in infos.items():
         entries[name] = {

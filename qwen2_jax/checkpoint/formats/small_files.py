@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The small files of a checkpoint: config, tokenizer, chat templates, generation settings, licence; never code."""
 
-import json
 from pathlib import Path
 from typing import Any, Protocol
 
 from qwen2_jax.errors import CheckpointError
+from qwen2_jax.files.json_text import parse_json_object
+from qwen2_jax.files.path_inside import path_inside
 
 CONFIG, GENERATION, MANIFEST, LAYOUT = (
     "config.json",
@@ -16,7 +17,14 @@ CONFIG, GENERATION, MANIFEST, LAYOUT = (
 SUFFIXES = (".json", ".txt", ".jinja", ".model", ".md")  # of the files that are copied
 MAX_BYTES = 100_000_000  # larger files are not copied
 MAX_JSON_BYTES = 100_000_000
+SUBFOLDERS = ("additional_chat_templates",)
 NOT_COPIED = (MANIFEST, LAYOUT, "commit_success.txt")  # written anew; the last is Orbax's
+
+
+def small_file(folder: Any, name: str, where: str, *, writing: bool = False) -> Any:
+    """The path of a small file, whose name may come from a stranger. Arguments and error: see path_inside."""
+    rule = f"a checkpoint's small files lie in its folder or in {', '.join(SUBFOLDERS)}"
+    return path_inside(folder, name, where, rule, subfolders=SUBFOLDERS, writing=writing)
 
 
 class SmallFiles(Protocol):
@@ -42,7 +50,7 @@ class FolderFiles:
         names = []
         for file in sorted(self.path.iterdir(), key=lambda f: f.name):
             if file.is_dir():
-                if file.name == "additional_chat_templates":
+                if file.name in SUBFOLDERS:
                     names += sorted(f"{file.name}/{f.name}" for f in file.iterdir() if f.name.endswith(".jinja"))
             elif (file.name.endswith(SUFFIXES) or file.name.upper().startswith(("LICENSE", "NOTICE"))) and not (
                 file.name in NOT_COPIED or file.name.endswith((".safetensors.index.json", ".bin.index.json"))
@@ -52,8 +60,8 @@ class FolderFiles:
         return names
 
     def read_bytes(self, name: str, limit: int | None = None) -> bytes | None:
-        file = self.path / name
-        if not file.exists():
+        file = small_file(self.path, name, str(self.path))
+        if not file.is_file():
             return None
         if limit is not None and _size(file) > limit:
             raise CheckpointError(f"{file} is larger than {limit} bytes; that is no {name}")
@@ -65,13 +73,7 @@ def read_json(path: Any, files: SmallFiles, name: str) -> dict[str, Any] | None:
     content = files.read_bytes(name, MAX_JSON_BYTES)
     if content is None:
         return None
-    try:
-        data = json.loads(content.decode("utf-8"))
-    except (ValueError, RecursionError) as why:
-        raise CheckpointError(f"{path / name} is not valid JSON: {' '.join(str(why).split())[:200]}") from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path / name} holds a JSON {type(data).__name__} instead of an object")
-    return data
+    return parse_json_object(content, str(path / name), CheckpointError)
 
 
 def _size(file: Any) -> int:

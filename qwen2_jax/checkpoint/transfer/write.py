@@ -17,14 +17,15 @@ from qwen2_jax.checkpoint.formats.casting import as_dtype, cast_into
 from qwen2_jax.checkpoint.formats.names import Leaf, Slot
 from qwen2_jax.checkpoint.formats.protocol import ArrayTensors, Progress, Tensors
 from qwen2_jax.checkpoint.formats.safetensors import aligned
-from qwen2_jax.checkpoint.formats.safetensors_layout import INDEX, SHARD_BYTES, Layout, new_layout
-from qwen2_jax.checkpoint.formats.small_files import CONFIG, LAYOUT, MANIFEST
+from qwen2_jax.checkpoint.formats.safetensors_layout import INDEX, RULE, SHARD_BYTES, SUFFIX, Layout, new_layout
+from qwen2_jax.checkpoint.formats.small_files import CONFIG, LAYOUT, MANIFEST, small_file
 from qwen2_jax.checkpoint.formats.stored_tensor import TensorInfo
 from qwen2_jax.checkpoint.manifest import Hasher, Manifest
 from qwen2_jax.checkpoint.sources import Source, locate
 from qwen2_jax.checkpoint.transfer import multihost
 from qwen2_jax.config.model_config import ModelConfig
 from qwen2_jax.files.atomic_folder import write_file
+from qwen2_jax.files.path_inside import path_inside
 from qwen2_jax.weights.params import Tree, leaves
 
 MARGIN_BYTES = 64 * 2**20  # of disk, for headers, indices and small files
@@ -216,7 +217,8 @@ def write_weights(
             if jax.process_index() == 0:
                 _lay_out(folder, layout, locations)
         for name in layout.headers:
-            files[name] = open(folder / name, "r+b", buffering=0)  # noqa: SIM115  all stay open: tensors come in any order
+            path = path_inside(folder, name, "the layout", RULE, suffix=SUFFIX, writing=True)
+            files[name] = open(path, "r+b", buffering=0)  # noqa: SIM115  all stay open: tensors come in any order
         for name, array in tensors.stream(list(tensors.infos) if order is None else order, mine):
             if problem is not None:
                 continue
@@ -245,7 +247,8 @@ def _lay_out(folder: Path, layout: Layout, locations: Mapping[str, list[tuple[st
     for name, text in layout.headers.items():
         raw = text.encode()
         inside = [(start, info) for found in locations.values() for file, start, info in found if file == name]
-        with open(folder / name, "xb", buffering=0) as f:
+        path = path_inside(folder, name, "the layout", RULE, suffix=SUFFIX, writing=True)
+        with open(path, "xb", buffering=0) as f:
             write_all(f, [len(raw).to_bytes(8, "little"), raw])
             f.truncate(max((start + info.nbytes for start, info in inside), default=8 + len(raw)))
             for extra, data in layout.extras.items():
@@ -261,7 +264,7 @@ def _write_files(folder: Path, files: Mapping[str, bytes], manifest: Manifest) -
     """The small files, and last of all the manifest."""
     if jax.process_index() == 0:
         for name, data in files.items():
-            write_file(folder / name, data)
+            write_file(small_file(folder, name, "the checkpoint", writing=True), data)
         write_file(folder / MANIFEST, manifest.to_bytes())
 
 
