@@ -30,7 +30,7 @@ def parse_json(content: bytes | str, where: str, error: type[UserError] = UserEr
     try:
         text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
         value = json.loads(text, parse_int=_integer)
-        _check(value)
+        check_value(value)
     except (ValueError, RecursionError) as why:
         raise error(f"{where} is not JSON that can be read: {' '.join(str(why).split())[:200]}") from None
     return value
@@ -53,7 +53,7 @@ def _integer(digits: str) -> int:
     return int(digits)
 
 
-def _check(value: Any) -> None:
+def check_value(value: Any) -> None:
     """Raises ValueError where a value is nested too deep or a string, key or value, is no Unicode text."""
     level = [value]
     for _ in range(MAX_DEPTH):

@@ -16,6 +16,10 @@ from qwen2_jax.errors import UserError
 ROW_GROUPS = 4  # of Parquet files, kept in memory
 
 
+class TableRow(dict[str, Any]):
+    """A record of a table, whose structs have every key of their column: those that a record lacks are null."""
+
+
 class RowGroups:
     """Cache of the last row groups read from Parquet files. One lock: pyarrow readers are not thread-safe."""
 
@@ -68,7 +72,7 @@ class Parquet:
     def read(self, i: int) -> dict[str, Any]:
         group = int(np.searchsorted(self._starts, i, side="right")) - 1
         table = self._row_groups.get(self._file, group, self._metadata)
-        return table.slice(i - self._starts[group], 1).to_pylist()[0]
+        return TableRow(table.slice(i - self._starts[group], 1).to_pylist()[0])
 
 
 class ArrayRecord:
@@ -133,6 +137,6 @@ class Dataset:
 
     def read(self, i: int) -> dict[str, Any]:
         try:
-            return self._rows[i]
+            return TableRow(self._rows[i])
         except (OSError, ValueError) as error:
             raise UserError(f"{self.where(i)}: damaged ({first_line(error)}); copy the folder again") from error
