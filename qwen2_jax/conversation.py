@@ -60,7 +60,9 @@ def _content(message: Mapping[str, Any], given: Mapping[str, Any], where: str) -
     if "content" not in message:
         if "content" in given:
             raise UserError(f"{where} content is None; it must be {TEXTS}, and null only beside tool_calls")
-        raise UserError(f"{where} no content; it must be {TEXTS}, and the fields are {', '.join(map(repr, given))}")
+        raise UserError(
+            f"{where} no content; it must be {TEXTS}, and the fields are {', '.join(map(validate.short, given))}"
+        )
     content = message["content"]
     if isinstance(content, str):
         return content

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from mutations import damaged, mutated, mutated_json, right_or_refused
+from qwen2_jax import template_sandbox
 from qwen2_jax.data.tokens.encode import Encoder
 from qwen2_jax.errors import UserError
 from qwen2_jax.speedrun import bpe
@@ -135,7 +136,8 @@ def test_mutated_tokenizers(folder, mutations):
         right_or_refused(seed, lambda: use(Tokenizer.from_folder(folder)))
 
 
-def test_mutated_templates(small, mutations):
+def test_mutated_templates(small, mutations, monkeypatch):
+    monkeypatch.setattr(template_sandbox, "SECONDS", 0.1)
     pieces = [
         "{% for i in range(9999) %}", "{% endfor %}", "{{ x }}", "{% if messages %}", "{{ messages | tojson }}", "{%",
         "{% macro f(n) %}", "{% endmacro %}{{ f(1) }}", "{% break %}", "~ messages", "* 9999", "| join", "loop",

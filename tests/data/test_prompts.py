@@ -56,7 +56,7 @@ def test_records(tmp_path, tokenizer, record, columns):
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"question": "2 + 3?"}, r"line 1 has the fields question; a prompt needs the field prompt or messages"),
+        ({"question": "2 + 3?"}, r"line 1 has the fields 'question'; a prompt needs the field prompt or messages"),
         ({"prompt": [{"role": "system", "content": "Be brief."}]}, "must end with what the user said"),
         ({"messages": [{"role": "assistant", "content": "5"}]}, "the prompt ends with nothing"),
         ({"prompt": "x", "completions": 1}, "reward functions know completions as something else"),

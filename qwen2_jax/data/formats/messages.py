@@ -5,6 +5,7 @@ Messages are checked as in chat (conversation.py). Errors name the record's loca
 the record's location, for error messages.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -221,4 +222,4 @@ def _unicode(text: Any, where: str) -> str:
 
 def fields(record: Mapping[str, Any]) -> str:
     """The names of the record's fields, for messages."""
-    return ", ".join(map(repr, record)) or "(none)"
+    return ", ".join(map(validate.short, itertools.islice(record, 20))) + ", ..." * (len(record) > 20) or "(none)"

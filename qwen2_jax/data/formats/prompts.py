@@ -100,7 +100,9 @@ def _read(record: Mapping[str, Any], where: str, tokenizer: Tokenizer) -> Prompt
     elif record.get("messages") is not None:
         chat = messages.messages(record, "messages", where)
     else:
-        raise UserError(f"{where} has the fields {', '.join(record)}; a prompt needs the field prompt or messages")
+        raise UserError(
+            f"{where} has the fields {messages.fields(record)}; a prompt needs the field prompt or messages"
+        )
     chat = messages.opening(record, where) + chat
     messages.check_conversation(chat, where)
     asked = chat.messages

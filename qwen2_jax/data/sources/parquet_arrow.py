@@ -3,7 +3,6 @@
 
 import collections
 import contextlib
-import json
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 
 from qwen2_jax.data.sources.files import decode, first_line, library, parse, reading, unreadable
 from qwen2_jax.errors import UserError
+from qwen2_jax.files.json_text import parse_json
 
 ROW_GROUPS = 4  # of Parquet files, kept in memory
 
@@ -89,8 +89,8 @@ class ArrayRecord:
             raise UserError(f"{file} has no records")
         first = self._read(0)
         try:
-            self._json = isinstance(json.loads(first), dict)
-        except (ValueError, RecursionError):  # extremely deep nesting
+            self._json = isinstance(parse_json(first, file), dict)
+        except UserError:
             self._json = False
 
     def __len__(self) -> int:
