@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 import qwen2_jax.demo
+from qwen2_jax.data import __main__ as command
 from qwen2_jax.data import left_out
 from qwen2_jax.data.spec import Data, Source
 from qwen2_jax.data.tokens.loader import open_data
@@ -90,6 +91,33 @@ def test_responses_with_equal_scores_are_counted(opened):
     (line,) = left_out.lines(loaded.report())
     assert "ranked.jsonl: of 4 responses 2 left out, whose score another of the same" in line
     assert "tied" not in opened([chat("q", "a")]).report()[0]
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_one_record_is_shown_with_its_trained_tokens(tmp_path, capsys, number):
+    records = [
+        {"system": "Be brief.", "messages": [*chat("q", "a", "again", "")["messages"]]},
+        {"prompt": "q", "responses": ["good", "bad", "worse"]} | chat("q\x1b[2J", ""),
+        {"prompt": "q", "chosen": "yes", "rejected": "no"} | chat("only asked"),
+    ]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    given = ["show", str(tmp_path / "chats.jsonl"), "--tokenizer", "demo", "--record", str(number)]
+    assert command.main(given) == 0
+    out = capsys.readouterr().out
+    assert f"chats.jsonl line {number}, trained tokens >>like this<<:" in out and "\x1b" not in out
+    if number == 1:
+        assert "<|im_start|>assistant\n>>a<|im_end|><<" in out and " 2 of them trained" in out
+    else:
+        assert "nothing in it is trained" in out and " 0 of them trained" in out and ">>" not in out.split(":\n", 1)[1]
+    assert command.main([*given[:-1], "4"]) == 2
+    assert "--record is 4; " in capsys.readouterr().err
+
+
+def test_responses_are_shown_one_by_one(tmp_path, capsys):
+    (tmp_path / "ranked.jsonl").write_text(json.dumps({"prompt": "q", "responses": ["good", "bad", "worse"]}))
+    assert command.main(["show", str(tmp_path / "ranked.jsonl"), "--tokenizer", "demo"]) == 0
+    out = capsys.readouterr().out
+    assert "--- rank 3: " in out and ">>good<|im_end|><<" in out and ">>worse<|im_end|><<" in out
 
 
 def test_every_reason_is_a_column_of_the_table(opened):
