@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
+from qwen2_jax import validate
 from qwen2_jax.errors import UserError
 
 MAX_SOURCE = 1 << 20  # characters of a template; released ones have up to 20,000
@@ -51,8 +52,9 @@ class ChatTemplate:
                 return self.named[name]
         if not self.named:
             raise UserError("this checkpoint has no chat template and no <|im_start|> token; give a plain prompt")
+        names = ", ".join(map(repr, sorted(self.named)[:10]))
         raise UserError(
-            f"this checkpoint has the chat templates {', '.join(map(repr, sorted(self.named)))} and none is 'default'; "
+            f"this checkpoint has the chat templates {names} and none is 'default'; "
             "name one of them so in its tokenizer_config.json, or write it to chat_template.jinja"
         )
 
@@ -87,11 +89,13 @@ class ChatTemplate:
 def _rendered(
     source: str, messages: Messages, tools: Sequence[Any] | None, add_generation_prompt: bool, tokens: Mapping[str, Any]
 ) -> str:
-    from qwen2_jax.template_sandbox import time_limit
+    from qwen2_jax.template_sandbox import bounds
 
     given = {"messages": list(messages), "tools": tools, "documents": None}
+    sizes: list[int] = []
+    map_text([given["messages"], tools], lambda text: sizes.append(len(text)))
     try:
-        with time_limit():
+        with bounds(sum(sizes) + len(sizes)):
             return _compiled(source).render(**tokens, **given, add_generation_prompt=add_generation_prompt)
     except Exception as error:  # the template's author decides what is raised, SyntaxError and RecursionError included
         raise UserError(f"the checkpoint's chat template failed: {_one_line(error)}") from error
@@ -209,7 +213,7 @@ class _Marks:
 
     def tool(self, i: int, tool: Mapping[str, Any]) -> Mapping[str, Any]:
         name = (tool["function"] if isinstance(tool.get("function"), Mapping) else tool)["name"]
-        return self._named(tool, f"tools[{i}] is {name!r}")
+        return self._named(tool, f"tools[{i}] is {validate.short(name)}")
 
     def _named(self, call: Mapping[str, Any], what: str) -> Mapping[str, Any]:
         if isinstance(call.get("function"), Mapping):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Jinja's sandbox with bounds: a template that a stranger wrote ends within SECONDS and writes at most TEXT characters.
+"""Jinja's sandbox with bounds: a template that a stranger wrote ends within SECONDS and writes a bounded text.
 
 Jinja's own sandbox keeps a template from files, modules and Python's internals, but not from nested loops or from
 doubling a text forty times. Here every loop iteration, call and filter compares the thread's processor time with a
@@ -23,7 +23,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 SECONDS = 2.0  # processor time of the thread; a conversation takes milliseconds
-TEXT = 1 << 26  # characters of one value
+TEXT, TIMES = 1 << 20, 16  # characters of a value: at most TEXT, and TIMES those of messages and tools
 ITEMS = 200_000  # of a nested value, all levels together; also the largest number that is given to a text's method
 
 # Filters that neither print nor compare the items of their input; counting the items would cost more than the filter.
@@ -37,17 +37,18 @@ GROWING = {
 WIDE = re.compile(r"\d{6}|\*")  # a field width in a format string
 NESTED = re.compile(r":[^}]*\{")  # a field width that is one of the values
 
-_render = threading.local()  # deadline: thread time at which this thread's template must have ended
+_render = threading.local()  # deadline: thread time at which this thread's template must have ended; most: characters
 
 
 @contextlib.contextmanager
-def time_limit() -> Iterator[None]:
-    """Templates compiled and rendered inside must end within SECONDS."""
+def bounds(given: int) -> Iterator[None]:
+    """Templates compiled and rendered inside must end within SECONDS. given: characters of messages and tools."""
     _render.deadline = time.thread_time() + SECONDS
+    _render.most = TEXT + TIMES * given
     try:
         yield
     finally:
-        del _render.deadline
+        del _render.deadline, _render.most
 
 
 def _refuse(what: str) -> Any:
@@ -60,8 +61,8 @@ def _tick() -> None:
 
 
 def _characters(count: int) -> None:
-    if count > TEXT:
-        _refuse(f"it makes a text of more than {TEXT:,} characters")
+    if count > _render.most:
+        _refuse(f"it makes a text of more than {_render.most:,} characters")
 
 
 def _size(value: Any) -> int:
@@ -138,7 +139,7 @@ class _Generator(CodeGenerator):
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """Use it within `time_limit`; what a template must not do raises TemplateError."""
+    """Use it within `bounds`; what a template must not do raises TemplateError."""
 
     code_generator_class = _Generator
     intercepted_binops = frozenset({"+", "*", "**", "%"})

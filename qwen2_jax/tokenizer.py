@@ -312,9 +312,9 @@ def _named_templates(given: Any, where: str | Path) -> dict[str, str]:
         return {"default": given}
     named = given
     if isinstance(given, list) and all(isinstance(entry, Mapping) for entry in given):
-        named = {str(entry.get("name")): entry.get("template") for entry in given if "name" in entry}
-        named = named if len(named) == len(given) else None
-    if not isinstance(named, Mapping) or not named or not all(isinstance(source, str) for source in named.values()):
+        named = {str(entry.get("name", "")): entry.get("template") for entry in given}
+    named = named if isinstance(named, Mapping) else {}
+    if not named or not all(isinstance(source, str) and 0 < len(name) <= 100 for name, source in named.items()):
         raise UserError(
             f"{where}: chat_template is {validate.short(given)}; it must be a template's text, an object of named "
             'ones, or a list of {"name": ..., "template": ...}'
@@ -331,7 +331,7 @@ def _add_tokens(backend: tokenizers.Tokenizer, added: Any, where: str | Path) ->
         backend.add_special_tokens([token]) if token.special else backend.add_tokens([token])
         got = backend.token_to_id(token.content)
         if wanted not in (None, got):
-            raise UserError(f"{where} gives {token.content!r} id {wanted}; the vocabulary makes it {got}")
+            raise UserError(f"{where} gives {validate.short(token.content)} id {wanted}; the vocabulary makes it {got}")
 
 
 def _added_tokens(added: Any, where: str | Path) -> list[tuple[int, Mapping[str, Any]]]:

@@ -137,7 +137,7 @@ def test_mutated_tokenizers(folder, mutations):
 
 
 def test_mutated_templates(small, mutations, monkeypatch):
-    monkeypatch.setattr(template_sandbox, "SECONDS", 0.1)
+    monkeypatch.setattr(template_sandbox, "SECONDS", 0.05)
     pieces = [
         "{% for i in range(9999) %}", "{% endfor %}", "{{ x }}", "{% if messages %}", "{{ messages | tojson }}", "{%",
         "{% macro f(n) %}", "{% endmacro %}{{ f(1) }}", "{% break %}", "~ messages", "* 9999", "| join", "loop",
