@@ -64,6 +64,10 @@ class ChatTemplate:
         form = _tool_call_form(source, tuple(sorted(self._texts()))) if _has_calls(messages) else None
         return _rendered(source, form(messages) if form else messages, tools, add_generation_prompt, self.tokens)
 
+    def writes(self, key: str) -> bool:
+        """Whether the last answer's text under this key, such as "reasoning_content", becomes part of the text."""
+        return _writes(self.source(), key, tuple(sorted(self._texts())))
+
     def check_nothing_left_out(self, messages: Messages, tools: Sequence[Any] | None) -> None:
         """Raises UserError naming the first tool, tool call or tool result that is not part of the text.
 
@@ -183,6 +187,12 @@ def _tool_call_form(source: str, tokens: tuple[tuple[str, str], ...]) -> _Form:
         if all(word in text for word in ("q7name", "q7key", "q7value")):
             return form
     return forms[0]
+
+
+@functools.lru_cache(maxsize=32)
+def _writes(source: str, key: str, tokens: tuple[tuple[str, str], ...]) -> bool:
+    chat = [{"role": "user", "content": "q7question"}, {"role": "assistant", "content": "q7answer", key: "q7words"}]
+    return "q7words" in _rendered(source, chat, None, False, dict(tokens))
 
 
 def _has_calls(messages: Messages) -> bool:

@@ -149,6 +149,9 @@ def test_what_a_record_means(case):
             {"conversations": [{"from": "function_call", "value": '{"name": "f"}'}]},
             ["conversations[0] value", "name and arguments"],
         ),
+        ("messages", {"messages": [U("<image>"), A("a")], "images": ["x.png"]}, [": images is ['x.png']", "text only"]),
+        ("messages", {"messages": [U("q"), A("a")], "kto_tag": False}, [": kto_tag is false", "leave the record out"]),
+        ("prompt_completion", {"prompt": "q", "completion": "a", "label": False}, [": label is false", "not wanted"]),
         (
             "sharegpt",
             {"conversations": [{"from": "bing", "value": "x"}]},

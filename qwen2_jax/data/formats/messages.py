@@ -25,6 +25,8 @@ SHAREGPT_ROLES = {
 
 # Keys of a message that say whether it is trained: "train", OpenAI's and LLaMA-Factory's "weight", ms-swift's "loss".
 FLAGS = {"train": "true or false", "weight": "0 or 1", "loss": "true or false"}
+NOT_TEXT = ("images", "image", "videos", "audios")  # columns that belong to marks in the text, such as "<image>"
+UNWANTED = ("label", "kto_tag")  # false in data for KTO: an answer to avoid
 Tools = list[dict[str, Any]]
 
 
@@ -168,6 +170,14 @@ def question(record: Mapping[str, Any], where: str) -> Chat:
 
 def opening(record: Mapping[str, Any], where: str) -> Chat:
     """The fields `system` and `tools`, of any format: a conversation's system message, unless empty, and its tools."""
+    for field in NOT_TEXT:
+        if record.get(field) not in (None, [], ""):
+            raise UserError(
+                f"{where}: {field} is {validate.short(record[field])}; supported: text only; leave the record out"
+            )
+    for field in UNWANTED:
+        if record.get(field) is False:
+            raise UserError(f"{where}: {field} is false, so its answer is not wanted; leave the record out")
     chat = Chat([], [], tools(record, where))
     if record.get("system") in (None, ""):
         return chat

@@ -34,6 +34,7 @@ from qwen2_jax.errors import UserError
 from qwen2_jax.tokenizer import END_OF_TEXT, IM_END, IM_START, Tokenizer, pipeline
 
 PIECE = 1 << 17  # characters of a long text encoded at once
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # of an assistant's message, beside its content
 TOGETHER = 8  # pieces encoded together: the library needs more than 100 bytes per character
 # Qwen2's pre-tokenisation ends a word behind each run of newlines, whatever follows, so ids do not change if a text is
 # cut there: before a character that is no white space and neither combines with anything (NFC) before it.
@@ -177,6 +178,13 @@ class Encoder:
 
     def _turns(self, chat: Chat) -> Chat | None:
         """The conversation with the template's system message, if the template writes this one as ChatML."""
+        for i, message in enumerate(chat.messages):
+            for key in THOUGHTS:
+                if message.get(key) and not self.tokenizer.chat_templates.writes(key):
+                    raise UserError(
+                        f"messages[{i}] has {key}, which this tokenizer's chat template leaves out; write it into the "
+                        "content, or remove it"
+                    )
         if self._default_system is None:
             return None
         added = self._default_system if chat.messages[0]["role"] != "system" else []
