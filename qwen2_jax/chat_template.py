@@ -73,11 +73,11 @@ class ChatTemplate:
 
         Each gets a mark of its own, and the marks are looked for in the text.
         """
+        if not tools and not any(message["role"] == "tool" or message.get("tool_calls") for message in messages):
+            return
         marks = _Marks(messages, tools)
         marked_tools = None if tools is None else [marks.tool(i, tool) for i, tool in enumerate(tools)]
         marked = [marks.message(i, message) for i, message in enumerate(messages)]
-        if not marks.what:
-            return
         text = self.render(marked, marked_tools, add_generation_prompt=False)
         for mark, what in marks.what.items():
             if mark not in text:

@@ -37,8 +37,9 @@ def checked_message(given: Any, where: str) -> dict[str, Any]:
     """One message in that form."""
     if not isinstance(given, Mapping):
         raise UserError(f"{where} is {validate.short(given)}; it must be an object with role and content")
-    for part, inside in ((given.get("content"), " content"), (given, "")):
-        check_depth(part, f"{where}{inside}")
+    for key, value in given.items():
+        if not (isinstance(value, str | None) and (value or "").isascii()):  # nearly all are, and it is done for each
+            check_depth(value, f"{where} {validate.short(key) if key != 'content' else key}")
     message = {key: value for key, value in given.items() if value is not None}
     role = message.get("role")
     validate.choice(f"{where} role", role, (*ROLES, *OTHER_NAMES))

@@ -24,6 +24,7 @@ from jinja2.utils import Namespace
 
 SECONDS = 2.0  # processor time of the thread; a conversation takes milliseconds
 TEXT, TIMES = 1 << 20, 16  # characters of a value: at most TEXT, and TIMES those of messages and tools
+TICKS = 100  # loop iterations, calls and filters between two looks at the clock, which are slow on some systems
 ITEMS = 200_000  # of a nested value, all levels together; also the largest number that is given to a text's method
 
 # Filters that neither print nor compare the items of their input; counting the items would cost more than the filter.
@@ -43,21 +44,28 @@ _render = threading.local()  # deadline: thread time at which this thread's temp
 @contextlib.contextmanager
 def bounds(given: int) -> Iterator[None]:
     """Templates compiled and rendered inside must end within SECONDS. given: characters of messages and tools."""
-    _render.deadline = time.thread_time() + SECONDS
+    _render.deadline = None  # until there were enough ticks: most templates end before
+    _render.ticks = 0
     _render.most = TEXT + TIMES * given
     try:
         yield
     finally:
-        del _render.deadline, _render.most
+        del _render.deadline, _render.ticks, _render.most
 
 
 def _refuse(what: str) -> Any:
     raise TemplateRuntimeError(what)
 
 
-def _tick() -> None:
-    if time.thread_time() > _render.deadline:
-        _refuse(f"it takes more than {SECONDS:g} seconds")
+def _tick(value: Any = None) -> None:
+    """Compares the time with the deadline, every so many calls. value: what is worked on; a large one counts more."""
+    _render.ticks += 1 + (len(value) // 100 if isinstance(value, str | list | tuple | dict | range) else 0)
+    if _render.ticks > TICKS:
+        _render.ticks = 0
+        if _render.deadline is None:
+            _render.deadline = time.thread_time() + SECONDS
+        elif time.thread_time() > _render.deadline:
+            _refuse(f"it takes more than {SECONDS:g} seconds")
 
 
 def _characters(count: int) -> None:
@@ -154,8 +162,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
         @functools.wraps(function)
         def bounded(*args: Any, **named: Any) -> Any:
-            _tick()
             subject, *given = args[own:] or (None,)
+            _tick(subject)
             if name not in SHALLOW:
                 _size(subject)
             _check_growth(name, subject, [*given, *named.values()])
@@ -196,6 +204,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return self.concat(str(self.built(value)) for value in values)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "+" and isinstance(left, str) and isinstance(right, str):
+            _characters(len(left) + len(right))
+            return left + right
         sized = [value for value in (left, right) if isinstance(value, str | list | tuple)]
         if operator == "%" and isinstance(left, str):
             _check_growth("%", left, [right])
@@ -210,9 +221,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return self.built(super().call_binop(context, operator, left, right))
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **named: Any) -> Any:
-        _tick()
         wrapped = getattr(__obj, "__wrapped__", __obj)  # of str.format
         subject = getattr(wrapped, "__self__", None)
+        _tick(subject)
         if isinstance(wrapped, BuiltinMethodType) and isinstance(subject, str):
             _check_growth(wrapped.__name__, subject, [*args, *named.values()])
         elif not isinstance(__obj, runtime.Macro) and __obj is not range:

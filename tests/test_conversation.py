@@ -262,7 +262,7 @@ def test_deep_nesting_is_an_error(demo):
     deep: Any = "x"
     for _ in range(5000):
         deep = [deep]
-    with pytest.raises(UserError, match=r"messages\[0\] is nested more than"):
+    with pytest.raises(UserError, match=r"messages\[0\] 'extra' is nested more than"):
         demo.chat_ids([{"role": "user", "content": "x", "extra": deep}])
     with pytest.raises(UserError, match=r"tools\[0\] is nested more than"):
         demo.chat_ids([{"role": "user", "content": "x"}], tools=[{"name": "f", "x": deep}])
