@@ -6,24 +6,28 @@ Everything is read from data files with the `tokenizers` library; no code from a
 
 import codecs
 import functools
-import json
 import operator
 import re
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from qwen2_jax import chat_template, validate
+from qwen2_jax.chat_template import ChatTemplate
+from qwen2_jax.conversation import checked_messages
 from qwen2_jax.errors import UserError
+from qwen2_jax.files.json_text import parse_json_object
+from qwen2_jax.tool_schema import checked_tools
 
 # Qwen2's pre-tokenisation: like GPT-4's, with every digit on its own.
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+SUBWORD_PREFIX = re.compile(rb'"continuing_subword_prefix"\s*:\s*"[ -~]{1,40}"')
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
 
@@ -41,14 +45,19 @@ def pipeline(model: models.Model) -> tokenizers.Tokenizer:
 class Tokenizer:
     """A byte-level tokenizer with its special tokens and chat template. Safe to use from several threads.
 
-    chat_template: Jinja source, or None where the folder has none and Qwen2's own does not apply; chat then fails.
+    chat_template: the default template's Jinja source, or None where there is none; chat_templates: all, by name.
     special_ids: ids of the special tokens; bos_id, eos_id, pad_id: as tokenizer_config.json names them, or None.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, settings: Mapping[str, Any] | None = None):
-        """settings: the contents of tokenizer_config.json."""
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        settings: Mapping[str, Any] | None = None,
+        where: str | Path = "tokenizer_config.json",
+    ):
+        """settings: the contents of tokenizer_config.json; where: its path, for errors."""
         if not isinstance(backend.decoder, decoders.ByteLevel):
-            raise UserError(f"the tokenizer's decoder is {backend.decoder}; supported: ByteLevel")
+            raise UserError(f"the tokenizer's decoder is {validate.short(backend.decoder)}; supported: ByteLevel")
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
@@ -61,36 +70,45 @@ class Tokenizer:
         self._special_pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
         settings = settings or {}
-        names = ("bos_token", "eos_token", "unk_token", "pad_token", "additional_special_tokens")
-        self._template_tokens = {name: _content(settings[name]) for name in names if settings.get(name)}
+        self._template_tokens = _template_tokens(settings, where)
         self.bos_id, self.eos_id, self.pad_id = (
-            self.token_id(self._template_tokens.get(name)) for name in ("bos_token", "eos_token", "pad_token")
+            self.token_id(cast("str | None", self._template_tokens.get(name)))
+            for name in ("bos_token", "eos_token", "pad_token")
         )
-        template = settings.get("chat_template")
-        if isinstance(template, list):  # several named ones
-            template = {entry["name"]: entry["template"] for entry in template}.get("default")
-        if template is None and {IM_START, IM_END} <= self._special.keys():
-            template = chat_template.CHATML
-        self.chat_template: str | None = template
+        named = _named_templates(settings.get("chat_template"), where)
+        if not named and {IM_START, IM_END} <= self._special.keys():
+            named = {"default": chat_template.CHATML}
+        self.chat_templates = ChatTemplate(named, self._template_tokens)
 
     @classmethod
     def from_folder(cls, path: str | Path) -> Self:
-        """Reads tokenizer.json, or vocab.json and merges.txt, with tokenizer_config.json and chat_template.jinja.
+        """Reads tokenizer.json, or vocab.json and merges.txt, with tokenizer_config.json and the chat templates.
 
-        Raises FileNotFoundError when the folder has no tokenizer, UserError when a file cannot be used.
+        Templates in files (chat_template.jinja, which is the default, and additional_chat_templates/NAME.jinja) take
+        precedence over those in tokenizer_config.json. Raises FileNotFoundError when the folder has no tokenizer,
+        UserError when a file cannot be used.
         """
         folder = Path(path)
-        settings = _read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
+        where = folder / "tokenizer_config.json"
+        settings = parse_json_object(where.read_bytes(), str(where)) if where.exists() else {}
+        files = {file.stem: file for file in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
         if (folder / "chat_template.jinja").exists():
-            settings["chat_template"] = (folder / "chat_template.jinja").read_text("utf-8")
+            files["default"] = folder / "chat_template.jinja"
+        if files:
+            settings["chat_template"] = {name: _read_text(file) for name, file in files.items()}
         if (folder / "tokenizer.json").exists():
-            return cls(_open(folder / "tokenizer.json", tokenizers.Tokenizer.from_file), settings)
+            return cls(_open(folder / "tokenizer.json", tokenizers.Tokenizer.from_file), settings, where)
         if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
             read = functools.partial(models.BPE.from_file, merges=str(folder / "merges.txt"))
             backend = pipeline(_open(folder / "vocab.json", read))
-            _add_tokens(backend, settings.get("added_tokens_decoder"))
-            return cls(backend, settings)
+            _add_tokens(backend, settings.get("added_tokens_decoder"), where)
+            return cls(backend, settings, where)
         raise FileNotFoundError(f"{folder} has no tokenizer.json and no vocab.json with merges.txt")
+
+    @property
+    def chat_template(self) -> str | None:
+        """The default chat template's source, None where there is no template or none of several is the default."""
+        return self.chat_templates.default
 
     @functools.cached_property
     def vocab_size(self) -> int:
@@ -137,21 +155,36 @@ class Tokenizer:
         """The id of one token by its spelling, None when there is no such token."""
         return None if token is None else self._backend.token_to_id(token)
 
-    def encode(self, text: str, *, allow_special: bool = True) -> list[int]:
-        """Token ids of the text's NFC form; nothing is added in front or behind.
+    def encode(self, text: str, *, allow_special: bool = True, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of the text's NFC form.
 
         allow_special=False: text that spells a special token, such as "<|im_end|>", is taken as ordinary characters.
+        add_special_tokens=False, for a part of a longer text: without the tokens that tokenizer.json's post-processor
+        puts in front of a text and behind it. Qwen2's has none; models distilled from others begin with one.
         Raises UserError for text that is not valid Unicode (a lone surrogate).
         """
-        return self.encode_batch([text], allow_special=allow_special)[0]
+        return self.encode_batch([text], allow_special=allow_special, add_special_tokens=add_special_tokens)[0]
 
-    def encode_batch(self, texts: Sequence[str], *, allow_special: bool = True) -> list[list[int]]:
+    def encode_batch(
+        self, texts: Sequence[str], *, allow_special: bool = True, add_special_tokens: bool = True
+    ) -> list[list[int]]:
         """`encode` of many texts on all cores."""
         for text in texts:
             _check_text(text)
+        before, after = self.added_around if add_special_tokens else ([], [])
         with self._lock:
             self._backend.encode_special_tokens = not allow_special
-            return [e.ids for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+            encoded = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [[*before, *e.ids, *after] for e in encoded] if before or after else [e.ids for e in encoded]
+
+    @functools.cached_property
+    def added_around(self) -> tuple[list[int], list[int]]:
+        """Ids that the post-processor puts in front of every text, and behind it."""
+        bare, whole = (self._backend.encode("a", add_special_tokens=flag).ids for flag in (False, True))
+        for start in range(len(whole) - len(bare) + 1):
+            if whole[start : start + len(bare)] == bare:
+                return whole[:start], whole[start + len(bare) :]
+        raise UserError("the tokenizer's post-processor changes the tokens of a text; supported: adding some around it")
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of the ids; bytes that are not UTF-8 become U+FFFD, and ids without a token (padding) become nothing."""
@@ -172,43 +205,57 @@ class Tokenizer:
             self._bytes[token] = known
         return known
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        *,
+        tools: Sequence[Any] | None = None,
+    ) -> str:
         """The conversation as one text, byte for byte what transformers' apply_chat_template gives.
 
-        messages: dicts with "role" (one of ROLES) and "content" (text). Raises UserError naming the message at fault.
-        To get ids, use `chat_ids`: encoding this text would let a message forge special tokens.
+        messages: dicts with "role" (one of ROLES), "content" and, of the assistant, "tool_calls", in any of the forms
+        that conversation.py describes. tools: what the model may call, JSON schemas as the OpenAI API has them or
+        Python functions (tool_schema.py). Raises UserError naming the message or tool at fault, also where the template
+        leaves tools, tool calls or their results out. To get ids, use `chat_ids`: encoding this text would let a
+        message forge special tokens.
         """
-        chat_template.check_messages(messages)
-        return self._render(messages, add_generation_prompt)
+        messages, tools = checked_messages(messages), checked_tools(tools)
+        self.chat_templates.check_nothing_left_out(messages, tools)
+        return self.chat_templates.render(messages, tools, add_generation_prompt)
 
-    def chat_ids(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> list[int]:
-        """Ids of the rendered conversation, in which special tokens come from the template only.
+    def chat_ids(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        *,
+        tools: Sequence[Any] | None = None,
+    ) -> list[int]:
+        """Ids of the conversation that `render_chat` renders, in which special tokens come from the template only.
 
         A message that spells one gets the ids of its characters; otherwise the ids are those of transformers.
         """
-        chat_template.check_messages(messages)
+        messages, tools = checked_messages(messages), checked_tools(tools)
+        self.chat_templates.check_nothing_left_out(messages, tools)
         # A private-use character that occurs nowhere else is put inside every spelling of a special token, and taken
         # out again once the template's own special tokens have been found.
-        texts = [self.chat_template or ""]
-        chat_template.map_text(list(messages), texts.append)
+        texts = [self.chat_templates.source(tools)]
+        chat_template.map_text([messages, tools], texts.append)
         mark = next((mark for mark in map(chr, range(0xE000, 0xF900)) if not any(mark in text for text in texts)), None)
         if mark is None:
             raise UserError("the messages contain every private-use character, U+E000 to U+F8FF; leave one out")
         split = functools.partial(self._special_pattern.sub, lambda match: match[0][:1] + mark + match[0][1:])
-        rendered = self._render(chat_template.map_text(list(messages), split), add_generation_prompt)
+        marked, marked_tools = chat_template.map_text([messages, tools], split)
+        rendered = self.chat_templates.render(marked, marked_tools, add_generation_prompt)
+        encode = functools.partial(self.encode, add_special_tokens=False)
         if mark not in rendered:
-            return self.encode(rendered)
+            return encode(rendered)
         ids, start = [], 0
         for match in self._special_pattern.finditer(rendered):
-            ids += self.encode(rendered[start : match.start()].replace(mark, ""), allow_special=False)
+            ids += encode(rendered[start : match.start()].replace(mark, ""), allow_special=False)
             ids.append(self._special[match[0]])
             start = match.end()
-        return ids + self.encode(rendered[start:].replace(mark, ""), allow_special=False)
-
-    def _render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
-        if self.chat_template is None:
-            raise UserError("this checkpoint has no chat template and no <|im_start|> token; give a plain prompt")
-        return chat_template.render(self.chat_template, messages, add_generation_prompt, self._template_tokens)
+        return ids + encode(rendered[start:].replace(mark, ""), allow_special=False)
 
 
 class StreamDecoder:
@@ -248,38 +295,86 @@ def _check_text(text: Any) -> None:
         raise UserError(f"the text is not valid Unicode: {error.reason} at character {error.start}") from error
 
 
-def _content(token: Any) -> Any:
-    """Special tokens are written as text, as {"content": text, ...}, or as a list of either."""
-    if isinstance(token, list):
-        return [_content(entry) for entry in token]
-    return token["content"] if isinstance(token, Mapping) else token
+def _template_tokens(settings: Mapping[str, Any], where: str | Path) -> dict[str, str | list[str]]:
+    """The special tokens that tokenizer_config.json names, by the names that templates use."""
+    tokens: dict[str, str | list[str]] = {}
+    for name in ("bos_token", "eos_token", "unk_token", "pad_token", "additional_special_tokens"):
+        value = settings.get(name)
+        several = name == "additional_special_tokens"
+        if value is None or value == "" or (several and value == []):
+            continue
+        given = [_content(entry) for entry in value] if several and isinstance(value, list) else [_content(value)]
+        if None in given or (several and not isinstance(value, list)):
+            kind = "a list of texts" if several else 'a text, an object like {"content": text}, or null'
+            raise UserError(f"{where}: {name} is {validate.short(value)}; it must be {kind}")
+        tokens[name] = given if several else given[0]  # type: ignore[assignment]  # None was refused
+    return tokens
 
 
-def _add_tokens(backend: tokenizers.Tokenizer, added: Mapping[str, Mapping[str, Any]] | None) -> None:
+def _content(token: Any) -> str | None:
+    """The spelling of a special token, which is written as text or as {"content": text, ...}; None: it is neither."""
+    token = token.get("content") if isinstance(token, Mapping) else token
+    return token if isinstance(token, str) else None
+
+
+def _named_templates(given: Any, where: str | Path) -> dict[str, str]:
+    """The chat templates by name: tokenizer_config.json holds one as text, or several as an object or a list."""
+    if given is None:
+        return {}
+    if isinstance(given, str):
+        return {"default": given}
+    named = given
+    if isinstance(given, list) and all(isinstance(entry, Mapping) for entry in given):
+        named = {str(entry.get("name", "")): entry.get("template") for entry in given}
+    named = named if isinstance(named, Mapping) else {}
+    if not named or not all(isinstance(source, str) and 0 < len(name) <= 100 for name, source in named.items()):
+        raise UserError(
+            f"{where}: chat_template is {validate.short(given)}; it must be a template's text, an object of named "
+            'ones, or a list of {"name": ..., "template": ...}'
+        )
+    return dict(named)
+
+
+def _add_tokens(backend: tokenizers.Tokenizer, added: Any, where: str | Path) -> None:
     """Adds {id: {content, special, ...}} behind the vocabulary; without it the three tokens every Qwen2 has."""
-    entries = [(int(key), entry) for key, entry in (added or {}).items()]
     default: list[Any] = [(None, {"content": name, "special": True}) for name in (END_OF_TEXT, IM_START, IM_END)]
-    for wanted, entry in sorted(entries, key=operator.itemgetter(0)) or default:
+    for wanted, entry in sorted(_added_tokens(added, where), key=operator.itemgetter(0)) or default:
         flags = {key: bool(entry.get(key)) for key in ("special", "normalized", "lstrip", "rstrip", "single_word")}
         token = tokenizers.AddedToken(entry["content"], **flags)
         backend.add_special_tokens([token]) if token.special else backend.add_tokens([token])
         got = backend.token_to_id(token.content)
         if wanted not in (None, got):
-            raise UserError(f"tokenizer_config.json gives {token.content!r} id {wanted}; the vocabulary makes it {got}")
+            raise UserError(f"{where} gives {validate.short(token.content)} id {wanted}; the vocabulary makes it {got}")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _added_tokens(added: Any, where: str | Path) -> list[tuple[int, Mapping[str, Any]]]:
+    if added is not None and not isinstance(added, Mapping):
+        raise UserError(
+            f"{where}: added_tokens_decoder is {validate.short(added)}; it must be an object of tokens by id"
+        )
+    for key, entry in (added or {}).items():
+        if not (key.isascii() and key.isdecimal() and isinstance(entry, Mapping) and _content(entry)):
+            raise UserError(
+                f"{where}: added_tokens_decoder has {validate.short(key)}: {validate.short(entry)}; each must be an "
+                'id with an object like {"content": text, "special": true}'
+            )
+    return [(int(key), entry) for key, entry in (added or {}).items()]
+
+
+def _read_text(path: Path) -> str:
     try:
-        data = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise UserError(f"{path} is not a JSON object")
-    return data
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not valid UTF-8 (byte {error.start + 1}); save the file as UTF-8") from error
 
 
-def _open(path: Path, read) -> Any:
+def _open(path: Path, read: Callable[[str], Any]) -> Any:
+    # The library panics, and prints its stack, where a merge is shorter than this prefix; no byte-level BPE has one.
+    if found := SUBWORD_PREFIX.search(path.read_bytes()):
+        raise UserError(f"{path} cannot be read as a tokenizer: it has {found[0].decode()}; supported: null")
     try:
         return read(str(path))
-    except Exception as error:  # the tokenizers library raises Exception itself, nothing narrower
-        raise UserError(f"{path} cannot be read as a tokenizer: {error}") from error
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises Exception itself and, where its Rust code panics, BaseException
+        raise UserError(f"{path} cannot be read as a tokenizer: {' '.join(str(error).split())[:300]}") from error

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""python -m qwen2_jax.data tokenize|inspect: tokenizes a corpus ahead of a run, or inspects the result."""
+"""python -m qwen2_jax.data show|tokenize|inspect: which tokens of a record are trained; a corpus tokenized ahead."""
 
 import argparse
 import itertools
@@ -22,6 +22,7 @@ EPILOG = """SRC is a file, a folder or a glob of .jsonl, .json, .txt, .md, .py (
 or 'demo'.
 
 examples:
+  python -m qwen2_jax.data show chats.jsonl --record 7 --tokenizer Qwen/Qwen2-7B-Instruct
   python -m qwen2_jax.data tokenize chats.jsonl ./chats-tokens --tokenizer Qwen/Qwen2-7B-Instruct
   python -m qwen2_jax.data tokenize 'books/*.txt.zst' ./books-tokens --tokenizer qwen2-7b
   python -m qwen2_jax.data inspect ./chats-tokens --tokenizer Qwen/Qwen2-7B-Instruct
@@ -37,19 +38,27 @@ def parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     top = argparse.ArgumentParser(
         prog="python -m qwen2_jax.data",
-        description="Tokenize training data ahead of a run, or inspect the result.",
+        description="Show which tokens of a record are trained, tokenize data ahead of a run, or inspect the result.",
         epilog=EPILOG,
         formatter_class=raw,
     )
-    commands = top.add_subparsers(dest="command", required=True, metavar="tokenize|inspect")
+    commands = top.add_subparsers(dest="command", required=True, metavar="show|tokenize|inspect")
+    formats = [name for name in get_args(Format) if name != "tokens"]
+
+    about = "show which tokens of one record are trained"
+    shown = commands.add_parser("show", help=about, epilog=EPILOG, formatter_class=raw)
+    shown.add_argument("src", help="data to read")
+    shown.add_argument("--record", type=int, default=1, metavar="N", help="its number, from 1 (default: 1)")
 
     tokenize = commands.add_parser("tokenize", help="write token ids", epilog=EPILOG, formatter_class=raw)
     tokenize.add_argument("src", help="data to read")
     tokenize.add_argument("dst", help="folder to write; it is published only when complete")
-    tokenize.add_argument("--tokenizer", required=True, metavar="CKPT", help="whose tokenizer and chat template")
-    formats = [name for name in get_args(Format) if name != "tokens"]
-    tokenize.add_argument("--format", choices=formats, default="auto", help="default: from the first record")
-    tokenize.add_argument("--targets", choices=get_args(Targets), default="assistant", help="what of a chat is trained")
+    for command in (shown, tokenize):
+        command.add_argument("--tokenizer", required=True, metavar="CKPT", help="whose tokenizer and chat template")
+        command.add_argument("--format", choices=formats, default="auto", help="default: from the first record")
+        command.add_argument(
+            "--targets", choices=get_args(Targets), default="assistant", help="what of a chat is trained"
+        )
 
     inspect = commands.add_parser("inspect", help="show what was written", epilog=EPILOG, formatter_class=raw)
     inspect.add_argument("path", help="folder made by tokenize, or in a run's tokens/")
@@ -61,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit code; errors that the user can fix are one line on stderr and exit code 2."""
     args = parser().parse_args(argv)
     try:
-        return {"tokenize": _tokenize, "inspect": _inspect}[args.command](args)
+        return {"show": _show, "tokenize": _tokenize, "inspect": _inspect}[args.command](args)
     except (UserError, OSError) as why:
         print(f"error: {' '.join(str(why).split())}", file=sys.stderr)
         return 2
@@ -76,6 +85,35 @@ def _tokenizer(name: str):
 
     folder = Path(name).expanduser()  # a tokenizer may come without a model
     return Tokenizer.from_folder(folder if (folder / "tokenizer.json").exists() else locate(name).path)
+
+
+def _show(args: argparse.Namespace) -> int:
+    from qwen2_jax.data.formats import record_formats
+    from qwen2_jax.data.sources.records import open_records
+    from qwen2_jax.data.tokens.encode import Encoder
+    from qwen2_jax.data.tokens.store import detect
+
+    encoder = Encoder(_tokenizer(args.tokenizer), args.targets)
+    with tempfile.TemporaryDirectory() as unpacked:
+        records = open_records(args.src, Path(unpacked))
+        format = detect(records, args.format, args.src)
+        if not 1 <= args.record <= len(records):
+            raise UserError(f"--record is {args.record}; {args.src} has the records 1 to {len(records):,}")
+        where = records.where(args.record - 1)
+        document = record_formats.read(records[args.record - 1], format, where)
+    try:
+        encoded = encoder.encode(document)
+    except UserError as why:
+        raise UserError(f"{where}: {why}") from why
+    tokens, is_target = np.asarray(encoded.tokens, np.int64), np.asarray(encoded.is_target, bool)
+    begins = None if encoded.begins is None else np.asarray(encoded.begins, bool)
+    sequences = 1 if begins is None else int(begins.sum())
+    count, console = int(is_target[1:].sum()), Console(highlight=False)
+    console.print(show.visible(f"{format}, {len(tokens):,} tokens, {count:,} of them trained"))
+    if not count:
+        console.print("nothing in it is trained, and a run leaves it out", style="bold")
+    _print_document(console, where, tokens, is_target, begins, encoder.tokenizer, len(tokens), sequences)
+    return 0
 
 
 def _tokenize(args: argparse.Namespace) -> int:
@@ -129,20 +167,37 @@ def _inspect(args: argparse.Namespace) -> int:
         table.add_row(name, value)
     console = Console(highlight=False)
     console.print(table)
-    marks = ("", "") if console.color_system else show.MARKS
-    trained = Text.assemble("trained tokens ", (f"{marks[0]}like this{marks[1]}", show.STYLES["target"]))
-    console.print(Text.assemble(f"\n{show.visible(store.where(int(kept[0])))}, ", trained, ":"))
     tokens, is_target = store.document(int(kept[0]))
     begins = store.begins(*store.offsets[kept[0] : kept[0] + 2].tolist())
+    _print_document(console, store.where(int(kept[0])), tokens, is_target, begins, tokenizer, SHOWN, store.ranks)
+    return 0
+
+
+def _print_document(
+    console: Console,
+    where: str,
+    tokens: np.ndarray,
+    is_target: np.ndarray,
+    begins: np.ndarray | None,
+    tokenizer,
+    most: int,
+    ranks: int,
+) -> None:
+    """Prints a document with its targets marked.
+
+    begins: of a ranking, where its sequences begin; most: tokens of each that are printed; ranks: names them.
+    """
+    marks = ("", "") if console.color_system else show.MARKS
+    trained = Text.assemble("trained tokens ", (f"{marks[0]}like this{marks[1]}", show.STYLES["target"]))
+    console.print(Text.assemble(f"\n{show.visible(where)}, ", trained, ":"), soft_wrap=True)
     edges = [0, len(tokens)] if begins is None else [*np.flatnonzero(begins).tolist(), len(tokens)]
     for rank, (a, b) in enumerate(itertools.pairwise(edges)):
         if begins is not None:
-            console.print(Text(f"--- {show.rank_name(rank, store.ranks)}: {b - a:,} tokens ---", "bold"))
-        end = min(b, a + SHOWN)
+            console.print(Text(f"--- {show.rank_name(rank, ranks)}: {b - a:,} tokens ---", "bold"))
+        end = min(b, a + most)
         console.print(_coloured(tokens[a:end], is_target[a:end], tokenizer, marks), soft_wrap=True)
         if b > end:
             console.print(f"... and {b - end:,} tokens more")
-    return 0
 
 
 def _coloured(tokens: np.ndarray, is_target: np.ndarray, tokenizer, marks: tuple[str, str]) -> Text:

@@ -36,7 +36,7 @@ def parse_json(
         text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
         pairs = None if repeated is None else functools.partial(_object, repeated=repeated)
         value = json.loads(text, parse_int=_integer, object_pairs_hook=pairs)
-        _check(value)
+        check_value(value)
     except (ValueError, RecursionError) as why:
         raise error(f"{where} is not JSON that can be read: {' '.join(str(why).split())[:200]}") from None
     return value
@@ -74,7 +74,7 @@ def _integer(digits: str) -> int | _LongInteger:
     return int(digits) if len(digits) <= MAX_DIGITS else _LongInteger(len(digits))
 
 
-def _check(value: Any) -> None:
+def check_value(value: Any) -> None:
     """Raises ValueError where a value is nested too deep or a string, key or value, is no Unicode text."""
     level = [value]
     for _ in range(MAX_DEPTH):

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from qwen2_jax import checkpoint
 from qwen2_jax.checkpoint import peft
+from qwen2_jax.data import left_out
 from qwen2_jax.data.spec import Data
 from qwen2_jax.data.tokens.loader import Loaded
 from qwen2_jax.errors import UserError
@@ -30,10 +31,6 @@ from qwen2_jax.train.state.preemption import Preemption
 from qwen2_jax.train.step import State, Trainer, abstract, places_of
 from qwen2_jax.weights import int8
 from qwen2_jax.weights.params import Tree, count
-
-# What data.loader.Loaded.report counts: without text, without targets, of another length than asked for, longer than
-# a row, and cut to a row's length.
-LEFT_OUT = ("empty", "untargeted", "outside", "dropped", "cut")
 
 
 def run(config: Run, console: Console | None = None, *, group: Group | None = None) -> Path | None:
@@ -163,18 +160,24 @@ def _print_dry_run(job: Job, trainer: Trainer, console: Console) -> None:
         row_parts=job.row_parts,
         dtype=run.dtype,
         remat=run.remat,
-        sources=job.data.report(),
+        sources=[
+            *job.data.report(),
+            *(
+                found | {"source": f"{found['source']} (held out)"}
+                for held_out in job.held_out.values()
+                for found in held_out.report()
+            ),
+        ],
         ranks=data.ranks if isinstance(data, Loaded) else 1,
         epochs=epochs,
     )
 
 
 def _print_left_out(job: Job, console: Console) -> None:
-    """Prints a line for each source with records that are left out or cut."""
-    for found in job.data.report():
-        left = [f"{found[kind]:,} {kind}" for kind in LEFT_OUT if found.get(kind)]
-        if left:
-            console.print(f"{found['source']}: of {found['records']:,} records {', '.join(left)}", soft_wrap=True)
+    """Prints a line for each source, of training or held-out data, with records that are left out or cut."""
+    for data in (job.data, *job.held_out.values()):
+        for line in left_out.lines(data.report()):
+            console.print(line, soft_wrap=True)
 
 
 def _train(

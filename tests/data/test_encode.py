@@ -311,6 +311,15 @@ def test_tool_calls(backend, tiny):
         Encoder(tiny).encode(document)
 
 
+def test_thoughts_beside_the_content(backend, tiny):
+    document = chat(U("q"), A("a") | {"reasoning_content": "hm"})
+    with pytest.raises(UserError, match=r"messages\[1\] has reasoning_content, which .* template leaves out"):
+        Encoder(tiny).encode(document)
+    written = NO_SYSTEM.replace("message['content'] +", "(message.reasoning_content or '') + message['content'] +")
+    tokenizer = with_template(backend, written)
+    assert targeted(tokenizer, Encoder(tokenizer).encode(document)) == [f"hma{IM_END}"]
+
+
 def test_templates_that_hide_where_answers_are(backend):
     thinking = with_template(backend, THINKING)
     messages = [U("q"), A("<think>hm</think>a"), U("r"), A("<think>so</think>b")]

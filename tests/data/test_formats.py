@@ -51,10 +51,14 @@ GOOD = {
     ),
     "sharegpt": (
         {"conversations": [
-            {"from": "human", "value": "q"}, {"from": "function_call", "value": "f()"},
+            {"from": "human", "value": "q"}, {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'},
             {"from": "observation", "value": "r"}, {"from": "gpt", "value": "a", "weight": 0},
         ], "system": "s", "tools": "[]"},
-        Chat([S("s"), U("q"), A("f()"), T("r"), A("a")], [True, True, True, True, False]),
+        Chat([
+            S("s"), U("q"),
+            A("") | {"tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]},
+            T("r"), A("a"),
+        ], [True, True, True, True, False]),
     ),
     "sharegpt roles": (
         {"conversations": [{"from": role, "value": role} for role in ("system", "user", "assistant", "tool")]},
@@ -115,9 +119,39 @@ def test_what_a_record_means(case):
         (
             "messages",
             {"messages": [A("a") | {"tool_calls": [{"name": "f", "arguments": "{"}]}]},
-            ["messages[0] tool_calls[0] arguments is not valid JSON"],
+            ["messages[0] tool_calls[0] arguments is not JSON"],
         ),
-        ("messages", {"messages": [U("q")], "tools": [{"name": "f"}]}, ["tools are not supported", "system message"]),
+        ("messages", {"messages": [U("q")], "tools": [{"description": "f"}]}, ["tools[0] has no name"]),
+        ("messages", {"messages": [U("q")], "tools": "{"}, ["tools is not JSON"]),
+        ("messages", {"messages": [U("q")], "tools": {"name": "f"}}, ["tools is {'name': 'f'}", "list"]),
+        (
+            "messages",
+            {"messages": [U("q") | {"tool_calls": [{"name": "f"}]}]},
+            ["messages[0] has tool_calls", "'user'", "only the assistant"],
+        ),
+        (
+            "messages",
+            {"messages": [U([{"type": "image_url", "image_url": "x"}])]},
+            ["content[0]", "'image_url'", "'text'"],
+        ),
+        (
+            "messages",
+            {"messages": [A("a") | {"tool_calls": [{"name": "f", "arguments": "[1]"}]}]},
+            ["messages[0] tool_calls[0] arguments is [1]", "object"],
+        ),
+        (
+            "sharegpt",
+            {"conversations": [{"from": "function_call", "value": "f()"}]},
+            ["conversations[0] value", "JSON"],
+        ),
+        (
+            "sharegpt",
+            {"conversations": [{"from": "function_call", "value": '{"name": "f"}'}]},
+            ["conversations[0] value", "name and arguments"],
+        ),
+        ("messages", {"messages": [U("<image>"), A("a")], "images": ["x.png"]}, [": images is ['x.png']", "text only"]),
+        ("messages", {"messages": [U("q"), A("a")], "kto_tag": False}, [": kto_tag is false", "leave the record out"]),
+        ("prompt_completion", {"prompt": "q", "completion": "a", "label": False}, [": label is false", "not wanted"]),
         (
             "sharegpt",
             {"conversations": [{"from": "bing", "value": "x"}]},

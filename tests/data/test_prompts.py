@@ -56,7 +56,7 @@ def test_records(tmp_path, tokenizer, record, columns):
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"question": "2 + 3?"}, r"line 1 has the fields question; a prompt needs the field prompt or messages"),
+        ({"question": "2 + 3?"}, r"line 1 has the fields 'question'; a prompt needs the field prompt or messages"),
         ({"prompt": [{"role": "system", "content": "Be brief."}]}, "must end with what the user said"),
         ({"messages": [{"role": "assistant", "content": "5"}]}, "the prompt ends with nothing"),
         ({"prompt": "x", "completions": 1}, "reward functions know completions as something else"),
@@ -65,7 +65,10 @@ def test_records(tmp_path, tokenizer, record, columns):
         ({"prompt": {"role": "user", "content": "x"}}, "line 1: prompt is {.*; it must be text or a list of messages"),
         ({"prompt": []}, "line 1: prompt is empty; give at least one message"),
         ({"messages": "x"}, "line 1: messages is 'x'; it must be a list of messages"),
-        ({"prompt": "x", "tools": [{"name": "f"}]}, "line 1: tools are not supported; describe them in the system"),
+        (
+            {"prompt": "x", "tools": [{"name": "f"}]},
+            r"line 1: tools\[0\] is 'f', which this tokenizer's chat template leaves out",
+        ),
     ],
 )
 def test_mistakes_name_their_line(tmp_path, tokenizer, record, message):

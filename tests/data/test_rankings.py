@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rankings: what records mean, which tokens are targets, whole groups in rows, and a reference beside shuffled rows."""
 
+import dataclasses
 import itertools
 import json
 import shutil
@@ -75,8 +76,16 @@ GOOD = {
     "ranked by scores": (
         {"prompt": "q", "responses": ["b", "d", "a", "c"], "scores": [3, -1, 9.5, 0]}, ranking([U("q")], *"abcd")
     ),
-    "ranked with equal scores": (  # the first of equals stays
-        {"prompt": "q", "responses": ["b", "x", "a", "y", "z"], "scores": [3, 3, 9, 9, 3]}, ranking([U("q")], "a", "b")
+    "ranked with equal scores": (  # the first of equals stays, the others are counted
+        {"prompt": "q", "responses": ["b", "x", "a", "y", "z"], "scores": [3, 3, 9, 9, 3]},
+        dataclasses.replace(ranking([U("q")], "a", "b"), tied=3),
+    ),
+    "preference with a system message and tools": (
+        {"prompt": "q", "chosen": "a", "rejected": "b", "system": "s", "tools": '[{"name": "f"}]'},
+        dataclasses.replace(ranking([S("s"), U("q")], "a", "b"), tools=[{"name": "f"}]),
+    ),
+    "ranked with a system message": (
+        {"prompt": "q", "responses": ["a", "b"], "system": "s"}, ranking([S("s"), U("q")], "a", "b")
     ),
     "sharegpt_ranking": (
         {"conversations": [H("q"), G("r"), H("t")], "chosen": G("a"), "rejected": G("b"), "system": "s"},
@@ -140,7 +149,12 @@ BAD = [
     (PROMPT | {"chosen": [A("a"), U("r")], "rejected": "b"}, "chosen has a message of role 'user' at its end"),
     (PROMPT | {"chosen": [A("a") | {"weight": 0}], "rejected": "b"}, "last message of chosen is not to be trained"),
     (PROMPT | {"chosen": [A("x"), S("s"), A("a")], "rejected": "b"}, "the system message is number 3"),
-    (PROMPT | {"chosen": "a", "rejected": "b", "tools": [{}]}, "tools are not supported"),
+    (PROMPT | {"chosen": "a", "rejected": "b", "tools": [{}]}, "tools[0] has no name"),
+    (
+        {"prompt": [S("s"), U("q")], "chosen": "a", "rejected": "b", "system": "t"},
+        "2 system messages (a field 'system'",
+    ),
+    (PROMPT | {"chosen": [A("a"), U("t"), A(" ")], "rejected": "b"}, "chosen ends with an empty message"),
     (PROMPT | {"responses": ["a"]}, "one response (responses[0]); a ranking needs two or more, the best first"),
     (PROMPT | {"responses": []}, "responses is empty; give at least one response"),
     (PROMPT | {"responses": "a"}, "responses is 'a'; it must be a list of responses"),

@@ -166,7 +166,7 @@ def test_a_broken_line_is_shown(tmp_path):
         (b"7", ["7 is not a JSON object"]),
         (b'{"text": "caf\xe9"}', ["not valid UTF-8", "0xe9", "column 14"]),
         (b"{" + b"9" * 5000 + b"}", ["not valid JSON", "column 2"]),
-        (b'{"n": ' + b"9" * 5000 + b"}", ["not valid JSON", "4300"]),
+        (b'{"n": ' + b"9" * 5000 + b"}", ["not valid JSON", "5000 digits"]),
         (b"[" * 100_000, ["not valid JSON"]),
         (b'{"text": "' + b"x" * 10_000, ["Unterminated string", "..."]),
         (b"\x00" * 50, ["not valid JSON"]),  # what a crash of the file system leaves behind

@@ -94,13 +94,16 @@ class Prompts:
 
 def _read(record: Mapping[str, Any], where: str, tokenizer: Tokenizer) -> Prompt:
     columns = {name: value for name, value in record.items() if name not in ("prompt", "messages")}
-    messages.refuse_tools(record, where)
+    record = messages.without_filled_nulls(record)
     if record.get("prompt") is not None:
         chat = messages.side(record, "prompt", "user", where)
     elif record.get("messages") is not None:
         chat = messages.messages(record, "messages", where)
     else:
-        raise UserError(f"{where} has the fields {', '.join(record)}; a prompt needs the field prompt or messages")
+        raise UserError(
+            f"{where} has the fields {messages.fields(record)}; a prompt needs the field prompt or messages"
+        )
+    chat = messages.opening(record, where) + chat
     messages.check_conversation(chat, where)
     asked = chat.messages
     if asked[-1]["role"] == "assistant":
@@ -113,7 +116,10 @@ def _read(record: Mapping[str, Any], where: str, tokenizer: Tokenizer) -> Prompt
         columns.setdefault("ground_truth", judge["ground_truth"])
     if taken := {"prompts", "completions", "completion_ids"} & columns.keys():
         raise UserError(f"{where}: reward functions know {', '.join(sorted(taken))} as something else; rename it")
-    return Prompt(asked, tokenizer.chat_ids(asked), columns)
+    try:
+        return Prompt(asked, tokenizer.chat_ids(asked, tools=chat.tools), columns)
+    except UserError as why:
+        raise UserError(f"{where}: {why}") from why
 
 
 def _role(asked: Sequence[Mapping[str, Any]]) -> str:

@@ -9,10 +9,11 @@
 
 preference: without a prompt, or if chosen and rejected are lists that repeat it, both are whole conversations and their
 common prefix up to an answer is the prompt. ranked: best response first, or sorted by scores, higher is better; of
-responses with equal scores only the first is kept, because they have no order. Answers within a prompt are not
-targets.
+responses with equal scores only the first is kept, because they have no order, and the others are counted. Answers
+within a prompt are not targets. Each may also have "system" and "tools" (record_formats.py).
 """
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -29,15 +30,21 @@ PAIR = ("chosen", "rejected")
 
 @dataclass(frozen=True)
 class Ranking:
-    """The messages of a prompt and two or more responses to it, best first."""
+    """The messages of a prompt and two or more responses to it, best first.
+
+    tied: how many more responses the record has, left out because another one has the same score.
+    """
 
     prompt: list[dict[str, Any]]
     responses: list[Chat]
+    tools: messages.Tools | None = None
+    tied: int = 0
 
     @property
     def chats(self) -> list[Chat]:
         """The prompt, which is not trained, followed by each response."""
-        return [Chat(self.prompt, [False] * len(self.prompt)) + response for response in self.responses]
+        asked = Chat(self.prompt, [False] * len(self.prompt), self.tools)
+        return [asked + response for response in self.responses]
 
 
 def _preference(record: Mapping[str, Any], where: str) -> Ranking:
@@ -79,6 +86,7 @@ def _common_prompt(sides: Sequence[Chat], where: str) -> Ranking:
 def _ranked(record: Mapping[str, Any], where: str) -> Ranking:
     prompt = messages.side(record, "prompt", "user", where)
     responses, names = _responses(record, "responses", where)
+    given = len(responses)
     if record.get("scores") is not None:
         scores = _scores(record, len(responses), where)
         order = sorted(range(len(scores)), key=lambda i: -scores[i])  # stable
@@ -89,7 +97,8 @@ def _ranked(record: Mapping[str, Any], where: str) -> Ranking:
                 "leave scores out if the responses stand best first"
             )
         responses, names = [responses[i] for i in kept], [names[i] for i in kept]
-    return _ranking(prompt.messages, responses, names, where)
+    ranking = _ranking(prompt.messages, responses, names, where)
+    return dataclasses.replace(ranking, tied=given - len(responses))
 
 
 def _scores(record: Mapping[str, Any], count: int, where: str) -> Sequence[float]:
@@ -103,7 +112,7 @@ def _scores(record: Mapping[str, Any], count: int, where: str) -> Sequence[float
 
 
 def _sharegpt(record: Mapping[str, Any], where: str) -> Ranking:
-    prompt = messages.system(record, where) + messages.turns(record, "conversations", where)
+    prompt = messages.turns(record, "conversations", where)
     turns = [messages.turns({field: [record.get(field)]}, field, where) for field in PAIR]
     return _ranking(prompt.messages, turns, PAIR, where)
 
@@ -139,8 +148,10 @@ def _ranking(prompt: list[dict[str, Any]], responses: Sequence[Chat], names: Seq
                 f"{where}: {name} has a message of role {other['role']!r} at its {'start' if other is first else 'end'}"
                 "; a response begins and ends with the assistant's"
             )
-        if not any(message["content"].strip() or message.get("tool_calls") for message in response.messages):
+        if all(map(messages.is_empty, response.messages)):
             raise UserError(f"{where}: {name} is empty; give an answer, or leave the record out")
+        if messages.is_empty(last):
+            raise UserError(f"{where}: {name} ends with an empty message; give the answer, or leave the record out")
         if not response.train[-1]:
             raise UserError(f"{where}: the last message of {name} is not to be trained; leave its train or weight out")
         messages.check_conversation(Chat(prompt, []) + Chat(response.messages, []), where)
@@ -156,3 +167,12 @@ READERS: dict[str, Callable[[Mapping[str, Any], str], Ranking]] = {
     "sharegpt_ranking": _sharegpt,
     "alpaca_ranking": _alpaca,
 }
+
+
+def read(record: Mapping[str, Any], format: str, where: str) -> Ranking:
+    """Parses a record in one of the formats of READERS, with its fields system and tools."""
+    ranking = READERS[format](record, where)
+    opening = messages.opening(record, where)
+    prompt = opening.messages + ranking.prompt
+    messages.check_conversation(Chat(prompt, []), where)
+    return dataclasses.replace(ranking, prompt=prompt, tools=opening.tools)

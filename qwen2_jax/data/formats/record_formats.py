@@ -7,7 +7,8 @@
     alpaca             {"instruction": "...", "input": "...", "output": "...", "system": "...", "history": [["q", "a"]]}
     prompt_completion  {"prompt": "...", "completion": "..."}, each a string or a list of messages
 
-and the formats of rankings.py. A null field counts as absent, because Parquet writes absent fields as null.
+and the formats of rankings.py. Each conversation may also have "system": "..." and "tools": [...]. A null field counts
+as absent, because Parquet writes absent fields as null.
 """
 
 from collections.abc import Mapping
@@ -61,21 +62,25 @@ def detect(record: Mapping[str, Any], where: str = "the first record") -> str:
 
 
 def read(record: Mapping[str, Any], format: str, where: str) -> Document:
-    """Parses a record in this format ("auto": detected from its fields). where: its location, for errors."""
+    """Parses a record in this format ("auto": detected from its fields). where: its location, for errors.
+
+    Every conversation may have a field `system`, its system message, and `tools`, what the assistant may call.
+    """
     if format == "auto":
         format = detect(record, where)
     validate.choice("format", format, FORMATS)
     if format == "text":
         return Text(messages.text(record, "text", where))
-    messages.refuse_tools(record, where)
+    record = messages.without_filled_nulls(record)
     if format in rankings.READERS:
-        return rankings.READERS[format](record, where)
-    chat = {
+        return rankings.read(record, format, where)
+    parsed = {
         "messages": _messages,
         "sharegpt": _sharegpt,
         "alpaca": _alpaca,
         "prompt_completion": _prompt_completion,
     }[format](record, where)
+    chat = messages.opening(record, where) + parsed
     messages.check_conversation(chat, where)
     return chat
 
@@ -85,12 +90,11 @@ def _messages(record: Mapping[str, Any], where: str) -> Chat:
 
 
 def _sharegpt(record: Mapping[str, Any], where: str) -> Chat:
-    return messages.system(record, where) + messages.turns(record, "conversations", where)
+    return messages.turns(record, "conversations", where)
 
 
 def _alpaca(record: Mapping[str, Any], where: str) -> Chat:
-    answer = {"role": "assistant", "content": messages.text(record, "output", where)}
-    return messages.question(record, where) + Chat([answer], [True])
+    return messages.question(record, where) + messages.said("assistant", messages.text(record, "output", where))
 
 
 def _prompt_completion(record: Mapping[str, Any], where: str) -> Chat:

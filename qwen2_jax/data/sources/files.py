@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 from qwen2_jax import validate
 from qwen2_jax.errors import UserError
+from qwen2_jax.files.json_text import parse_json
 
 MARK = b"\xef\xbb\xbf"  # byte order mark at the start of a UTF-8 file
 STEP = 1 << 20  # bytes decompressed at a time
@@ -48,15 +49,24 @@ def first_line(error: Exception) -> str:
 
 def parse(line: bytes, where: str) -> dict[str, Any]:
     """The JSON object in `line`; raises UserError, which begins with `where`, if it is not one."""
-    text = decode(line.rstrip(b"\r\n"), where, numbered=True)
+    return json_object(parse_text(decode(line.rstrip(b"\r\n"), where, numbered=True), where, numbered=True), where)
+
+
+def parse_text(text: str, where: str, numbered: bool = False) -> Any:
+    """The value of a JSON text (json_text.py). numbered: `where` already names the line."""
     try:
-        record = json.loads(text)
-    except json.JSONDecodeError as error:
-        start = validate.short(text.strip())
-        raise UserError(f"{where}: not valid JSON ({error.msg}, column {error.colno}): {start}") from error
-    except (ValueError, RecursionError) as error:  # an extremely long number or extremely deep nesting
-        raise UserError(f"{where}: not valid JSON ({error})") from error
-    return json_object(record, where)
+        return parse_json(text, where)
+    except UserError as error:
+        try:
+            json.loads(text)
+        except json.JSONDecodeError as fault:
+            line = "" if numbered else f" line {fault.lineno}"
+            given = validate.short(text.split("\n")[fault.lineno - 1].strip())  # JSON does not count U+2028 as a line
+            raise UserError(f"{where}{line}: not valid JSON ({fault.msg}, column {fault.colno}): {given}") from None
+        except (ValueError, RecursionError):  # parse_json's reason is the plainer one
+            pass
+        reason = str(error).partition(" is not JSON that can be read: ")[2]
+        raise UserError(f"{where}: not valid JSON ({reason})") from None
 
 
 def json_object(record: Any, where: str) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 
 import collections
 import contextlib
-import json
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -12,8 +11,13 @@ import numpy as np
 
 from qwen2_jax.data.sources.files import decode, first_line, library, parse, reading, unreadable
 from qwen2_jax.errors import UserError
+from qwen2_jax.files.json_text import parse_json
 
 ROW_GROUPS = 4  # of Parquet files, kept in memory
+
+
+class TableRow(dict[str, Any]):
+    """A record of a table, whose structs have every key of their column: those that a record lacks are null."""
 
 
 class RowGroups:
@@ -68,7 +72,7 @@ class Parquet:
     def read(self, i: int) -> dict[str, Any]:
         group = int(np.searchsorted(self._starts, i, side="right")) - 1
         table = self._row_groups.get(self._file, group, self._metadata)
-        return table.slice(i - self._starts[group], 1).to_pylist()[0]
+        return TableRow(table.slice(i - self._starts[group], 1).to_pylist()[0])
 
 
 class ArrayRecord:
@@ -85,8 +89,8 @@ class ArrayRecord:
             raise UserError(f"{file} has no records")
         first = self._read(0)
         try:
-            self._json = isinstance(json.loads(first), dict)
-        except (ValueError, RecursionError):  # extremely deep nesting
+            self._json = isinstance(parse_json(first, file), dict)
+        except UserError:
             self._json = False
 
     def __len__(self) -> int:
@@ -133,6 +137,6 @@ class Dataset:
 
     def read(self, i: int) -> dict[str, Any]:
         try:
-            return self._rows[i]
+            return TableRow(self._rows[i])
         except (OSError, ValueError) as error:
             raise UserError(f"{self.where(i)}: damaged ({first_line(error)}); copy the folder again") from error

@@ -15,7 +15,6 @@ JSON and text may be compressed (.gz, .zst). A folder or a glob means its files,
 import functools
 import glob
 import hashlib
-import json
 import mmap
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -24,8 +23,17 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from qwen2_jax import validate
-from qwen2_jax.data.sources.files import MARK, decode, decompressed, json_object, parse, pieces, reading, unreadable
+from qwen2_jax.data.sources.files import (
+    MARK,
+    decode,
+    decompressed,
+    json_object,
+    parse,
+    parse_text,
+    pieces,
+    reading,
+    unreadable,
+)
 from qwen2_jax.data.sources.parquet_arrow import ArrayRecord, Dataset, Parquet, RowGroups
 from qwen2_jax.errors import UserError
 
@@ -291,15 +299,7 @@ class _Array:
     def __init__(self, file: str | Path, name: str):
         with reading(name):
             data = Path(file).read_bytes()
-        text = decode(data.removeprefix(MARK), name)
-        try:
-            self._records: list[Any] = json.loads(text)
-        except json.JSONDecodeError as error:
-            line = validate.short(text.split("\n")[error.lineno - 1])  # splitlines would count U+2028, JSON does not
-            place = f"{name} line {error.lineno}"
-            raise UserError(f"{place}: not valid JSON ({error.msg}, column {error.colno}): {line}") from error
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{name}: not valid JSON ({error})") from error
+        self._records: list[Any] = parse_text(decode(data.removeprefix(MARK), name), name)
         if not self._records:
             raise UserError(f"{name} is an empty list")
         self._name = name

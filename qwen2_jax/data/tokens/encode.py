@@ -26,13 +26,14 @@ from typing import Any, get_args
 import numpy as np
 
 from qwen2_jax import validate
-from qwen2_jax.chat_template import ROLES
+from qwen2_jax.conversation import ROLES
 from qwen2_jax.data.formats.record_formats import Chat, Document, Ranking, Text
 from qwen2_jax.data.tokens.loss_mask import Targets, trained_answers, turn_loss_mask
 from qwen2_jax.errors import UserError
 from qwen2_jax.tokenizer import END_OF_TEXT, IM_END, IM_START, Tokenizer
 
 PIECE = 1 << 17  # characters of a long text encoded at once
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # of an assistant's message, beside its content
 TOGETHER = 8  # pieces encoded together: the library needs more than 100 bytes per character
 # Qwen2's pre-tokenisation ends a word behind each run of newlines, whatever follows, so ids do not change if a text is
 # cut there: before a character that is no white space and neither combines with anything (NFC) before it.
@@ -98,18 +99,24 @@ class Encoder:
                     texts.append(document.text)
             elif parts is not None:
                 texts += map(_body, parts.messages)
-        ids = iter(self.tokenizer.encode_batch(texts, allow_special=False))
+        ids = iter(self._parts(texts))
         encoded = []
         for document, parts in zip(documents, turns, strict=True):
             if isinstance(document, Text):
                 tokens = self._long(document.text) if self._in_pieces(document) else next(ids)
-                tokens = [*tokens, self._end_of_text]
+                before, after = self.tokenizer.added_around
+                end = self._end_of_text
+                tokens = [*before, *tokens, *after, *([end] if after[-1:] != [end] else [])]
                 encoded.append(Encoded(tokens, [True] * len(tokens)))
             elif parts is not None:
                 encoded.append(self._join(parts, ids))
             else:
                 encoded.append(self._by_prefixes(document))
         return encoded
+
+    def _parts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of parts of documents; what spells a special token is ordinary text."""
+        return self.tokenizer.encode_batch(texts, allow_special=False, add_special_tokens=False)
 
     def _in_pieces(self, document: Text) -> bool:
         return len(document.text) > PIECE * TOGETHER and self._may_cut
@@ -118,7 +125,7 @@ class Encoder:
         """Ids of a long text, a few pieces at a time."""
         ids: list[int] = []
         for some in itertools.batched(_pieces(text), TOGETHER):
-            ids += itertools.chain.from_iterable(self.tokenizer.encode_batch(some, allow_special=False))
+            ids += itertools.chain.from_iterable(self._parts(some))
         return ids
 
     @functools.cached_property
@@ -158,21 +165,29 @@ class Encoder:
         system = [{"role": "system", "content": content}] if before else []
         if _chatml(system) != before or IM_START in content or IM_END in content:
             return None
-        bodies = self.tokenizer.encode_batch([*map(_body, [*system, *probe])], allow_special=False)
+        bodies = self._parts([*map(_body, [*system, *probe])])
         joined = self._join(Chat([*system, *probe], [True] * (len(system) + len(probe))), iter(bodies))
         # Differs if a special token strips the white space next to it.
         return system if joined.tokens == self.tokenizer.chat_ids(probe, add_generation_prompt=False) else None
 
     def _turns(self, chat: Chat) -> Chat | None:
         """The conversation with the template's system message, if the template writes this one as ChatML."""
-        _check_tool_calls(self.tokenizer, chat.messages)
+        for i, message in enumerate(chat.messages):
+            for key in THOUGHTS:
+                if message.get(key) and not self.tokenizer.chat_templates.writes(key):
+                    raise UserError(
+                        f"messages[{i}] has {key}, which this tokenizer's chat template leaves out; write it into the "
+                        "content, or remove it"
+                    )
         if self._default_system is None:
             return None
         added = self._default_system if chat.messages[0]["role"] != "system" else []
         messages = [*added, *chat.messages]
-        if self.tokenizer.render_chat(chat.messages, add_generation_prompt=False) != _chatml(messages):
+        if self.tokenizer.render_chat(chat.messages, add_generation_prompt=False, tools=chat.tools) != _chatml(
+            messages
+        ):
             return None
-        return Chat(messages, [*[True] * len(added), *chat.train])
+        return Chat(messages, [*[True] * len(added), *chat.train], chat.tools)
 
     def _join(self, chat: Chat, bodies: Iterator[list[int]]) -> Encoded:
         """bodies: ids of each turn's role, newline and content."""
@@ -206,11 +221,11 @@ class Encoder:
 
     @functools.cached_property
     def _frame(self) -> tuple[int, int, list[int]]:
-        return self._special(IM_START), self._special(IM_END), self.tokenizer.encode("\n")
+        return self._special(IM_START), self._special(IM_END), self._parts(["\n"])[0]
 
     @functools.cached_property
     def _heads(self) -> dict[str, list[int]]:
-        return {role: self.tokenizer.encode(f"{role}\n") for role in ROLES}
+        return {role: self._parts([f"{role}\n"])[0] for role in ROLES}
 
     # Any template
 
@@ -219,31 +234,31 @@ class Encoder:
             raise UserError(
                 "targets 'turns_qwen1' needs a ChatML template, and this tokenizer's is another; use 'assistant'"
             )
-        tokens = self.tokenizer.chat_ids(chat.messages, add_generation_prompt=False)
+        tokens = self.tokenizer.chat_ids(chat.messages, add_generation_prompt=False, tools=chat.tools)
         is_target = np.full(len(tokens), self.targets == "all")
         if self.targets == "all":
             for i in (i for i, train in enumerate(chat.train) if not train):
-                is_target[self._span(tokens, chat.messages, i, prompt=False)] = False
+                is_target[self._span(tokens, chat, i, prompt=False)] = False
             return Encoded(tokens, is_target.tolist())
         for i in trained_answers(self.targets, chat.messages):
             if chat.train[i]:
-                span = self._span(tokens, chat.messages, i, prompt=True)
+                span = self._span(tokens, chat, i, prompt=True)
                 special = [k for k in range(span.start, span.stop) if tokens[k] in self.tokenizer.special_ids]
                 if special and self.targets != "assistant_newline":
                     span = slice(span.start, special[-1] + 1)  # up to the token that ends the turn
                 is_target[span] = True
         return Encoded(tokens, is_target.tolist())
 
-    def _span(self, tokens: list[int], messages: list[dict[str, Any]], i: int, prompt: bool) -> slice:
+    def _span(self, tokens: list[int], chat: Chat, i: int, prompt: bool) -> slice:
         """The tokens that lie wholly in message i; prompt: without the generation prompt that an answer begins with."""
         ends = np.cumsum([len(self.tokenizer.token_bytes(token, False)) for token in tokens])
-        start = self._bytes_before(tokens, messages, i, prompt)
-        stop = self._bytes_before(tokens, messages, i + 1, prompt=False)
+        start = self._bytes_before(tokens, chat, i, prompt)
+        stop = self._bytes_before(tokens, chat, i + 1, prompt=False)
         return slice(
             int(np.searchsorted(ends, start)) + 1 if start else 0, int(np.searchsorted(ends, stop, side="right"))
         )
 
-    def _bytes_before(self, tokens: list[int], messages: list[dict[str, Any]], i: int, prompt: bool) -> int:
+    def _bytes_before(self, tokens: list[int], chat: Chat, i: int, prompt: bool) -> int:
         """Length in bytes of messages[:i] as rendered, which must be a prefix of the whole text."""
         if i == 0 and not prompt:
             return 0
@@ -252,7 +267,7 @@ class Encoder:
                 "messages[0] is the assistant's, but this chat template does not show where it begins; let a user begin"
             )
         whole = self._bytes(tokens)
-        part = self._bytes(self.tokenizer.chat_ids(messages[:i], add_generation_prompt=prompt))
+        part = self._bytes(self.tokenizer.chat_ids(chat.messages[:i], add_generation_prompt=prompt, tools=chat.tools))
         if not whole.startswith(part):
             what = "its generation prompt is not how an answer begins" if prompt else "it changes them when more follow"
             raise UserError(
@@ -290,16 +305,3 @@ def _pieces(text: str) -> Iterable[str]:
 
 def _chatml(messages: Sequence[dict[str, Any]]) -> str:
     return "".join(f"{IM_START}{_body(message)}{IM_END}\n" for message in messages)
-
-
-def _check_tool_calls(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> None:
-    """Raises UserError for tool calls that the template would silently drop."""
-    for i, message in enumerate(messages):
-        if message.get("tool_calls"):
-            without = {key: value for key, value in message.items() if key != "tool_calls"}
-            others = [*messages[:i], without, *messages[i + 1 :]]
-            if tokenizer.render_chat(others, False) == tokenizer.render_chat(messages, False):
-                raise UserError(
-                    f"messages[{i}] has tool_calls, which this tokenizer's chat template leaves out; write them into "
-                    f"its content, or use a tokenizer whose template has them"
-                )

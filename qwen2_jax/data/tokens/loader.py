@@ -137,6 +137,8 @@ class Loaded:
                     "records": sum(meta.documents for meta in found),
                     "empty": sum(meta.empty for meta in found),
                     "untargeted": sum(meta.untargeted for meta in found),
+                    **({"responses": responses} if (responses := sum(meta.responses for meta in found)) else {}),
+                    **({"tied": sum(meta.tied for meta in found)} if responses else {}),
                     **dataclasses.asdict(plan.counts),
                     "rows": len(plan),
                     "efficiency": efficiency(plan),
@@ -321,9 +323,16 @@ def _plan(data: Data, documents: Documents, length: int, pad: int, ranks: int, n
         return ConcatRows(documents, length, pad=pad)
     rows = BestFitRows(documents, length, pad=pad, too_long=data.too_long, ranks=ranks)
     if not len(rows):
+        count = len(documents)
+        if data.too_long == "cut":
+            raise UserError(
+                f"{name}: the first {length} tokens of none of the {count} documents hold a target (their answers lie "
+                "behind the cut); give longer rows"
+            )
+        cut = ranks == 1 and bool(documents.targets_within(np.arange(count), length + 1).any())
         raise UserError(
-            f"{name}: all {len(documents)} documents are longer than rows of {length}; "
-            "give longer rows" + ", or too_long 'cut'" * (ranks == 1)
+            f"{name}: all {count} documents are longer than rows of {length}; give longer rows"
+            + ", or too_long 'cut'" * cut
         )
     return rows
 

@@ -30,9 +30,10 @@ from qwen2_jax.data.tokens.encode import Encoded, Encoder
 from qwen2_jax.errors import UserError
 from qwen2_jax.files.atomic_folder import write_file
 from qwen2_jax.files.build_once import alone_in, aside, publish
+from qwen2_jax.files.json_text import parse_json_object
 from qwen2_jax.tokenizer import Tokenizer
 
-VERSION = 2
+VERSION = 3  # what a record becomes, or how it is stored, has changed
 BATCH_RECORDS, BATCH_CHARACTERS = 1024, 1 << 22  # tokenised at once: enough for all cores, bounded memory
 
 Progress = Callable[[int, int], Any]  # records done, records in all
@@ -51,8 +52,10 @@ class Meta:
     tokens: int = 0
     digest: str = ""  # of ids, target flags and begins: the same data, wherever it lies and whenever it was written
     trained: int = 0  # tokens that are targets and have a token before them
-    empty: int = 0  # records left out because they are shorter than two tokens
+    empty: int = 0  # records left out because they are shorter than two tokens, or all answers are empty
     untargeted: int = 0  # records left out because nothing in them is a target
+    responses: int = 0  # of rankings, all together
+    tied: int = 0  # responses left out because another of the same record has the same score
     ranks: int = 1  # the most sequences that a document has; more than one: all of them are rankings
 
     @property
@@ -168,13 +171,13 @@ class _BitsFile:
 def read_meta(folder: Path) -> Meta:
     """The folder's meta.json."""
     try:
-        data = json.loads((folder / META).read_text("utf-8"))
+        data = parse_json_object((folder / META).read_bytes(), str(folder / META))
         meta = Meta(**data)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"{folder} holds no tokens (no {META}); make them with `python -m qwen2_jax.data tokenize`"
         ) from None
-    except (ValueError, TypeError) as why:
+    except (UserError, TypeError) as why:
         raise UserError(f"{folder / META} cannot be read ({why}); delete {folder} and run again") from None
     if meta.version != VERSION:
         raise UserError(
@@ -190,10 +193,11 @@ def tokenizer_fingerprint(tokenizer: Tokenizer, *, chat: bool) -> str:
     fine-tuning changes eos_token, which most templates do not contain.
     """
     parts = [tokenizer._backend.to_str(), ""]
-    if chat and (template := tokenizer.chat_template):
+    if chat and (named := tokenizer.chat_templates.named):
+        template = "\0".join(named[name] for name in sorted(named))
         parts[1] = template
         tokens = sorted(tokenizer._template_tokens.items())
-        parts += [json.dumps(named) for named in tokens if re.search(rf"\b{named[0]}\b", template)]
+        parts += [json.dumps(token) for token in tokens if re.search(rf"\b{token[0]}\b", template)]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
@@ -265,7 +269,7 @@ def _matches(folder: Path, wanted: Meta) -> bool:
 
 def _write(records: Records, encoder: Encoder, work: Path, meta: Meta, name: str, progress: Progress | None) -> Meta:
     """Writes the data files and returns the Meta to write."""
-    done = total = trained = empty = untargeted = 0
+    done = total = trained = empty = untargeted = responses = tied = 0
     ranks, ranked = 1, meta.format in rankings.READERS
     digest = hashlib.sha256()
     with _files(work) as (tokens, targets_file, offsets, counts, begins_file):
@@ -273,11 +277,15 @@ def _write(records: Records, encoder: Encoder, work: Path, meta: Meta, name: str
         offsets.write(np.zeros(1, "<i8").tobytes())
         for encoded in _encoded(records, meta.format, encoder):
             lengths, targets, flags, begins = [], [], [], []
-            for one in encoded:
+            for document, one in encoded:
+                if isinstance(document, rankings.Ranking):
+                    responses += len(document.responses) + document.tied
+                    tied += document.tied
                 is_target = np.asarray(one.is_target, bool)
                 count = int(is_target[1:].sum())
-                empty += len(is_target) < 2
-                untargeted += len(is_target) >= 2 and not count
+                if not count:
+                    nothing = len(is_target) < 2 or (isinstance(document, record_formats.Chat) and document.is_empty)
+                    empty, untargeted = empty + nothing, untargeted + (not nothing)
                 lengths.append(len(is_target) if count else 0)
                 targets.append(count)
                 if count:
@@ -305,7 +313,7 @@ def _write(records: Records, encoder: Encoder, work: Path, meta: Meta, name: str
             f"target; format is {meta.format!r} and targets {meta.targets!r}"
         )
     meta = dataclasses.replace(meta, digest=digest.hexdigest()[:32], documents=done, tokens=total, trained=trained)
-    meta = dataclasses.replace(meta, empty=empty, untargeted=untargeted, ranks=ranks)
+    meta = dataclasses.replace(meta, empty=empty, untargeted=untargeted, responses=responses, tied=tied, ranks=ranks)
     if not ranked:
         (work / "begins.bits").unlink()
     if meta.trained == meta.trainable:
@@ -314,8 +322,11 @@ def _write(records: Records, encoder: Encoder, work: Path, meta: Meta, name: str
     return meta
 
 
-def _encoded(records: Records, format: str, encoder: Encoder) -> Iterator[list[Encoded]]:
-    """Batches of encoded records, in order."""
+Pairs = list[tuple[record_formats.Document, Encoded]]
+
+
+def _encoded(records: Records, format: str, encoder: Encoder) -> Iterator[Pairs]:
+    """Batches of records, parsed and encoded, in order."""
     batch: list[record_formats.Document] = []
     first = size = 0
     for i in range(len(records)):
@@ -336,9 +347,9 @@ def _characters(document: record_formats.Document) -> int:
     return sum(len(message["content"]) for chat in chats for message in chat.messages)
 
 
-def _encode(batch: list[record_formats.Document], encoder: Encoder, records: Records, first: int) -> list[Encoded]:
+def _encode(batch: list[record_formats.Document], encoder: Encoder, records: Records, first: int) -> Pairs:
     try:
-        return encoder.encode_batch(batch)
+        return list(zip(batch, encoder.encode_batch(batch), strict=True))
     except UserError:  # find the record, to report its line
         for i, document in enumerate(batch):
             try:
