@@ -2,7 +2,6 @@
 """The command line of infer.py. Arguments are checked before jax is imported, so errors in them appear at once."""
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen2_jax.errors import UserError
-from qwen2_jax.infer.cli.prompts_and_answers import record, summary, to_prompt, with_answer_length
+from qwen2_jax.infer.cli.prompts_and_answers import record, summary, to_json, to_prompt, with_answer_length
 from qwen2_jax.infer.engine.sampling_params import SETTABLE, checked
 from qwen2_jax.parallel import hosts
 
@@ -181,7 +180,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.json:
         for _ in stream:
             pass
-        print(json.dumps(record(stream), ensure_ascii=False))
+        print(to_json(record(stream)))
         return 0
     print(first, end="", flush=True)
     for piece in stream:

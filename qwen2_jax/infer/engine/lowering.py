@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qwen2_jax.infer.engine.programs import DecodeState, Generator
+from qwen2_jax.infer.engine.decode_batch import DecodeState
+from qwen2_jax.infer.engine.programs import Generator
 from qwen2_jax.infer.engine.sampling import RowParams
 from qwen2_jax.infer.engine.sampling_params import MAX_EOS_IDS
 from qwen2_jax.model import rope

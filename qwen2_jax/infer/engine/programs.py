@@ -3,8 +3,9 @@
 
 Text, stop strings and chat are layers above (lm.py). The set of compiled programs is fixed: batches are padded to a few
 numbers of rows, caches to a few lengths, prompts are cut into a few sizes of chunk, and everything that differs between
-requests (sampling parameters, seeds, limits, rotary frequencies) is a run-time array. Only three kinds of batch have a
-decode loop of their own: all rows greedy, some sampled, some with a repetition penalty.
+requests (sampling parameters, seeds, limits, rotary frequencies) is a run-time array. Only a few kinds of batch have a
+decode loop of their own: all rows greedy, some sampled, some with a repetition penalty, and these with constraints of a
+generation_config.json (constraints.py).
 
 The last prompt token is not prefilled. It is the first token that the decode loop feeds, so the loop is the only place
 that computes logits, samples tokens and decides when a row is done, and a prefill is nothing but cache writes.
@@ -27,8 +28,9 @@ from qwen2_jax.config.model_config import ModelConfig
 from qwen2_jax.errors import UserError
 from qwen2_jax.infer.engine import memory
 from qwen2_jax.infer.engine.buckets import Buckets, context_limit
+from qwen2_jax.infer.engine.decode_batch import STEPS, DecodeBatch, DecodeState
 from qwen2_jax.infer.engine.sampling import RowParams, sample
-from qwen2_jax.infer.engine.sampling_params import SamplingParams
+from qwen2_jax.infer.engine.sampling_params import SamplingParams, finish_reason
 from qwen2_jax.infer.engine.shardings import Programs, Shardings
 from qwen2_jax.model import cross_entropy, rope
 from qwen2_jax.model.decoder import check_head
@@ -36,7 +38,6 @@ from qwen2_jax.model.kv_cache import Cache
 from qwen2_jax.weights.params import Tree
 
 # B rows  C tokens of a prefill chunk  S cache slots  V vocabulary
-STEPS = 16  # most tokens per row and call of the decode loop
 PADDING = SamplingParams()  # of rows without a request
 Progress = Callable[[int, int], None]  # (tokens done, tokens in all)
 
@@ -50,23 +51,6 @@ class Request:
 
 
 CheckedRequest = NewType("CheckedRequest", Request)  # what Generator.check returns; start takes no other
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class DecodeState:
-    """A batch between two calls of the decode loop. Donated to each call.
-
-    token_B: the next token to feed. position_B: its position. count_B: tokens sampled so far. done_B: bool.
-    seen_BV: bool, ids in prompt and answer, for the repetition penalty; None where no row has one.
-    """
-
-    cache: Cache
-    token_B: jax.Array
-    position_B: jax.Array
-    count_B: jax.Array
-    done_B: jax.Array
-    seen_BV: jax.Array | None
 
 
 class Generator:
@@ -108,7 +92,7 @@ class Generator:
     def check(
         self, request: Request, long_context: rope.LongContext = "auto", what: str = "the prompt"
     ) -> CheckedRequest:
-        """The request, with no more new tokens than the context limit leaves room for.
+        """The request, with no more new tokens than the context limit and its own max_length leave room for.
 
         Raises UserError, which calls the prompt `what`, for an empty prompt, ids outside the vocabulary, or a prompt
         that leaves no room for a token.
@@ -116,18 +100,27 @@ class Generator:
         check_head(self.config, scores=False)
         limit = context_limit(self.config, long_context)
         self._check_tokens(request.tokens, limit - 1, long_context, what)
-        room = limit - len(request.tokens)
-        if request.sampling_params.max_new_tokens > room:
-            clipped = dataclasses.replace(request.sampling_params, max_new_tokens=room)
-            request = Request(request.tokens, clipped)
-        return CheckedRequest(request)
+        params, prompt = request.sampling_params, len(request.tokens)
+        asked = params.constraints
+        if 0 < asked.max_length <= prompt:
+            raise UserError(
+                f"{what} has {prompt} tokens, and generation_config.json has max_length {asked.max_length} for prompt "
+                "and answer together: give max_new_tokens"
+            )
+        room = min(limit, asked.max_length or limit) - prompt
+        if params.max_new_tokens > room:
+            params = dataclasses.replace(params, max_new_tokens=room)
+        if asked.min_length - prompt > asked.min_new_tokens:
+            asked = dataclasses.replace(asked, min_new_tokens=asked.min_length - prompt)
+            params = dataclasses.replace(params, constraints=asked)
+        return CheckedRequest(request if params is request.sampling_params else Request(request.tokens, params))
 
     def start(
         self,
         requests: Sequence[CheckedRequest],
         long_context: rope.LongContext = "auto",
         progress: Progress | None = None,
-    ) -> "DecodeBatch":
+    ) -> DecodeBatch:
         """Prefills the prompts and returns the batch, ready to be advanced.
 
         requests: from `check`, with the same long_context. progress is called with (prompt tokens done, prompt tokens
@@ -137,14 +130,20 @@ class Generator:
         rows, length = self.buckets.batch(len(requests)), self.buckets.length(max(totals))
         prompts = [r.tokens for r in requests]
         cache = self.prefill([p[:-1] for p in prompts], rows, length, totals, long_context, progress)
-        row_params = RowParams.stacked([*(r.sampling_params for r in requests), *[PADDING] * (rows - len(requests))])
-        state = self._state(cache, prompts, rows, row_params.penalised)
+        row_params = RowParams.stacked(
+            [*(r.sampling_params for r in requests), *[PADDING] * (rows - len(requests))],
+            vocabulary=self.config.vocab_size,
+        )
+        state = self._state(cache, prompts, rows, row_params)
         rotary = self.rotary_tables(totals, rows, length, long_context)
-        constants = jax.device_put((rotary, row_params), self.shardings.replicated)
-        return DecodeBatch(self, len(requests), state, *constants)
+        rotary, row_params = jax.device_put((rotary, row_params), self.shardings.replicated)
+        decode = self.for_cache(rows, length).decode
+        return DecodeBatch(
+            lambda state, *call: decode(self.params, state, row_params, rotary, *call), len(requests), state
+        )
 
     def run(self, requests: Sequence[Request], long_context: rope.LongContext = "auto") -> list[tuple[list, list, str]]:
-        """Checks one batch and runs it to its end: (tokens, logprobs, "stop" or "length") per request.
+        """Checks one batch and runs it to its end: (tokens, logprobs, finish_reason) per request.
 
         Raises UserError for what `check` refuses, and for a cache that does not fit.
         """
@@ -216,7 +215,7 @@ class Generator:
         """
         if (rows, length) not in self._by_cache:
             cache, small = self.shardings.cache(self.config, rows, length), self.shardings.replicated
-            state: Any = DecodeState(*cast(Any, [cache, *[small] * 5]))
+            state: Any = DecodeState(*cast(Any, [cache, *[small] * 6]))
             traced, jit = self.shardings.traced, functools.partial(jax.jit, donate_argnums=1)
             self._by_cache[rows, length] = Programs(
                 prefill=jit(traced(self._prefill_chunk), out_shardings=cache),
@@ -233,11 +232,11 @@ class Generator:
     ):
         """Up to `steps` tokens, at most STEPS, for the rows that are not done.
 
-        Returns (state, tokens, logprobs), both [STEPS, B]; the token is -1 where a row had none to make.
+        Returns (state, tokens, logprobs), both [STEPS, B]; the token is -1 where a row had none to make. A row whose
+        log-probability is not finite ends without that token.
         """
         B = state.token_B.shape[0]
-        name = "greedy" if row_params.sampling is None else "sample, penalty" if row_params.penalised else "sample"
-        self._compiling(name, rows=B, cache=state.cache.length)
+        self._compiling(row_params.kind, rows=B, cache=state.cache.length)
         model = nnx.merge(self.graphdef, params)
         state = dataclasses.replace(state, done_B=state.done_B | cancel_B)
 
@@ -257,19 +256,38 @@ class Generator:
                 implementation=self.implementation,
             )
             logits_BV = model.logits(out.hidden_BTD[:, 0])
-            token_B, logprob_B = sample(
-                logits_BV, state.seen_BV, state.count_B, row_params.sampling, vocab_size=self.vocab_size
+            constrain = row_params.constraints and functools.partial(
+                row_params.constraints.apply,
+                count_B=state.count_B,
+                limit_B=row_params.limit_B,
+                position_B=state.position_B,
+                tokens_BS=state.tokens_BS,
             )
+            token_B, logprob_B = sample(
+                logits_BV,
+                state.seen_BV,
+                state.count_B,
+                row_params.sampling,
+                vocab_size=self.vocab_size,
+                constrain=constrain,
+            )
+            good_B = live_B & jnp.isfinite(logprob_B)
             ends_B = jnp.any(token_B[:, None] == row_params.eos_ids, axis=1) | (state.count_B + 1 >= row_params.limit_B)
+            rows_B = jnp.arange(B)
             state = DecodeState(
                 cache=out.cache,
                 token_B=jnp.where(live_B, token_B, state.token_B),
                 position_B=state.position_B + live_B,
                 count_B=state.count_B + live_B,
-                done_B=state.done_B | ends_B,
-                seen_BV=None if state.seen_BV is None else state.seen_BV.at[jnp.arange(B), token_B].max(live_B),
+                done_B=state.done_B | ends_B | ~good_B,
+                seen_BV=None if state.seen_BV is None else state.seen_BV.at[rows_B, token_B].max(live_B),
+                tokens_BS=None
+                if state.tokens_BS is None
+                else state.tokens_BS.at[rows_B, state.position_B + live_B].set(
+                    jnp.where(live_B, token_B, state.token_B), mode="drop"
+                ),
             )
-            tokens = tokens.at[step].set(jnp.where(live_B, token_B, -1))
+            tokens = tokens.at[step].set(jnp.where(good_B, token_B, -1))
             return step + 1, state, tokens, logprobs.at[step].set(logprob_B)
 
         empty = (jnp.full((STEPS, B), -1, jnp.int32), jnp.zeros((STEPS, B), jnp.float32))
@@ -345,49 +363,19 @@ class Generator:
                 progress(done, total)
         return cache
 
-    def _state(self, cache: Cache, prompts: Sequence[Sequence[int]], rows: int, penalised: bool) -> DecodeState:
+    def _state(self, cache: Cache, prompts: Sequence[Sequence[int]], rows: int, row_params: RowParams) -> DecodeState:
         """The batch before its first token. Each prompt's last token is fed first."""
-        seen_BV = np.zeros((rows, self.config.vocab_size), bool) if penalised else None
-        if seen_BV is not None:
-            for row, prompt in enumerate(prompts):
+        seen_BV = np.zeros((rows, self.config.vocab_size), bool) if row_params.penalised else None
+        tokens_BS = np.full((rows, cache.length), -1, np.int32) if row_params.reads_history else None
+        for row, prompt in enumerate(prompts):
+            if seen_BV is not None:
                 seen_BV[row, list(prompt)] = True
+            if tokens_BS is not None:
+                tokens_BS[row, : len(prompt)] = prompt
         token_B, position_B = _padded([p[-1] for p in prompts], rows), _padded([len(p) - 1 for p in prompts], rows)
         done_B = np.arange(rows) >= len(prompts)
-        small = (token_B, position_B, _padded([0], rows), done_B, seen_BV)
+        small = (token_B, position_B, _padded([0], rows), done_B, seen_BV, tokens_BS)
         return DecodeState(cache, *jax.device_put(small, self.shardings.replicated))
-
-
-class DecodeBatch:
-    """A prefilled batch. `finished`: bool [requests]."""
-
-    def __init__(
-        self, generator: Generator, requests: int, state: DecodeState, rotary: rope.Rope, row_params: RowParams
-    ):
-        self._generator, self._state, self._rotary, self._row_params = generator, state, rotary, row_params
-        self.finished = np.zeros(requests, bool)
-
-    def advance(self, steps: int = STEPS, cancel: Sequence[int] = ()) -> list[list[tuple[int, float]]]:
-        """Makes up to `steps` more tokens for every unfinished row; `cancel` ends those rows first.
-
-        Returns the new (token, logprob) pairs of each request. Clips `steps` to STEPS.
-        """
-        generator, count = self._generator, len(self.finished)
-        cancel_B = np.zeros(self._state.token_B.shape, bool)
-        cancel_B[list(cancel)] = True
-        programs = generator.for_cache(len(cancel_B), self._state.cache.length)
-        self._state, *out = programs.decode(
-            generator.params, self._state, self._row_params, self._rotary, cancel_B, np.int32(min(steps, STEPS))
-        )
-        tokens, logprobs = jax.device_get(out)
-        self.finished = np.array(self._state.done_B)[:count]  # a copy: the next call reuses the array's memory
-        by_row = zip(tokens.T, logprobs.T, tokens.T >= 0, strict=True)
-        return [list(zip(t[made].tolist(), p[made].tolist(), strict=True)) for t, p, made in by_row][:count]
-
-
-def finish_reason(params: SamplingParams, tokens: Sequence[int]) -> str:
-    """Why a finished row ended: "stop" at an end-of-sequence id, else "length"."""
-    ended = bool(tokens) and not params.ignore_eos and tokens[-1] in params.eos_ids
-    return "stop" if ended else "length"
 
 
 def _padded(values: Sequence[int], rows: int) -> np.ndarray:
