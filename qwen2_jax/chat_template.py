@@ -28,7 +28,11 @@ CHATML = (
 
 
 def render(
-    source: str, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, tokens: Mapping[str, Any]
+    source: str,
+    messages: Sequence[Mapping[str, Any]],
+    add_generation_prompt: bool,
+    tokens: Mapping[str, Any],
+    tools: Sequence[Any] | None = None,
 ) -> str:
     """The conversation as text. source: the template; tokens: special tokens by the names that templates use.
 
@@ -38,7 +42,11 @@ def render(
 
     try:
         return _compiled(source).render(
-            messages=list(messages), tools=None, documents=None, add_generation_prompt=add_generation_prompt, **tokens
+            messages=list(messages),
+            tools=list(tools) if tools else None,
+            documents=None,
+            add_generation_prompt=add_generation_prompt,
+            **tokens,
         )
     except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
         raise UserError(f"the checkpoint's chat template failed: {error}") from error

@@ -159,16 +159,29 @@ class Tokenizer:
             self._bytes[token] = known
         return known
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        *,
+        tools: Sequence[Any] | None = None,
+    ) -> str:
         """The conversation as one text, byte for byte what transformers' apply_chat_template gives.
 
         messages: dicts with "role" (one of ROLES) and "content" (text). Raises UserError naming the message at fault.
+        tools: what the model may call: JSON schemas as the OpenAI API has them.
         To get ids, use `chat_ids`: encoding this text would let a message forge special tokens.
         """
         chat_template.check_messages(messages)
-        return self._render(messages, add_generation_prompt)
+        return self._render(messages, add_generation_prompt, tools)
 
-    def chat_ids(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> list[int]:
+    def chat_ids(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        *,
+        tools: Sequence[Any] | None = None,
+    ) -> list[int]:
         """Ids of the rendered conversation, in which special tokens come from the template only.
 
         A message that spells one gets the ids of its characters; otherwise the ids are those of transformers.
@@ -182,7 +195,7 @@ class Tokenizer:
         if mark is None:
             raise UserError("the messages contain every private-use character, U+E000 to U+F8FF; leave one out")
         split = functools.partial(self._special_pattern.sub, lambda match: match[0][:1] + mark + match[0][1:])
-        rendered = self._render(chat_template.map_text(list(messages), split), add_generation_prompt)
+        rendered = self._render(chat_template.map_text(list(messages), split), add_generation_prompt, tools)
         if mark not in rendered:
             return self.encode(rendered)
         ids, start = [], 0
@@ -192,10 +205,12 @@ class Tokenizer:
             start = match.end()
         return ids + self.encode(rendered[start:].replace(mark, ""), allow_special=False)
 
-    def _render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
+    def _render(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, tools: Sequence[Any] | None
+    ) -> str:
         if self.chat_template is None:
             raise UserError("this checkpoint has no chat template and no <|im_start|> token; give a plain prompt")
-        return chat_template.render(self.chat_template, messages, add_generation_prompt, self._template_tokens)
+        return chat_template.render(self.chat_template, messages, add_generation_prompt, self._template_tokens, tools)
 
 
 class StreamDecoder:
