@@ -23,7 +23,16 @@ from qwen2_jax.infer.engine.decode_batch import STEPS
 from qwen2_jax.infer.engine.generation_config import FILE, StoredParams
 from qwen2_jax.infer.engine.programs import CheckedRequest, Generator, Progress, Request
 from qwen2_jax.infer.engine.sampling_params import NOT_FINITE, SamplingKwargs
-from qwen2_jax.infer.prompts import Conversation, Messages, Prompt, is_messages, listed, one_seed_each, token_ids
+from qwen2_jax.infer.prompts import (
+    Conversation,
+    Messages,
+    Prompt,
+    Tools,
+    is_messages,
+    listed,
+    one_seed_each,
+    token_ids,
+)
 from qwen2_jax.infer.stream import Stream
 from qwen2_jax.model import decoder, head_padding
 from qwen2_jax.model.decoder import check_head
@@ -168,8 +177,8 @@ class LM:
         temperature: 0 takes the most likely token; above 0 the answer is sampled.
         top_p, top_k, min_p: sample from the most likely tokens only, as in transformers (1, 0 and 0: off).
         repetition_penalty: above 1 makes tokens of the prompt and the answer less likely (1: off).
-        seed: one for every prompt (equal prompts get equal answers), or a list with one per prompt. The same seed gives
-        the same tokens whatever else is in the list.
+        seed: one for every prompt (equal prompts get equal answers), or a list with one per prompt. The random numbers
+        depend on it alone; logits may differ in their last bits with what else is in the list (docs/inference.md).
         stop: a text or a list of texts; the answer ends before the first that appears.
         ignore_eos: do not end at an end-of-sequence token.
 
@@ -179,7 +188,7 @@ class LM:
         """
         prompts = listed(prompts, "generate")
         seeds = one_seed_each(sampling.pop("seed", None), prompts)
-        given = {"max_new_tokens": max_new_tokens, **sampling}
+        given: dict[str, Any] = {"max_new_tokens": max_new_tokens, **sampling}
         answers = self.run([self.request(p, seed=seed, **given) for p, seed in zip(prompts, seeds, strict=True)])
         broken = [number for number, answer in enumerate(answers, start=1) if answer.finish_reason == NOT_FINITE]
         if len(broken) == len(answers):
@@ -191,15 +200,19 @@ class LM:
 
     def chat(
         self,
-        messages: Sequence[Mapping[str, str]],
+        messages: Messages,
         max_new_tokens: int | None = None,
+        *,
+        tools: Tools | None = None,
         **sampling: Unpack[SamplingKwargs],
     ) -> Generation:
         """The assistant's next message in a conversation: [{"role": "user", "content": "..."}, ...].
 
+        tools: what the model may call, for the chat template (Tokenizer.render_chat); its calls are in the text.
         max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed, stop, ignore_eos: see `generate`.
         """
-        answer = self.run([self._request(messages, True, {"max_new_tokens": max_new_tokens, **sampling})])[0]
+        given = {"max_new_tokens": max_new_tokens, **sampling}
+        answer = self.run([self._request(messages, True, given, tools)])[0]
         if answer.finish_reason == NOT_FINITE:
             raise UserError(not_finite(answer))
         return answer
@@ -208,14 +221,18 @@ class LM:
         self,
         prompt: Prompt,
         max_new_tokens: int | None = None,
+        *,
+        tools: Tools | None = None,
         **sampling: Unpack[SamplingKwargs],
     ) -> Stream:
         """Like `generate` for one prompt (text, token ids or chat messages), yielding the text piece by piece.
 
         The pieces add up to the text that `generate` returns. Nothing is computed before the first piece is asked for.
+        tools: with messages only, as in `chat`.
         max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed, stop, ignore_eos: see `generate`.
         """
-        request = self.request(prompt, max_new_tokens=max_new_tokens, **sampling)
+        given: dict[str, Any] = {"max_new_tokens": max_new_tokens, **sampling}
+        request = self.request(prompt, tools, **given)
         return Stream(self.generator, self.tokenizer, request, long_context=self.long_context)
 
     def save(self, path: str | Path, format: str = "hf") -> None:
@@ -230,9 +247,15 @@ class LM:
             )
         writers[format](Path(path), self.config, self.params, tokenizer_files_from=self.source)
 
-    def request(self, prompt: Prompt, **given: Any) -> CheckedRequest:
-        """A prompt with its sampling parameters (None: not given), complete and checked, for `run`."""
-        return self._request(prompt, is_messages(prompt), given)
+    def request(self, prompt: Prompt, tools: Tools | None = None, **given: Any) -> CheckedRequest:
+        """A prompt with its sampling parameters (None: not given), complete and checked, for `run`.
+
+        tools: with messages only, as in `chat`.
+        """
+        chat = is_messages(prompt)
+        if tools is not None and not chat:
+            raise UserError("tools belong to a conversation: give messages")
+        return self._request(prompt, chat, given, tools)
 
     def run(self, requests: Sequence[CheckedRequest], progress: Progress | None = None) -> list[Generation]:
         """Answers requests, longest prompts first, in batches of at most max_rows; results in the order given."""
@@ -249,14 +272,14 @@ class LM:
             results |= {i: answer.generation() for i, answer in zip(numbers, answers, strict=True)}
         return [results[i] for i in range(len(requests))]
 
-    def _request(self, prompt: Any, chat: bool, given: Mapping[str, Any]) -> CheckedRequest:
+    def _request(self, prompt: Any, chat: bool, given: Mapping[str, Any], tools: Tools | None = None) -> CheckedRequest:
         check_head(self.config, scores=False)
         # <|im_end|> ends a message of a chat even where the checkpoint does not list it.
         turn_end = self.tokenizer.token_id(IM_END) if chat and self.tokenizer else None
         params = self.stored_params.resolve(given, self.config.eos_ids, turn_end)
         if params.stop and self.tokenizer is None:
             raise UserError("stop texts need a tokenizer, and this checkpoint has none")
-        ids = self._needed_tokenizer("messages").chat_ids(prompt) if chat else self._ids(prompt)
+        ids = self._needed_tokenizer("messages").chat_ids(prompt, tools=tools) if chat else self._ids(prompt)
         return self.generator.check(Request(tuple(ids), params), self.long_context)
 
     def _scored_ids(self, conversation: Any) -> list[int]:

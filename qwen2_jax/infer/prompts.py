@@ -11,6 +11,7 @@ from qwen2_jax.errors import UserError
 
 Messages = Sequence[Mapping[str, Any]]
 Prompt = str | Sequence[int] | Messages
+Tools = Sequence[Any]  # as Tokenizer.render_chat takes them
 Conversation = Sequence[int] | Messages  # as a reward model scores it
 
 

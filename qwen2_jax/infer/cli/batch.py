@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from qwen2_jax.infer.engine.programs import CheckedRequest
     from qwen2_jax.infer.lm import LM
 
-ALLOWED = ("prompt", "messages", "id", *SETTABLE)  # keys of an input line
+ALLOWED = ("prompt", "messages", "tools", "id", *SETTABLE)  # keys of an input line
 
 
 class Lines:
@@ -266,4 +266,4 @@ def _request(
             prompt = to_prompt(lm, prompt, system=system, raw=raw)
         chat = isinstance(data["prompt"], str) and isinstance(prompt, list) and isinstance(prompt[0], dict)
     own = {name: data[name] for name in SETTABLE if name in data}
-    return lm.request(prompt, **with_answer_length(lm, {**given, **own}, chat=chat))
+    return lm.request(prompt, data.get("tools"), **with_answer_length(lm, {**given, **own}, chat=chat))

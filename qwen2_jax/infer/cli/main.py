@@ -24,7 +24,7 @@ SHOW_PREFILL = 1000  # prompt tokens from which the prefill has a progress bar
 EXAMPLES = """examples:
   python infer.py "Once upon"                                continue a text with the bundled demo model (no network)
   python infer.py --ckpt qwen2-0.5b "The capital of France"  download a base model once and continue a text
-  python infer.py --ckpt qwen2-7b-instruct                   chat; /reset starts over, Ctrl-C stops an answer
+  python infer.py --ckpt qwen2-7b-instruct                   chat; /help lists its commands, Ctrl-C stops an answer
   python infer.py --ckpt ./my-folder "Why is the sky blue?"  a local Hugging Face or Orbax folder
   cat report.txt | python infer.py --ckpt qwen2-7b-instruct --system "Summarise in one sentence."
   python infer.py --ckpt qwen2-7b-instruct --input prompts.jsonl --output answers.jsonl
@@ -63,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
         "--dtype",
         default="bfloat16",
         choices=("bfloat16", "float32", "int8"),
-        help="of weights and cache; int8 rounds the weights: half the memory, and the fastest on a CPU",
+        help="of weights and cache; int8 rounds the weights: half the memory of bfloat16 once loaded, fastest on a CPU",
     )
     model.add_argument(
         "--long-context", default="auto", choices=("auto", "off", "yarn", "dca"),
