@@ -14,6 +14,7 @@ from qwen2_jax.errors import UserError
 from qwen2_jax.infer.cli.prompts_and_answers import record, summary, to_json, to_prompt, with_answer_length
 from qwen2_jax.infer.engine.sampling_params import SETTABLE, checked
 from qwen2_jax.parallel import hosts
+from qwen2_jax.parallel.mesh_flag import mesh_sizes
 
 if TYPE_CHECKING:
     from qwen2_jax.infer.lm import LM, Stream
@@ -235,17 +236,6 @@ def _prompt(args: argparse.Namespace) -> str | None:
     if args.prompt == "":
         raise UserError("the prompt is empty; give at least one character")
     return args.prompt
-
-
-def mesh_sizes(text: str) -> dict[str, int]:
-    """Sizes of axes from "tensor=8,fsdp=2"."""
-    sizes = {}
-    for part in text.split(","):
-        axis, _, size = part.partition("=")
-        if not size.strip().removeprefix("-").isdigit():
-            raise UserError(f"--mesh is {text!r}; give sizes of axes, as in tensor=8,fsdp=2")
-        sizes[axis.strip()] = int(size)
-    return sizes
 
 
 def _load(args: argparse.Namespace, group: hosts.Group | None = None) -> "LM":

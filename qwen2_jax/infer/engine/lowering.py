@@ -52,11 +52,7 @@ def lower_decode(
 
 
 def _cache(generator: Generator, rows: int, length: int) -> Cache:
-    zeros = jax.eval_shape(
-        lambda: Cache.zeros(generator.config, rows, length, generator.dtype, unroll=generator.unroll)
-    )
-    place = generator.shardings.cache(generator.config, rows, length)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), zeros)
+    return generator.cache_shapes(rows, length)
 
 
 def _rotary_tables(generator: Generator, rows: int, length: int, long_context: rope.LongContext) -> rope.Rope:

@@ -13,11 +13,13 @@ that computes logits, samples tokens and decides when a row is done, and a prefi
 Rows of padding have position -1, are done from the start, and their tokens are never read.
 """
 
+import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NewType, cast
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +27,10 @@ import numpy as np
 from flax import nnx
 
 from qwen2_jax.config.model_config import ModelConfig
-from qwen2_jax.errors import UserError
 from qwen2_jax.infer.engine import memory
 from qwen2_jax.infer.engine.buckets import Buckets, context_limit
 from qwen2_jax.infer.engine.decode_batch import STEPS, DecodeBatch, DecodeState
+from qwen2_jax.infer.engine.requests import CheckedRequest, Request, check_request, check_tokens
 from qwen2_jax.infer.engine.sampling import RowParams, sample
 from qwen2_jax.infer.engine.sampling_params import SamplingParams, finish_reason
 from qwen2_jax.infer.engine.shardings import Programs, Shardings
@@ -40,17 +42,6 @@ from qwen2_jax.weights.params import Tree
 # B rows  C tokens of a prefill chunk  S cache slots  V vocabulary
 PADDING = SamplingParams()  # of rows without a request
 Progress = Callable[[int, int], None]  # (tokens done, tokens in all)
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """A prompt (at least one token id) and how to continue it. Generation here ignores sampling_params.stop."""
-
-    tokens: tuple[int, ...]
-    sampling_params: SamplingParams
-
-
-CheckedRequest = NewType("CheckedRequest", Request)  # what Generator.check returns; start takes no other
 
 
 class Generator:
@@ -82,6 +73,7 @@ class Generator:
         self.buckets = buckets or Buckets.of(config)
         self.programs: list[str] = []
         self._by_cache: dict[tuple[int, int], Programs] = {}
+        self._decode_loops: set[Any] = set()  # those that have been compiled
         self._forward = jax.jit(self.shardings.traced(self._all_logits))
 
     @property
@@ -97,23 +89,7 @@ class Generator:
         Raises UserError, which calls the prompt `what`, for an empty prompt, ids outside the vocabulary, or a prompt
         that leaves no room for a token.
         """
-        check_head(self.config, scores=False)
-        limit = context_limit(self.config, long_context)
-        self._check_tokens(request.tokens, limit - 1, long_context, what)
-        params, prompt = request.sampling_params, len(request.tokens)
-        asked = params.constraints
-        if 0 < asked.max_length <= prompt:
-            raise UserError(
-                f"{what} has {prompt} tokens, and generation_config.json has max_length {asked.max_length} for prompt "
-                "and answer together: give max_new_tokens"
-            )
-        room = min(limit, asked.max_length or limit) - prompt
-        if params.max_new_tokens > room:
-            params = dataclasses.replace(params, max_new_tokens=room)
-        if asked.min_length - prompt > asked.min_new_tokens:
-            asked = dataclasses.replace(asked, min_new_tokens=asked.min_length - prompt)
-            params = dataclasses.replace(params, constraints=asked)
-        return CheckedRequest(request if params is request.sampling_params else Request(request.tokens, params))
+        return check_request(self.config, request, long_context, what)
 
     def start(
         self,
@@ -129,15 +105,16 @@ class Generator:
         totals = [len(r.tokens) + r.sampling_params.max_new_tokens for r in requests]
         rows, length = self.buckets.batch(len(requests)), self.buckets.length(max(totals))
         prompts = [r.tokens for r in requests]
-        cache = self.prefill([p[:-1] for p in prompts], rows, length, totals, long_context, progress)
         row_params = RowParams.stacked(
             [*(r.sampling_params for r in requests), *[PADDING] * (rows - len(requests))],
             vocabulary=self.config.vocab_size,
         )
-        state = self._state(cache, prompts, rows, row_params)
         rotary = self.rotary_tables(totals, rows, length, long_context)
         rotary, row_params = jax.device_put((rotary, row_params), self.shardings.replicated)
         decode = self.for_cache(rows, length).decode
+        with self._compiled_meanwhile(rows, length, row_params, rotary):
+            cache = self.prefill([p[:-1] for p in prompts], rows, length, totals, long_context, progress)
+        state = self._state(cache, prompts, rows, row_params)
         return DecodeBatch(
             lambda state, *call: decode(self.params, state, row_params, rotary, *call), len(requests), state
         )
@@ -171,7 +148,7 @@ class Generator:
         """The numbers that _score_chunk gives each token of `fed`, the sequences or parts of them, in chunks."""
         limit = context_limit(self.config, long_context)
         for tokens in sequences:
-            self._check_tokens(tokens, limit, long_context)
+            check_tokens(self.config, tokens, limit, long_context)
         lengths = [len(tokens) for tokens in sequences]
         rows, length = self.buckets.batch(len(sequences)), self.buckets.length(max(lengths))
         cache = self.new_cache(rows, length)
@@ -192,7 +169,7 @@ class Generator:
         B, T = tokens_BT.shape
         limit = context_limit(self.config, long_context)
         for tokens in tokens_BT.tolist():
-            self._check_tokens(tokens, limit, long_context)
+            check_tokens(self.config, tokens, limit, long_context)
         rows, width = 2 ** math.ceil(math.log2(B)), 16 * 2 ** max(0, math.ceil(math.log2(T / 16)))
         padded = np.zeros((rows, width), np.int32)
         padded[:B, :T] = tokens_BT
@@ -223,6 +200,42 @@ class Generator:
                 decode=jit(traced(self._decode_steps), out_shardings=(state, small, small)),
             )
         return self._by_cache[rows, length]
+
+    @contextlib.contextmanager
+    def _compiled_meanwhile(self, rows: int, length: int, row_params: RowParams, rotary: rope.Rope) -> Iterator[None]:
+        """Compiles the decode loop in a thread while the block compiles the prefill, if it has not been compiled yet.
+
+        The call then finds it. Not with several processes, whose compilers may wait for each other.
+        """
+        leaves, structure = jax.tree.flatten((row_params, rotary))
+        key = (rows, length, structure, *((leaf.shape, leaf.dtype) for leaf in leaves))
+        if key in self._decode_loops or jax.process_count() > 1:
+            yield
+            return
+        with concurrent.futures.ThreadPoolExecutor(1) as thread:
+            compiling = thread.submit(lambda: self.lower_decode(rows, length, row_params, rotary).compile())
+            yield
+            compiling.result()
+        self._decode_loops.add(key)
+
+    def lower_decode(self, rows: int, length: int, row_params: RowParams, rotary: rope.Rope) -> jax.stages.Lowered:
+        """The decode loop, lowered for these arguments (arrays or their shapes) and caches of this shape."""
+        place = self.shardings.replicated
+        ints_B = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=place)
+        done_B = jax.ShapeDtypeStruct((rows,), jnp.bool, sharding=place)
+        seen_BV = jax.ShapeDtypeStruct((rows, self.config.vocab_size), jnp.bool, sharding=place)
+        tokens_BS = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=place)
+        small: Any = [ints_B, ints_B, ints_B, done_B]
+        small += [seen_BV if row_params.penalised else None, tokens_BS if row_params.reads_history else None]
+        state = DecodeState(self.cache_shapes(rows, length), *small)
+        cancel_B, steps = np.zeros(rows, bool), np.int32(STEPS)
+        return self.for_cache(rows, length).decode.lower(self.params, state, row_params, rotary, cancel_B, steps)
+
+    def cache_shapes(self, rows: int, length: int) -> Cache:
+        """The shapes and shardings of `new_cache`."""
+        zeros = jax.eval_shape(lambda: Cache.zeros(self.config, rows, length, self.dtype, unroll=self.unroll))
+        place = self.shardings.cache(self.config, rows, length)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), zeros)
 
     def _compiling(self, name: str, **sizes: int) -> None:
         self.programs.append(" ".join([name, *(f"{k}={v}" for k, v in sizes.items())]))
@@ -321,20 +334,6 @@ class Generator:
         return model.logits(model(tokens_BT, rope=rotary, positions_BT=positions_BT, **options).hidden_BTD)
 
     # From requests to arrays.
-
-    def _check_tokens(
-        self, tokens: Sequence[int], limit: int, long_context: rope.LongContext, what: str = "the input"
-    ) -> None:
-        if not len(tokens):
-            raise UserError(f"{what} is empty; give at least one token")
-        low, high = min(tokens), max(tokens)
-        if low < 0 or high >= self.config.vocab_size:
-            wrong = low if low < 0 else high
-            raise UserError(f"{what} has token id {wrong}; this model's ids are 0 to {self.config.vocab_size - 1}")
-        if len(tokens) > limit:
-            longest = context_limit(self.config, "auto") - context_limit(self.config, long_context) + limit
-            hint = f" ({longest} with long_context='auto')" if long_context == "off" and longest > limit else ""
-            raise UserError(f"{what} has {len(tokens)} tokens; this model takes at most {limit}{hint}: shorten it")
 
     def rotary_tables(self, totals: Sequence[int], rows: int, length: int, long_context: rope.LongContext) -> rope.Rope:
         tables = rope.choose(self.config, [*totals, *[1] * (rows - len(totals))], long_context)
