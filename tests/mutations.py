@@ -7,6 +7,7 @@ def test_mutated_configs(mutations):  # a fixture: the seeds of this run, as man
         right_or_refused(seed, lambda: read(data))
 """
 
+import copy
 import json
 import random
 import resource
@@ -35,13 +36,13 @@ def mutated(seed: int, value: Any) -> Any:
     for _ in range(draw.choice((1, 1, 1, 2, 3))):
         parents = [item for item in _containers(value) if item]
         if not parents or draw.random() < 0.03:
-            value = draw.choice(VALUES)
+            value = copy.deepcopy(draw.choice(VALUES))
             continue
         parent = draw.choice(parents)
         key = draw.choice(list(parent) if isinstance(parent, dict) else range(len(parent)))
         match draw.choice(("replace",) * 6 + ("remove", "rename", "repeat", "nest")):
             case "replace":
-                parent[key] = draw.choice(VALUES)
+                parent[key] = copy.deepcopy(draw.choice(VALUES))  # what is put in may be changed next
             case "remove":
                 del parent[key]
             case "rename" if isinstance(parent, dict):
