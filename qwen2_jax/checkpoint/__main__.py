@@ -16,6 +16,7 @@ from qwen2_jax.checkpoint.transfer.write import WRITERS
 from qwen2_jax.config.model_config import DTYPES
 from qwen2_jax.console import progress_bar, readable_bytes
 from qwen2_jax.errors import CheckpointError, UserError
+from qwen2_jax.parallel.mesh_flag import mesh_sizes
 from qwen2_jax.parallel.sharding import RULES
 
 EPILOG = """a checkpoint is a folder in Hugging Face or Orbax format, a preset (qwen2-7b-instruct), a Hub id
@@ -179,12 +180,9 @@ def _plan(args: argparse.Namespace) -> int:
 
 def _mesh(text: str) -> dict[str, int]:
     """ "fsdp=16,tensor=4" as numbers."""
-    sizes: dict[str, int] = {}
-    for part in text.split(","):
-        axis, _, size = part.partition("=")
-        if not size.isdigit() or int(size) < 1 or axis.strip() in sizes:
-            raise UserError(f"--mesh is {text!r}; give each axis once with its size, as in fsdp=16,tensor=4")
-        sizes[axis.strip()] = int(size)
+    sizes = mesh_sizes(text, "fsdp=16,tensor=4")
+    if -1 in sizes.values():
+        raise UserError(f"--mesh is {text!r}; -1 takes the devices that are here, and a plan has none: give the size")
     known = {a for axes in RULES.values() if axes for a in ((axes,) if isinstance(axes, str) else axes)}
     if unknown := [axis for axis in sizes if axis not in known]:
         raise UserError(f"--mesh has the axis {unknown[0]!r}; choose from {', '.join(sorted(known))}")

@@ -5,8 +5,8 @@ import bisect
 import dataclasses
 from collections.abc import Sequence
 
-from qwen2_jax.infer.engine.programs import DecodeBatch, finish_reason
-from qwen2_jax.infer.engine.sampling_params import SamplingParams
+from qwen2_jax.infer.engine.decode_batch import DecodeBatch
+from qwen2_jax.infer.engine.sampling_params import SamplingParams, finish_reason
 from qwen2_jax.tokenizer import StreamDecoder, Tokenizer
 
 
@@ -17,13 +17,24 @@ class Generation:
     text: the answer; empty where there is no tokenizer. token_ids: its tokens, an end-of-sequence token included; at a
     stop text they end with the token that completes the text before it. logprobs: log p of each token in nats under
     the model itself (log-softmax of the logits, without temperature, filters and penalty).
-    finish_reason: "stop" (end-of-sequence token or stop text) or "length" (max_new_tokens or the context is used up).
+    finish_reason: "stop" (end-of-sequence token or stop text), "length" (max_new_tokens or the context is used up) or
+    "not_finite": the next token's logits are not finite numbers (NaN in the weights, an overflow), or every token is
+    barred by the generation_config.json. The answer is what was there before.
     """
 
     text: str
     token_ids: list[int]
     logprobs: list[float]
     finish_reason: str
+
+
+def not_finite(answer: Generation) -> str:
+    """The message for an answer with finish_reason "not_finite"."""
+    return (
+        f"the model's logits are not finite numbers at token {len(answer.token_ids) + 1} of the answer: NaN or "
+        "infinity in the weights, an overflow of the dtype, or every token barred by generation_config.json; try "
+        "dtype='float32', or another copy of the weights"
+    )
 
 
 class IncrementalDetokenizer:

@@ -4,6 +4,7 @@
 Prompts are tokenized and answers detokenized at this level; the engine below (programs.py) works on token ids.
 """
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack, overload
@@ -12,14 +13,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwen2_jax import checkpoint, ops
+from qwen2_jax import checkpoint, ops, validate
 from qwen2_jax.config.model_config import DTYPES, ModelConfig
 from qwen2_jax.errors import UserError
-from qwen2_jax.infer.detokenize import Generation, IncrementalDetokenizer, advance
+from qwen2_jax.infer.detokenize import Generation, IncrementalDetokenizer, advance, not_finite
 from qwen2_jax.infer.engine import memory
 from qwen2_jax.infer.engine.buckets import context_limit
-from qwen2_jax.infer.engine.programs import STEPS, CheckedRequest, Generator, Progress, Request
-from qwen2_jax.infer.engine.sampling_params import SamplingKwargs, SamplingParams, stored_eos_ids
+from qwen2_jax.infer.engine.decode_batch import STEPS
+from qwen2_jax.infer.engine.generation_config import FILE, StoredParams
+from qwen2_jax.infer.engine.programs import CheckedRequest, Generator, Progress, Request
+from qwen2_jax.infer.engine.sampling_params import NOT_FINITE, SamplingKwargs
+from qwen2_jax.infer.prompts import (
+    Conversation,
+    Messages,
+    Prompt,
+    Tools,
+    is_messages,
+    listed,
+    one_seed_each,
+    token_ids,
+)
 from qwen2_jax.infer.stream import Stream
 from qwen2_jax.model import decoder, head_padding
 from qwen2_jax.model.decoder import check_head
@@ -30,9 +43,6 @@ from qwen2_jax.weights.int8 import quantize
 from qwen2_jax.weights.params import Tree
 from qwen2_jax.weights.weight import stored_forms
 
-Messages = Sequence[Mapping[str, str]]
-Prompt = str | Sequence[int] | Messages
-Conversation = Sequence[int] | Messages  # as a reward model scores it
 INT8 = "int8"  # a value of load's dtype, beside the dtypes of arrays
 
 
@@ -69,6 +79,10 @@ class LM:
             raise UserError(f"long_context={long_context!r}; choose one of {', '.join(map(repr, MODES))}")
         self.config, self.tokenizer, self.long_context = config, tokenizer, long_context
         self.generation_config = dict(generation_config or {})
+        where = FILE if source is None else str(source.path / FILE)
+        self.stored_params = StoredParams.read(self.generation_config, where)
+        if ineffective := self.stored_params.ineffective:
+            warnings.warn(f"{where} has settings without effect here: {', '.join(ineffective)}", stacklevel=2)
         self.source = source
         self.max_rows = max_rows or (8 if jax.default_backend() == "cpu" else 64)
         self._specs = decoder.declare(config, unroll=unroll)[1]
@@ -102,7 +116,7 @@ class LM:
         if self.tokenizer is None or self.tokenizer.chat_template is None:
             return False
         turn_end = self.tokenizer.token_id(IM_END)
-        ends = stored_eos_ids(self.generation_config, self.config.eos_ids)
+        ends = self.stored_params.ends(self.config.eos_ids)
         return turn_end is None or turn_end in (*ends, self.tokenizer.eos_id)
 
     def logits(self, ids) -> np.ndarray:
@@ -122,7 +136,7 @@ class LM:
         ids: int [B, T], or a list of rows of different lengths, which gives a list of arrays [len - 1].
         """
         check_head(self.config, scores=False)
-        rows = [self._ids(row) for row in _listed(ids, "logprobs")]
+        rows = [self._ids(row) for row in listed(ids, "logprobs")]
         found: list[np.ndarray] = []
         for start in range(0, len(rows), self.max_rows):
             found += self.generator.logprobs(rows[start : start + self.max_rows], self.long_context)
@@ -142,8 +156,8 @@ class LM:
         Qwen2's has a newline after <|im_end|>. Compare scores of answers to one prompt; their zero has no meaning.
         """
         check_head(self.config, scores=True)
-        single = _is_messages(conversations)
-        rows = [self._scored_ids(one) for one in ([conversations] if single else _listed(conversations, "score"))]
+        single = is_messages(conversations)
+        rows = [self._scored_ids(one) for one in ([conversations] if single else listed(conversations, "score"))]
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))  # a batch takes as long as its longest row
         scores = np.zeros(len(rows), np.float32)
         for start in range(0, len(order), self.max_rows):
@@ -163,8 +177,8 @@ class LM:
         temperature: 0 takes the most likely token; above 0 the answer is sampled.
         top_p, top_k, min_p: sample from the most likely tokens only, as in transformers (1, 0 and 0: off).
         repetition_penalty: above 1 makes tokens of the prompt and the answer less likely (1: off).
-        seed: one for every prompt (equal prompts get equal answers), or a list with one per prompt. The same seed gives
-        the same tokens whatever else is in the list.
+        seed: one for every prompt (equal prompts get equal answers), or a list with one per prompt. The random numbers
+        depend on it alone; logits may differ in their last bits with what else is in the list (docs/inference.md).
         stop: a text or a list of texts; the answer ends before the first that appears.
         ignore_eos: do not end at an end-of-sequence token.
 
@@ -172,35 +186,53 @@ class LM:
         max_new_tokens=64, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, repetition_penalty=1.0, seed=0, stop=(),
         ignore_eos=False. Generation.logprobs do not depend on any of these: they are the model's own.
         """
-        prompts = _listed(prompts, "generate")
-        seeds = _seeds(sampling.pop("seed", None), prompts)
-        given = {"max_new_tokens": max_new_tokens, **sampling}
-        return self.run([self.request(p, seed=seed, **given) for p, seed in zip(prompts, seeds, strict=True)])
+        prompts = listed(prompts, "generate")
+        seeds = one_seed_each(sampling.pop("seed", None), prompts)
+        given: dict[str, Any] = {"max_new_tokens": max_new_tokens, **sampling}
+        answers = self.run([self.request(p, seed=seed, **given) for p, seed in zip(prompts, seeds, strict=True)])
+        broken = [number for number, answer in enumerate(answers, start=1) if answer.finish_reason == NOT_FINITE]
+        if len(broken) == len(answers):
+            raise UserError(not_finite(answers[0]))
+        if broken:
+            numbers = ", ".join(map(str, broken[:8])) + (", ..." if len(broken) > 8 else "")
+            warnings.warn(f"prompt {numbers} of {len(answers)}: {not_finite(answers[broken[0] - 1])}", stacklevel=2)
+        return answers
 
     def chat(
         self,
-        messages: Sequence[Mapping[str, str]],
+        messages: Messages,
         max_new_tokens: int | None = None,
+        *,
+        tools: Tools | None = None,
         **sampling: Unpack[SamplingKwargs],
     ) -> Generation:
         """The assistant's next message in a conversation: [{"role": "user", "content": "..."}, ...].
 
+        tools: what the model may call, for the chat template (Tokenizer.render_chat); its calls are in the text.
         max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed, stop, ignore_eos: see `generate`.
         """
-        return self.run([self._request(messages, True, {"max_new_tokens": max_new_tokens, **sampling})])[0]
+        given = {"max_new_tokens": max_new_tokens, **sampling}
+        answer = self.run([self._request(messages, True, given, tools)])[0]
+        if answer.finish_reason == NOT_FINITE:
+            raise UserError(not_finite(answer))
+        return answer
 
     def stream(
         self,
         prompt: Prompt,
         max_new_tokens: int | None = None,
+        *,
+        tools: Tools | None = None,
         **sampling: Unpack[SamplingKwargs],
     ) -> Stream:
         """Like `generate` for one prompt (text, token ids or chat messages), yielding the text piece by piece.
 
         The pieces add up to the text that `generate` returns. Nothing is computed before the first piece is asked for.
+        tools: with messages only, as in `chat`.
         max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed, stop, ignore_eos: see `generate`.
         """
-        request = self.request(prompt, max_new_tokens=max_new_tokens, **sampling)
+        given: dict[str, Any] = {"max_new_tokens": max_new_tokens, **sampling}
+        request = self.request(prompt, tools, **given)
         return Stream(self.generator, self.tokenizer, request, long_context=self.long_context)
 
     def save(self, path: str | Path, format: str = "hf") -> None:
@@ -215,9 +247,15 @@ class LM:
             )
         writers[format](Path(path), self.config, self.params, tokenizer_files_from=self.source)
 
-    def request(self, prompt: Prompt, **given: Any) -> CheckedRequest:
-        """A prompt with its sampling parameters (None: not given), complete and checked, for `run`."""
-        return self._request(prompt, _is_messages(prompt), given)
+    def request(self, prompt: Prompt, tools: Tools | None = None, **given: Any) -> CheckedRequest:
+        """A prompt with its sampling parameters (None: not given), complete and checked, for `run`.
+
+        tools: with messages only, as in `chat`.
+        """
+        chat = is_messages(prompt)
+        if tools is not None and not chat:
+            raise UserError("tools belong to a conversation: give messages")
+        return self._request(prompt, chat, given, tools)
 
     def run(self, requests: Sequence[CheckedRequest], progress: Progress | None = None) -> list[Generation]:
         """Answers requests, longest prompts first, in batches of at most max_rows; results in the order given."""
@@ -234,23 +272,24 @@ class LM:
             results |= {i: answer.generation() for i, answer in zip(numbers, answers, strict=True)}
         return [results[i] for i in range(len(requests))]
 
-    def _request(self, prompt: Any, chat: bool, given: Mapping[str, Any]) -> CheckedRequest:
+    def _request(self, prompt: Any, chat: bool, given: Mapping[str, Any], tools: Tools | None = None) -> CheckedRequest:
         check_head(self.config, scores=False)
         # <|im_end|> ends a message of a chat even where the checkpoint does not list it.
         turn_end = self.tokenizer.token_id(IM_END) if chat and self.tokenizer else None
-        params = SamplingParams.resolve(given, self.generation_config, self.config.eos_ids, turn_end)
+        params = self.stored_params.resolve(given, self.config.eos_ids, turn_end)
         if params.stop and self.tokenizer is None:
             raise UserError("stop texts need a tokenizer, and this checkpoint has none")
-        ids = self._needed_tokenizer("messages").chat_ids(prompt) if chat else self._ids(prompt)
+        ids = self._needed_tokenizer("messages").chat_ids(prompt, tools=tools) if chat else self._ids(prompt)
         return self.generator.check(Request(tuple(ids), params), self.long_context)
 
     def _scored_ids(self, conversation: Any) -> list[int]:
         """The token ids of a conversation for `score`."""
         if isinstance(conversation, str | Mapping):
             raise UserError(
-                f"score needs conversations, each a list of messages or of token ids; given {_short(conversation)}"
+                "score needs conversations, each a list of messages or of token ids; given "
+                f"{validate.short(conversation)}"
             )
-        if not _is_messages(conversation):
+        if not is_messages(conversation):
             return self._ids(conversation)
         ids = self._needed_tokenizer("messages").chat_ids(conversation, add_generation_prompt=False)
         if (role := conversation[-1]["role"]) != "assistant":
@@ -263,10 +302,7 @@ class LM:
             if not prompt:
                 raise UserError("the prompt is empty; give at least one character")
             return tokenizer.encode(prompt)
-        ids = np.asarray(prompt)
-        if ids.ndim != 1 or not ids.size or not np.issubdtype(ids.dtype, np.integer):
-            raise UserError(f"a prompt must be text or a list of token ids, not empty; given {_short(prompt)}")
-        return ids.tolist()
+        return token_ids(prompt)
 
     def _needed_tokenizer(self, what: str) -> Tokenizer:
         if self.tokenizer is None:
@@ -356,30 +392,3 @@ def _tokenizer(source: checkpoint.Source) -> Tokenizer | None:
             return Tokenizer.from_folder(folder)
     except FileNotFoundError:
         return None
-
-
-def _is_messages(given: Any) -> bool:
-    return isinstance(given, Sequence) and len(given) > 0 and isinstance(given[0], Mapping)
-
-
-def _listed(rows: Any, what: str) -> list:
-    if isinstance(rows, str | Mapping) or not hasattr(rows, "__len__") or not len(rows):
-        raise UserError(f"{what} needs a list, not empty, of prompts; given {_short(rows)}")
-    if isinstance(rows[0], int | np.integer):
-        raise UserError(
-            f"{what} needs a list of prompts; for one prompt of token ids put it in a list: [[{rows[0]}, ...]]"
-        )
-    return list(rows)
-
-
-def _seeds(seed: int | Sequence[int] | None, prompts: Sequence) -> list:
-    if seed is None or isinstance(seed, int | np.integer):
-        return [seed] * len(prompts)
-    if len(seed) != len(prompts):
-        raise UserError(f"{len(seed)} seeds for {len(prompts)} prompts; give one seed, or one per prompt")
-    return [*seed]
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

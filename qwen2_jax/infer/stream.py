@@ -4,8 +4,11 @@
 import time
 from collections.abc import Iterator
 
-from qwen2_jax.infer.detokenize import Generation, IncrementalDetokenizer, advance
-from qwen2_jax.infer.engine.programs import STEPS, CheckedRequest, Generator, Progress
+from qwen2_jax.errors import UserError
+from qwen2_jax.infer.detokenize import Generation, IncrementalDetokenizer, advance, not_finite
+from qwen2_jax.infer.engine.decode_batch import STEPS
+from qwen2_jax.infer.engine.programs import CheckedRequest, Generator, Progress
+from qwen2_jax.infer.engine.sampling_params import NOT_FINITE
 from qwen2_jax.model.rope import LongContext
 from qwen2_jax.tokenizer import Tokenizer
 
@@ -13,7 +16,8 @@ SECONDS_PER_PIECE = 0.2  # aimed at, once the first token is there
 
 
 class Stream:
-    """Iterates over the pieces of one answer. `generation` is complete once the iteration has ended.
+    """Iterates over the pieces of one answer. `generation` is complete once the iteration has ended. It ends with a
+    UserError where the model's logits are not finite numbers.
 
     first_seconds: from the first request for a piece to the first token; seconds: to the end. prompt_tokens: int.
     progress: set it before iterating; it is called with (tokens done, tokens in all) during the prefill.
@@ -55,3 +59,5 @@ class Stream:
             steps = max(1, min(STEPS, int(SECONDS_PER_PIECE / per_token)))
             if piece:
                 yield piece
+        if self._answer.reason == NOT_FINITE:
+            raise UserError(not_finite(self.generation))

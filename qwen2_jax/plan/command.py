@@ -38,7 +38,7 @@ def infer(args: "argparse.Namespace") -> int:
     """Plans inference from infer.py's arguments; prints the plan. Exit code 0: it fits, 1: it does not."""
     os.environ["JAX_PLATFORMS"] = "cpu"  # read when jax is imported: a plan needs no accelerator and takes none
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    from qwen2_jax.infer.cli.main import mesh_sizes
+    from qwen2_jax.parallel.mesh_flag import mesh_sizes
     from qwen2_jax.plan import infer as inference
 
     job = inference.Job(

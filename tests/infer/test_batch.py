@@ -1,12 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files of prompts: any interruption is survived, bad lines are named, foreign files are refused."""
 
+import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
+from mutations import mutated_json
 from qwen2_jax.errors import UserError
 from qwen2_jax.infer.cli import batch
+from qwen2_jax.infer.cli.multihost_batch import Share
+from qwen2_jax.infer.lm import LM
+from qwen2_jax.parallel import hosts
+from tiny import random_params
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
 
 
 def write(path, objects):
@@ -93,3 +102,110 @@ def test_foreign_files_are_refused(files, tmp_path):
         batch.Lines(source, output)
     with pytest.raises(FileNotFoundError):
         batch.Lines(source, tmp_path / "no" / "folder" / "out.jsonl")
+
+
+GOOD = [{"prompt": "ab", "id": n, "max_new_tokens": 2} for n in range(3)]
+BAD = {  # each is line 4 of a file
+    "deep": '{"prompt": "ab", "id": ' + "[" * 100_000 + "]" * 100_000 + "}",
+    "an integer of 400 digits": '{"prompt": "ab", "temperature": 1' + "0" * 400 + "}",
+    "a large integer": '{"prompt": "ab", "temperature": 1' + "0" * 90 + "}",
+    "half a surrogate pair": r'{"prompt": "ab", "id": "\ud800"}',
+    "half a surrogate pair in a prompt": r'{"prompt": "a\udfff"}',
+    "NaN as id": '{"prompt": "ab", "id": [NaN]}',
+    "infinity as id": '{"prompt": "ab", "id": 1e999}',
+    "ids of different depth": '{"prompt": [1, [2]]}',
+    "an id beyond 64 bits": '{"prompt": [1, 100000000000000000000000000]}',
+    "Latin-1": '{"prompt": "\udce9"}',
+    "tools without messages": '{"prompt": "ab", "tools": []}',
+    "no such tools": '{"messages": [{"role": "user", "content": "x"}], "tools": 3}',
+}
+
+
+@pytest.mark.parametrize("line", BAD.values(), ids=BAD)
+def test_one_bad_line_costs_itself_only(lm, files, capsys, line):
+    source, output = files
+    lines = [*map(json.dumps, GOOD), line, json.dumps({"prompt": "ab", "id": 3, "max_new_tokens": 2})]
+    source.write_bytes("\n".join(lines).encode(errors="surrogateescape"))
+    assert answer(lm, source, output) == 1
+    said = [text for text in capsys.readouterr().err.splitlines() if text.startswith("error")]
+    assert len(said) == 1
+    assert said[0].startswith(f"error: line 4 of {source}: ")
+    assert [json.loads(text)["id"] for text in output.read_text().splitlines()] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("case", ["bigint", "deep", "surrogate-id"])
+def test_recorded_bad_lines(lm, files, capsys, case):
+    source = SHARED / "faults" / f"batch-{case}" / f"{case}.jsonl"
+    if not source.exists():
+        pytest.skip("the recorded cases lie outside the repository")
+    assert answer(lm, source, files[1]) == 1
+    assert f"error: line 4 of {source}: " in capsys.readouterr().err
+    answered = [json.loads(line)["line"] for line in files[1].read_text().splitlines()]
+    assert answered == [n for n, line in enumerate(source.read_bytes().splitlines(), 1) if line.strip() and n != 4]
+
+
+def test_a_batch_that_does_not_fit_is_answered_row_by_row(lm, files, capsys, monkeypatch):
+    def start(requests, *rest):
+        if len(requests) > 1 or len(requests[0].tokens) == 4:
+            raise UserError("no room\nfor it")
+        return original(requests, *rest)
+
+    original = lm.generator.start
+    monkeypatch.setattr(lm.generator, "start", start)
+    assert answer(lm, *files) == 1
+    assert f"error: line 4 of {files[0]}: no room for it\n" in capsys.readouterr().err
+    assert [json.loads(line)["line"] for line in files[1].read_text().splitlines()] == [1, 2, 3, 5, 6]
+
+
+@pytest.mark.parametrize("behind", [0, 2])
+@pytest.mark.parametrize(
+    "foreign", [b"my notes", b'{"id": "n7", "key": "secret"}', b'{"id": "n9', b'{"line": 1}', b"\0" * 9000, b'{"x": ']
+)
+def test_a_file_that_is_not_ours_is_not_touched(lm, files, foreign, behind):
+    """Also where it ends without a newline, as a half-written answer does, and behind complete answers."""
+    source, output = files
+    if behind:
+        answer(lm, source, output)
+        output.write_bytes(b"".join(output.read_bytes().splitlines(keepends=True)[:behind]))
+    before = output.read_bytes() if behind else b""
+    output.write_bytes(before + foreign)
+    with pytest.raises(UserError, match=f"line {behind + 1} of {output} is not an answer of an earlier run"):
+        batch.Lines(source, output)
+    with pytest.raises(UserError, match="is not an answer of an earlier run"):
+        Share(source, output, hosts.Group(0, 1))
+    assert output.read_bytes() == before + foreign
+
+
+@pytest.fixture(scope="module")
+def fuzzed(lm):
+    """The tiny model with a context of 40 tokens: a mutated limit cannot make long answers."""
+    config = dataclasses.replace(lm.config, max_position_embeddings=40)
+    return LM(
+        config, random_params(config, unroll=True), tokenizer=lm.tokenizer, dtype="float32", unroll=True, max_rows=8,
+        long_context="off",
+    )  # fmt: skip
+
+
+def test_mutated_lines_are_answered_or_counted(fuzzed, tmp_path, capsys, mutations):
+    """A file of mutated lines: each is answered once, in strict JSON, or named once."""
+    full = {
+        "id": "x", "max_new_tokens": 2, "temperature": 0.7, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "seed": 1,
+        "repetition_penalty": 1.1, "stop": ["a", "b"], "ignore_eos": True,
+    }  # fmt: skip
+    kinds = [full | {"prompt": "ab"}, full | {"prompt": [1, 2]}, {"messages": [{"role": "user", "content": "a"}]}]
+    lines = [mutated_json(seed, kinds[seed % 3]).replace(b"\n", b" ").strip() for seed in mutations]
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_bytes(b"\n".join(lines))
+    code = batch.answer(fuzzed, batch.Lines(source, output), {"max_new_tokens": 2}, raw=True)
+    named = [text for text in capsys.readouterr().err.splitlines() if text.startswith("error: line ")]
+    failed = [int(text.split()[2]) for text in named]
+
+    def constant(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    records = [json.loads(line, parse_constant=constant) for line in output.read_text().splitlines()]
+    answered = [record["line"] for record in records]
+    assert sorted(failed + answered) == [n for n, line in enumerate(lines, 1) if line]
+    assert code == (1 if failed else 0)
+    assert len(answered) > len(lines) / 20
+    assert len(failed) > len(lines) / 10

@@ -82,6 +82,9 @@ MISTAKES = {
     "too long": ["--raw", "x" * 5000],
     "system without chat": ["--raw", "--system", "y", "x"],
     "half a mesh": ["x", "--mesh", "tensor"],
+    "an axis twice": ["x", "--mesh", "tensor=2,tensor=4"],
+    "an axis of no device": ["x", "--mesh", "tensor=0"],
+    "an axis of too many digits": ["x", "--mesh", "tensor=" + "9" * 5000],
 }
 
 

@@ -16,7 +16,7 @@ from qwen2_jax.infer.engine.programs import Generator, Request
 from qwen2_jax.infer.engine.sampling_params import SamplingParams
 from tiny import random_params
 
-from .conftest import TINY
+from .conftest import TINY, close
 
 SPARSE = {
     "model_type": "qwen2_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
@@ -72,11 +72,11 @@ def test_decoding_equals_a_full_forward_at_every_position(name, dense):
         logits = logits[start : start + 25]
         assert tokens == logits.argmax(-1).tolist()
         want = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), np.asarray(tokens)[:, None], 1)[:, 0]
-        np.testing.assert_allclose(logprobs, want, atol=1e-4)
+        close(logprobs, want)
     assert len(set(answers[0][0])) > 3  # a model that repeats itself would prove little
     if name in ("dense", "dual chunk"):
         scored = generator.logprobs(wholes, mode)[0]  # prefilled in chunks, through the cache
-        np.testing.assert_allclose(scored[22:], answers[0][1], atol=1e-4)
+        close(scored[22:], answers[0][1])
 
 
 def test_a_ragged_batch_equals_each_row_alone(dense):
@@ -91,7 +91,7 @@ def test_a_ragged_batch_equals_each_row_alone(dense):
     for request, together, fewer in zip(requests, four, [*three, four[3]], strict=True):
         tokens, logprobs, why = dense.run([request])[0]
         assert (tokens, why) == (together[0], together[2]) == (fewer[0], fewer[2])
-        np.testing.assert_allclose(logprobs, together[1], atol=1e-5)
+        close(logprobs, together[1])
     penalised = four[2][0]
     assert len(set(penalised)) == len(penalised)  # so strong a penalty leaves no token for a second time
 

@@ -11,11 +11,15 @@ import pytest
 import qwen2_jax
 from qwen2_jax.errors import UserError
 from qwen2_jax.infer import lm as lm_module
+from qwen2_jax.infer.cli import batch
 from qwen2_jax.infer.engine import memory
 from qwen2_jax.infer.lm import LM
 from qwen2_jax.model import declare
+from qwen2_jax.tokenizer import IM_END, Tokenizer
 from qwen2_jax.weights.int8 import quantize
 from tiny import random_params
+
+from .conftest import close
 
 PROMPTS = ["The quick brown fox", "a", "Zwölf Boxkämpfer jagen"]
 
@@ -49,15 +53,15 @@ def test_logprobs_agree_with_logits_and_with_generation(lm):
     scores = lm.logprobs(ids)
     assert scores.shape == (1, ids.shape[1] - 1)
     assert scores.dtype == np.float32
-    np.testing.assert_allclose(scores[0, len(prompt) - 1 :], generation.logprobs, atol=1e-4)
+    close(scores[0, len(prompt) - 1 :], generation.logprobs)
     logits = lm.logits(ids)
     assert (logits.shape, logits.dtype) == ((*ids.shape, lm.config.vocab_size), np.float32)
     all_logprobs = logits - np.log(np.exp(logits.astype(np.float64)).sum(-1, keepdims=True))
     want = np.take_along_axis(all_logprobs[:, :-1], ids[:, 1:, None], axis=-1)[..., 0]
-    np.testing.assert_allclose(scores, want, atol=1e-4)
+    close(scores, want)
     ragged = lm.logprobs([prompt, prompt[:5], *[[1, 2, 3]] * 4])  # more rows than a batch holds
     assert [len(r) for r in ragged] == [len(prompt) - 1, 4, 2, 2, 2, 2]
-    np.testing.assert_allclose(ragged[1], scores[0, :4], atol=1e-4)
+    close(ragged[1], scores[0, :4])
 
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 1.5, "seed": 3, "stop": ["e", "q"]}, {"stop": "\n"}])
@@ -121,6 +125,24 @@ def test_a_folder_brings_its_defaults_and_travels(lm, folder, tmp_path):
         jax.tree.map(np.testing.assert_array_equal, again.params, loaded.params)
     with pytest.raises(UserError, match="format='gguf'"):
         loaded.save(tmp_path / "x", format="gguf")
+
+
+def test_tools_reach_the_chat_template(lm, bytes_tokenizer):
+    """In chat, in stream and in a line of --input; a prompt without messages has none."""
+    template = "{% for t in tools or [] %}{{ t['function']['name'] }};{% endfor %}{{ messages[0]['content'] }}"
+    tokenizer = Tokenizer(bytes_tokenizer._backend, {"eos_token": IM_END, "chat_template": template})
+    able = LM(lm.config, lm.params, tokenizer=tokenizer, dtype="float32", unroll=True)
+    function = {"name": "now", "description": "The time", "parameters": {"type": "object", "properties": {}}}
+    asked = {"messages": [{"role": "user", "content": "hi"}], "tools": [{"type": "function", "function": function}]}
+    assert able.request(asked["messages"], asked["tools"]).tokens == tuple(b"now;hi")
+    assert able.request(asked["messages"]).tokens == tuple(b"hi")
+    want = able.generate([list(b"now;hi")], max_new_tokens=4, ignore_eos=True)[0]
+    given = {"tools": asked["tools"], "max_new_tokens": 4, "ignore_eos": True}
+    assert able.chat(asked["messages"], **given) == want
+    assert "".join(able.stream(asked["messages"], **given)) == want.text
+    assert batch._request(able, asked, {}, None, False).tokens == tuple(b"now;hi")
+    with pytest.raises(UserError, match="tools belong to a conversation"):
+        able.stream("hi", tools=asked["tools"])
 
 
 def test_without_a_tokenizer_ids_still_work(lm):

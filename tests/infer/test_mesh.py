@@ -23,13 +23,14 @@ def eight():
 
 @pytest.mark.parametrize(
     ("variant", "axes"),
-    [
-        *slow(("dense_untied", "data=2,fsdp=2,tensor=2")),
+    slow(
+        ("dense_untied", "data=2,fsdp=2,tensor=2"),
         ("moe", "data=2,expert=2,tensor=2"),
-        *slow(("sliding", "data=2,context=2,tensor=2")),
-    ],
+        ("sliding", "data=2,context=2,tensor=2"),
+    ),
 )
 def test_sharded_model_answers_as_recorded(variant, axes, eight):
+    """The same by another path: one device answers as recorded (tests/golden), and a mesh as one device (below)."""
     eight("eight_devices", "recorded", str(TESTS / "golden" / variant), sizes(axes))
 
 

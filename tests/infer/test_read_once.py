@@ -34,7 +34,7 @@ def calls(monkeypatch):
 
     count(Source, "read_json")  # under the file's name
     count(SamplingParams, "__post_init__", "sampling parameters")
-    count(Generator, "_check_tokens", "prompts checked")
+    count(Generator, "check", "prompts checked")
     count(Tokenizer, "_render", "templates")
     count(Tokenizer, "encode", "encoded")
     return counted

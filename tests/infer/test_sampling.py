@@ -11,6 +11,8 @@ import pytest
 from qwen2_jax.infer.engine import sampling
 from qwen2_jax.infer.engine.sampling_params import SamplingParams
 
+from .conftest import close
+
 V, REAL = 400, 390  # ids from REAL on are padding
 
 
@@ -128,9 +130,9 @@ def test_a_row_is_drawn_alike_in_any_company(logits):
     for i, s in enumerate(rows):
         alone, logprob = draw(logits_BV[i : i + 1], seen_BV[i : i + 1], count_B[i : i + 1], arrays([s]))
         assert alone[0] == together[i], s
-        np.testing.assert_allclose(logprob[0], logprobs[i], rtol=1e-6)
+        close(logprob[0], logprobs[i])
         log_p = logits_BV[i] - np.log(np.exp(logits_BV[i].astype(np.float64)).sum())
-        np.testing.assert_allclose(logprob[0], log_p[alone[0]], atol=1e-5)  # raw: padding and filters are not in it
+        close(logprob[0], log_p[alone[0]])  # raw: padding and filters are not in it
 
 
 def test_tempered_logprobs_are_of_the_divided_logits(logits):
@@ -145,7 +147,7 @@ def test_tempered_logprobs_are_of_the_divided_logits(logits):
     tokens, logprobs = draw(logits_BV, None, count_B, sampling.SamplingArrays.stacked(rows, tempered=True))
     assert tokens.tolist() == plain.tolist()
     for token, logprob, divisor in zip(tokens, logprobs, (1.0, 0.5, 2.0), strict=True):
-        np.testing.assert_allclose(logprob, np.log(softmax(logits.astype(np.float64) / divisor))[token], rtol=1e-5)
+        close(logprob, np.log(softmax(logits.astype(np.float64) / divisor))[token])
 
 
 def test_greedy_takes_the_penalised_best_and_never_padding(logits):

@@ -9,6 +9,7 @@ import pytest
 
 from qwen2_jax.errors import UserError
 from qwen2_jax.infer.cli import batch, main
+from qwen2_jax.infer.engine.generation_config import NOTHING_STORED, StoredParams
 from qwen2_jax.infer.engine.sampling_params import SETTABLE, SamplingKwargs, SamplingParams
 from qwen2_jax.infer.lm import LM
 
@@ -24,13 +25,15 @@ INSTRUCT = {
         ("temperature", -0.1), ("temperature", float("nan")), ("temperature", float("inf")), ("temperature", "hot"),
         ("top_p", 0.0), ("top_p", 1.01), ("top_k", -1), ("top_k", 2.5), ("min_p", -0.1), ("min_p", 1.5),
         ("repetition_penalty", 0.0), ("max_new_tokens", 0), ("max_new_tokens", True), ("seed", -1), ("seed", 2**32),
-        ("seed", 10**400), ("temperature", 10**400), ("max_new_tokens", float("nan")), ("seed", [1]), ("eos_ids", (1,)),
+        ("seed", 10**400), ("temperature", 10**400),
+        ("temperature", 1e39), ("repetition_penalty", 1e-9), ("max_new_tokens", float("nan")),
+        ("seed", [1]), ("eos_ids", (1,)),
         ("stop", ""), ("stop", ["a", ""]), ("stop", 7), ("ignore_eos", 1), ("topp", 0.5),
     ],
 )  # fmt: skip
 def test_refuses_and_names_the_setting(name, value):
     with pytest.raises(UserError, match=name):
-        SamplingParams.resolve({name: value}, {})
+        NOTHING_STORED.resolve({name: value})
 
 
 def test_numbers_of_other_types_are_taken():
@@ -40,25 +43,23 @@ def test_numbers_of_other_types_are_taken():
 
 
 def test_without_a_file_the_documented_defaults():
-    assert SamplingParams.resolve({"temperature": None, "stop": "x"}, {}, [7]) == SamplingParams(
-        stop=("x",), eos_ids=(7,)
-    )
+    assert NOTHING_STORED.resolve({"temperature": None, "stop": "x"}, [7]) == SamplingParams(stop=("x",), eos_ids=(7,))
 
 
 def test_the_file_fills_what_was_not_given():
-    s = SamplingParams.resolve({}, INSTRUCT, [1])
+    s = StoredParams.read(INSTRUCT).resolve({}, [1])
     assert (s.temperature, s.top_p, s.top_k, s.repetition_penalty) == (0.7, 0.8, 20, 1.05)
     assert s.eos_ids == (151645, 151643)
-    s = SamplingParams.resolve({"temperature": 0.0, "top_k": 3}, INSTRUCT)
+    s = StoredParams.read(INSTRUCT).resolve({"temperature": 0.0, "top_k": 3})
     assert (s.temperature, s.top_k, s.top_p) == (0.0, 3, 0.8)
 
 
 def test_do_sample_as_transformers_reads_it():
     base = {"do_sample": False, "temperature": 0.9, "max_new_tokens": 2048, "eos_token_id": 5}
-    s = SamplingParams.resolve({}, base)
+    s = StoredParams.read(base).resolve({})
     assert (s.temperature, s.max_new_tokens, s.eos_ids) == (0.0, 2048, (5,))
-    assert SamplingParams.resolve({"temperature": 0.5}, base).temperature == 0.5
-    s = SamplingParams.resolve({}, {"do_sample": True})  # transformers' own defaults for what is left out
+    assert StoredParams.read(base).resolve({"temperature": 0.5}).temperature == 0.5
+    s = StoredParams.read({"do_sample": True}).resolve({})  # transformers' own defaults for what is left out
     assert (s.temperature, s.top_k, s.top_p) == (1.0, 50, 1.0)
 
 
@@ -66,7 +67,7 @@ def test_every_keyword_and_flag_is_a_parameter():
     """SamplingKwargs, which editors read, the flags of infer.py and the keys of input lines are SamplingParams' own."""
     assert set(typing.get_type_hints(SamplingKwargs)) | {"max_new_tokens"} == set(SETTABLE)
     fields = {field.name for field in dataclasses.fields(SamplingParams)}
-    assert fields - set(SETTABLE) == {"eos_ids"}
+    assert fields - set(SETTABLE) == {"eos_ids", "constraints"}
     flags = vars(main.parser().parse_args([]))
     assert {name: flags[name] for name in SETTABLE} == dict.fromkeys(SETTABLE)
     assert set(batch.ALLOWED) >= set(SETTABLE)

@@ -2,7 +2,9 @@
 """LM.score: conversations to numbers, whatever the batch, and what is no reward model's business."""
 
 import dataclasses
+import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,6 +19,8 @@ from qwen2_jax.infer.lm import LM
 from qwen2_jax.model import rope
 from tiny import CONFIGS, random_params
 
+from .conftest import close
+
 TALK = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
 
 
@@ -27,26 +31,32 @@ def reward(lm, bytes_tokenizer):
     return LM(config, weights, tokenizer=bytes_tokenizer, dtype="float32", unroll=True, max_rows=4)
 
 
-def directly(lm: LM, ids: list[int]) -> float:
-    """One forward pass over the whole row, without a cache; the head in numpy."""
+def directly(lm: LM, rows: list[list[int]]) -> np.ndarray:
+    """One forward pass over whole rows, without a cache; the head in numpy."""
     graphdef = model.declare(lm.config, unroll=True)[0]
-    hidden_D = np.asarray(nnx.merge(graphdef, lm.params)(jnp.asarray([ids])).hidden_BTD, np.float64)[0, -1]
+    width = max(map(len, rows))
+    ids = np.asarray([row + [0] * (width - len(row)) for row in rows])
+    positions = np.asarray([[*range(len(row)), *[-1] * (width - len(row))] for row in rows])
+    forward = jax.jit(lambda params: nnx.merge(graphdef, params)(ids, positions_BT=positions).hidden_BTD)
+    hidden_BTD = np.asarray(forward(lm.params), np.float64)
     head = {name: np.asarray(value, np.float64) for name, value in lm.params["score_head"].items()}
-    up_F = np.maximum(head["up_FD"] @ hidden_D + head["up_bias_F"], 0)
-    return head["down_1F"][0] @ up_F + head["down_bias_1"][0]
+    up_FB = np.maximum(
+        head["up_FD"] @ hidden_BTD[range(len(rows)), [len(r) - 1 for r in rows]].T + head["up_bias_F"][:, None], 0
+    )
+    return head["down_1F"][0] @ up_FB + head["down_bias_1"][0]
 
 
 def test_a_row_scores_as_its_last_hidden_state_does(reward):
-    """Lengths within a chunk, at its end, one beyond, over several chunks; more rows than a batch holds."""
-    rows = [np.random.default_rng(n).integers(0, 256, n).tolist() for n in (1, 32, 33, 7, 300, 2)]
+    """Lengths within a chunk, at its end, one beyond, over two chunks; more rows than a batch holds."""
+    rows = [np.random.default_rng(n).integers(0, 256, n).tolist() for n in (1, 32, 33, 7, 150, 2)]
     scores = reward.score(rows)
     assert (scores.dtype, scores.shape) == (np.float32, (6,))
-    want = [directly(reward, row) for row in rows]
-    np.testing.assert_allclose(scores, want, rtol=0, atol=1e-4)
+    want = directly(reward, rows)
+    close(scores, want)
     assert np.ptp(want) > 1
     for row, value in zip(rows, scores, strict=True):
-        np.testing.assert_allclose(reward.score([row]), [value], rtol=0, atol=1e-4)
-    np.testing.assert_allclose(reward.score([np.asarray(rows[3])]), scores[3:4], rtol=0, atol=1e-4)
+        close(reward.score([row]), [value])
+    close(reward.score([np.asarray(rows[3])]), scores[3:4])
 
 
 def test_a_conversation_ends_behind_its_last_turn(reward):
@@ -58,11 +68,11 @@ def test_a_conversation_ends_behind_its_last_turn(reward):
     assert ids[-1] == ord("\n")
     other = [TALK[0], {"role": "assistant", "content": "5"}]
     scores = reward.score([TALK, other, TALK])
-    np.testing.assert_allclose(scores[[0, 2]], reward.score([ids]).repeat(2), rtol=0, atol=1e-4)
+    close(scores[[0, 2]], reward.score([ids]).repeat(2))
     assert abs(scores[0] - scores[1]) > 1e-3
     alone = reward.score(TALK)
     assert type(alone) is float
-    assert alone == pytest.approx(scores[0], abs=1e-4)
+    close([alone], scores[:1])
 
 
 @pytest.mark.parametrize(
@@ -115,10 +125,14 @@ def test_long_conversations_are_read_with_dual_chunk_attention(lm):
     reading = LM(config, random_params(config, unroll=True), dtype="float32", unroll=True, long_context="dca")
     rows = [np.random.default_rng(n).integers(0, 256, n).tolist() for n in (90, 7)]
     graphdef = model.declare(config, unroll=True)[0]
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def whole(params, ids, length):
+        merged = nnx.merge(graphdef, params)
+        return merged.score(merged(ids, rope=rope.choose(config, length, "dca")).hidden_BTD[0, -1])
+
     for row, value in zip(rows, reading.score(rows), strict=True):
-        merged = nnx.merge(graphdef, reading.params)
-        hidden_BTD = merged(jnp.asarray([row]), rope=rope.choose(config, len(row), "dca")).hidden_BTD
-        np.testing.assert_allclose(value, merged.score(hidden_BTD[0, -1]), rtol=0, atol=1e-4)
+        close(value, whole(reading.params, jnp.asarray([row]), len(row)))
 
 
 def test_saved_and_loaded(reward, tmp_path):
@@ -126,7 +140,7 @@ def test_saved_and_loaded(reward, tmp_path):
     again = qwen2_jax.load(tmp_path / "hf", dtype="float32")
     assert again.config == dataclasses.replace(reward.config, dtype="float32")
     rows = [[1, 2, 3]]
-    np.testing.assert_allclose(again.score(rows), reward.score(rows), rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(again.score(rows), reward.score(rows))
 
 
 def test_the_command_line_says_what_to_do(reward, tmp_path, capsys):
@@ -144,6 +158,11 @@ def test_a_scanned_mixture_of_experts_with_a_linear_head():
     params = random_params(config)
     scores = LM(config, params, dtype="float32").score([[5, 6, 7], [8]])
     graphdef = model.declare(config)[0]
-    merged = nnx.merge(graphdef, params)
-    want = [merged.score(merged(jnp.asarray([row])).hidden_BTD)[0, -1] for row in ([5, 6, 7], [8])]
-    np.testing.assert_allclose(scores, want, rtol=0, atol=1e-4)
+
+    @jax.jit
+    def whole(params, ids, positions):
+        merged = nnx.merge(graphdef, params)
+        return merged.score(merged(ids, positions_BT=positions).hidden_BTD)
+
+    want = np.asarray(whole(params, jnp.asarray([[5, 6, 7], [8, 0, 0]]), jnp.asarray([[0, 1, 2], [0, -1, -1]])))
+    close(scores, [want[0, 2], want[1, 0]])

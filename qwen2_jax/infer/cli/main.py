@@ -2,7 +2,6 @@
 """The command line of infer.py. Arguments are checked before jax is imported, so errors in them appear at once."""
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -12,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen2_jax.errors import UserError
-from qwen2_jax.infer.cli.prompts_and_answers import record, summary, to_prompt, with_answer_length
+from qwen2_jax.infer.cli.prompts_and_answers import record, summary, to_json, to_prompt, with_answer_length
 from qwen2_jax.infer.engine.sampling_params import SETTABLE, checked
 from qwen2_jax.parallel import hosts
+from qwen2_jax.parallel.mesh_flag import mesh_sizes
 
 if TYPE_CHECKING:
     from qwen2_jax.infer.lm import LM, Stream
@@ -25,7 +25,7 @@ SHOW_PREFILL = 1000  # prompt tokens from which the prefill has a progress bar
 EXAMPLES = """examples:
   python infer.py "Once upon"                                continue a text with the bundled demo model (no network)
   python infer.py --ckpt qwen2-0.5b "The capital of France"  download a base model once and continue a text
-  python infer.py --ckpt qwen2-7b-instruct                   chat; /reset starts over, Ctrl-C stops an answer
+  python infer.py --ckpt qwen2-7b-instruct                   chat; /help lists its commands, Ctrl-C stops an answer
   python infer.py --ckpt ./my-folder "Why is the sky blue?"  a local Hugging Face or Orbax folder, or a .gguf file
   cat report.txt | python infer.py --ckpt qwen2-7b-instruct --system "Summarise in one sentence."
   python infer.py --ckpt qwen2-7b-instruct --input prompts.jsonl --output answers.jsonl
@@ -64,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
         "--dtype",
         default="bfloat16",
         choices=("bfloat16", "float32", "int8"),
-        help="of weights and cache; int8 rounds the weights: half the memory, and the fastest on a CPU",
+        help="of weights and cache; int8 rounds the weights: half the memory of bfloat16 once loaded, fastest on a CPU",
     )
     model.add_argument(
         "--long-context", default="auto", choices=("auto", "off", "yarn", "dca"),
@@ -181,7 +181,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.json:
         for _ in stream:
             pass
-        print(json.dumps(record(stream), ensure_ascii=False))
+        print(to_json(record(stream)))
         return 0
     print(first, end="", flush=True)
     for piece in stream:
@@ -236,17 +236,6 @@ def _prompt(args: argparse.Namespace) -> str | None:
     if args.prompt == "":
         raise UserError("the prompt is empty; give at least one character")
     return args.prompt
-
-
-def mesh_sizes(text: str) -> dict[str, int]:
-    """Sizes of axes from "tensor=8,fsdp=2"."""
-    sizes = {}
-    for part in text.split(","):
-        axis, _, size = part.partition("=")
-        if not size.strip().removeprefix("-").isdigit():
-            raise UserError(f"--mesh is {text!r}; give sizes of axes, as in tensor=8,fsdp=2")
-        sizes[axis.strip()] = int(size)
-    return sizes
 
 
 def _load(args: argparse.Namespace, group: hosts.Group | None = None) -> "LM":

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prompts as infer.py gives them to the model, and answers as it prints them."""
 
+import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ CHAT_TOKENS, COMPLETION_TOKENS = 512, 128  # max_new_tokens where neither the us
 
 def with_answer_length(lm: "LM", given: Mapping[str, Any], *, chat: bool) -> dict[str, Any]:
     """The sampling parameters given, and max_new_tokens: infer.py's answers are longer than those of LM.generate."""
-    default = None if lm.generation_config.get("max_new_tokens") else CHAT_TOKENS if chat else COMPLETION_TOKENS
+    default = None if lm.stored_params.limits_length else CHAT_TOKENS if chat else COMPLETION_TOKENS
     return {"max_new_tokens": default, **given}
 
 
@@ -28,6 +29,11 @@ def to_prompt(lm: "LM", prompt: str, *, system: str | None, raw: bool) -> "Promp
     if system:
         raise UserError("--system needs a chat model, and no --raw")
     return prompt
+
+
+def to_json(record: Mapping[str, Any]) -> str:
+    """One line of JSON."""
+    return json.dumps(record, ensure_ascii=False, allow_nan=False)
 
 
 def record(stream: "Stream") -> dict[str, Any]:

@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qwen2_jax.infer.engine.programs import DecodeState, Generator
+from qwen2_jax.infer.engine.decode_batch import DecodeState
+from qwen2_jax.infer.engine.programs import Generator
 from qwen2_jax.infer.engine.sampling import RowParams
 from qwen2_jax.infer.engine.sampling_params import MAX_EOS_IDS
 from qwen2_jax.model import rope
@@ -51,11 +52,7 @@ def lower_decode(
 
 
 def _cache(generator: Generator, rows: int, length: int) -> Cache:
-    zeros = jax.eval_shape(
-        lambda: Cache.zeros(generator.config, rows, length, generator.dtype, unroll=generator.unroll)
-    )
-    place = generator.shardings.cache(generator.config, rows, length)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), zeros)
+    return generator.cache_shapes(rows, length)
 
 
 def _rotary_tables(generator: Generator, rows: int, length: int, long_context: rope.LongContext) -> rope.Rope:

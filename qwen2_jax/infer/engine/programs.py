@@ -3,8 +3,9 @@
 
 Text, stop strings and chat are layers above (lm.py). The set of compiled programs is fixed: batches are padded to a few
 numbers of rows, caches to a few lengths, prompts are cut into a few sizes of chunk, and everything that differs between
-requests (sampling parameters, seeds, limits, rotary frequencies) is a run-time array. Only three kinds of batch have a
-decode loop of their own: all rows greedy, some sampled, some with a repetition penalty.
+requests (sampling parameters, seeds, limits, rotary frequencies) is a run-time array. Only a few kinds of batch have a
+decode loop of their own: all rows greedy, some sampled, some with a repetition penalty, and these with constraints of a
+generation_config.json (constraints.py).
 
 The last prompt token is not prefilled. It is the first token that the decode loop feeds, so the loop is the only place
 that computes logits, samples tokens and decides when a row is done, and a prefill is nothing but cache writes.
@@ -12,11 +13,13 @@ that computes logits, samples tokens and decides when a row is done, and a prefi
 Rows of padding have position -1, are done from the start, and their tokens are never read.
 """
 
+import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NewType, cast
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +27,12 @@ import numpy as np
 from flax import nnx
 
 from qwen2_jax.config.model_config import ModelConfig
-from qwen2_jax.errors import UserError
 from qwen2_jax.infer.engine import memory
 from qwen2_jax.infer.engine.buckets import Buckets, context_limit
+from qwen2_jax.infer.engine.decode_batch import STEPS, DecodeBatch, DecodeState
+from qwen2_jax.infer.engine.requests import CheckedRequest, Request, check_request, check_tokens
 from qwen2_jax.infer.engine.sampling import RowParams, sample
-from qwen2_jax.infer.engine.sampling_params import SamplingParams
+from qwen2_jax.infer.engine.sampling_params import SamplingParams, finish_reason
 from qwen2_jax.infer.engine.shardings import Programs, Shardings
 from qwen2_jax.model import cross_entropy, rope
 from qwen2_jax.model.decoder import check_head
@@ -36,37 +40,8 @@ from qwen2_jax.model.kv_cache import Cache
 from qwen2_jax.weights.params import Tree
 
 # B rows  C tokens of a prefill chunk  S cache slots  V vocabulary
-STEPS = 16  # most tokens per row and call of the decode loop
 PADDING = SamplingParams()  # of rows without a request
 Progress = Callable[[int, int], None]  # (tokens done, tokens in all)
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """A prompt (at least one token id) and how to continue it. Generation here ignores sampling_params.stop."""
-
-    tokens: tuple[int, ...]
-    sampling_params: SamplingParams
-
-
-CheckedRequest = NewType("CheckedRequest", Request)  # what Generator.check returns; start takes no other
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class DecodeState:
-    """A batch between two calls of the decode loop. Donated to each call.
-
-    token_B: the next token to feed. position_B: its position. count_B: tokens sampled so far. done_B: bool.
-    seen_BV: bool, ids in prompt and answer, for the repetition penalty; None where no row has one.
-    """
-
-    cache: Cache
-    token_B: jax.Array
-    position_B: jax.Array
-    count_B: jax.Array
-    done_B: jax.Array
-    seen_BV: jax.Array | None
 
 
 class Generator:
@@ -98,6 +73,7 @@ class Generator:
         self.buckets = buckets or Buckets.of(config)
         self.programs: list[str] = []
         self._by_cache: dict[tuple[int, int], Programs] = {}
+        self._decode_loops: set[Any] = set()  # those that have been compiled
         self._forward = jax.jit(self.shardings.traced(self._all_logits))
 
     @property
@@ -108,26 +84,19 @@ class Generator:
     def check(
         self, request: Request, long_context: rope.LongContext = "auto", what: str = "the prompt"
     ) -> CheckedRequest:
-        """The request, with no more new tokens than the context limit leaves room for.
+        """The request, with no more new tokens than the context limit and its own max_length leave room for.
 
         Raises UserError, which calls the prompt `what`, for an empty prompt, ids outside the vocabulary, or a prompt
         that leaves no room for a token.
         """
-        check_head(self.config, scores=False)
-        limit = context_limit(self.config, long_context)
-        self._check_tokens(request.tokens, limit - 1, long_context, what)
-        room = limit - len(request.tokens)
-        if request.sampling_params.max_new_tokens > room:
-            clipped = dataclasses.replace(request.sampling_params, max_new_tokens=room)
-            request = Request(request.tokens, clipped)
-        return CheckedRequest(request)
+        return check_request(self.config, request, long_context, what)
 
     def start(
         self,
         requests: Sequence[CheckedRequest],
         long_context: rope.LongContext = "auto",
         progress: Progress | None = None,
-    ) -> "DecodeBatch":
+    ) -> DecodeBatch:
         """Prefills the prompts and returns the batch, ready to be advanced.
 
         requests: from `check`, with the same long_context. progress is called with (prompt tokens done, prompt tokens
@@ -136,15 +105,22 @@ class Generator:
         totals = [len(r.tokens) + r.sampling_params.max_new_tokens for r in requests]
         rows, length = self.buckets.batch(len(requests)), self.buckets.length(max(totals))
         prompts = [r.tokens for r in requests]
-        cache = self.prefill([p[:-1] for p in prompts], rows, length, totals, long_context, progress)
-        row_params = RowParams.stacked([*(r.sampling_params for r in requests), *[PADDING] * (rows - len(requests))])
-        state = self._state(cache, prompts, rows, row_params.penalised)
+        row_params = RowParams.stacked(
+            [*(r.sampling_params for r in requests), *[PADDING] * (rows - len(requests))],
+            vocabulary=self.config.vocab_size,
+        )
         rotary = self.rotary_tables(totals, rows, length, long_context)
-        constants = jax.device_put((rotary, row_params), self.shardings.replicated)
-        return DecodeBatch(self, len(requests), state, *constants)
+        rotary, row_params = jax.device_put((rotary, row_params), self.shardings.replicated)
+        decode = self.for_cache(rows, length).decode
+        with self._compiled_meanwhile(rows, length, row_params, rotary):
+            cache = self.prefill([p[:-1] for p in prompts], rows, length, totals, long_context, progress)
+        state = self._state(cache, prompts, rows, row_params)
+        return DecodeBatch(
+            lambda state, *call: decode(self.params, state, row_params, rotary, *call), len(requests), state
+        )
 
     def run(self, requests: Sequence[Request], long_context: rope.LongContext = "auto") -> list[tuple[list, list, str]]:
-        """Checks one batch and runs it to its end: (tokens, logprobs, "stop" or "length") per request.
+        """Checks one batch and runs it to its end: (tokens, logprobs, finish_reason) per request.
 
         Raises UserError for what `check` refuses, and for a cache that does not fit.
         """
@@ -172,7 +148,7 @@ class Generator:
         """The numbers that _score_chunk gives each token of `fed`, the sequences or parts of them, in chunks."""
         limit = context_limit(self.config, long_context)
         for tokens in sequences:
-            self._check_tokens(tokens, limit, long_context)
+            check_tokens(self.config, tokens, limit, long_context)
         lengths = [len(tokens) for tokens in sequences]
         rows, length = self.buckets.batch(len(sequences)), self.buckets.length(max(lengths))
         cache = self.new_cache(rows, length)
@@ -193,7 +169,7 @@ class Generator:
         B, T = tokens_BT.shape
         limit = context_limit(self.config, long_context)
         for tokens in tokens_BT.tolist():
-            self._check_tokens(tokens, limit, long_context)
+            check_tokens(self.config, tokens, limit, long_context)
         rows, width = 2 ** math.ceil(math.log2(B)), 16 * 2 ** max(0, math.ceil(math.log2(T / 16)))
         padded = np.zeros((rows, width), np.int32)
         padded[:B, :T] = tokens_BT
@@ -216,7 +192,7 @@ class Generator:
         """
         if (rows, length) not in self._by_cache:
             cache, small = self.shardings.cache(self.config, rows, length), self.shardings.replicated
-            state: Any = DecodeState(*cast(Any, [cache, *[small] * 5]))
+            state: Any = DecodeState(*cast(Any, [cache, *[small] * 6]))
             traced, jit = self.shardings.traced, functools.partial(jax.jit, donate_argnums=1)
             self._by_cache[rows, length] = Programs(
                 prefill=jit(traced(self._prefill_chunk), out_shardings=cache),
@@ -224,6 +200,42 @@ class Generator:
                 decode=jit(traced(self._decode_steps), out_shardings=(state, small, small)),
             )
         return self._by_cache[rows, length]
+
+    @contextlib.contextmanager
+    def _compiled_meanwhile(self, rows: int, length: int, row_params: RowParams, rotary: rope.Rope) -> Iterator[None]:
+        """Compiles the decode loop in a thread while the block compiles the prefill, if it has not been compiled yet.
+
+        The call then finds it. Not with several processes, whose compilers may wait for each other.
+        """
+        leaves, structure = jax.tree.flatten((row_params, rotary))
+        key = (rows, length, structure, *((leaf.shape, leaf.dtype) for leaf in leaves))
+        if key in self._decode_loops or jax.process_count() > 1:
+            yield
+            return
+        with concurrent.futures.ThreadPoolExecutor(1) as thread:
+            compiling = thread.submit(lambda: self.lower_decode(rows, length, row_params, rotary).compile())
+            yield
+            compiling.result()
+        self._decode_loops.add(key)
+
+    def lower_decode(self, rows: int, length: int, row_params: RowParams, rotary: rope.Rope) -> jax.stages.Lowered:
+        """The decode loop, lowered for these arguments (arrays or their shapes) and caches of this shape."""
+        place = self.shardings.replicated
+        ints_B = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=place)
+        done_B = jax.ShapeDtypeStruct((rows,), jnp.bool, sharding=place)
+        seen_BV = jax.ShapeDtypeStruct((rows, self.config.vocab_size), jnp.bool, sharding=place)
+        tokens_BS = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=place)
+        small: Any = [ints_B, ints_B, ints_B, done_B]
+        small += [seen_BV if row_params.penalised else None, tokens_BS if row_params.reads_history else None]
+        state = DecodeState(self.cache_shapes(rows, length), *small)
+        cancel_B, steps = np.zeros(rows, bool), np.int32(STEPS)
+        return self.for_cache(rows, length).decode.lower(self.params, state, row_params, rotary, cancel_B, steps)
+
+    def cache_shapes(self, rows: int, length: int) -> Cache:
+        """The shapes and shardings of `new_cache`."""
+        zeros = jax.eval_shape(lambda: Cache.zeros(self.config, rows, length, self.dtype, unroll=self.unroll))
+        place = self.shardings.cache(self.config, rows, length)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), zeros)
 
     def _compiling(self, name: str, **sizes: int) -> None:
         self.programs.append(" ".join([name, *(f"{k}={v}" for k, v in sizes.items())]))
@@ -233,11 +245,11 @@ class Generator:
     ):
         """Up to `steps` tokens, at most STEPS, for the rows that are not done.
 
-        Returns (state, tokens, logprobs), both [STEPS, B]; the token is -1 where a row had none to make.
+        Returns (state, tokens, logprobs), both [STEPS, B]; the token is -1 where a row had none to make. A row whose
+        log-probability is not finite ends without that token.
         """
         B = state.token_B.shape[0]
-        name = "greedy" if row_params.sampling is None else "sample, penalty" if row_params.penalised else "sample"
-        self._compiling(name, rows=B, cache=state.cache.length)
+        self._compiling(row_params.kind, rows=B, cache=state.cache.length)
         model = nnx.merge(self.graphdef, params)
         state = dataclasses.replace(state, done_B=state.done_B | cancel_B)
 
@@ -257,19 +269,38 @@ class Generator:
                 implementation=self.implementation,
             )
             logits_BV = model.logits(out.hidden_BTD[:, 0])
-            token_B, logprob_B = sample(
-                logits_BV, state.seen_BV, state.count_B, row_params.sampling, vocab_size=self.vocab_size
+            constrain = row_params.constraints and functools.partial(
+                row_params.constraints.apply,
+                count_B=state.count_B,
+                limit_B=row_params.limit_B,
+                position_B=state.position_B,
+                tokens_BS=state.tokens_BS,
             )
+            token_B, logprob_B = sample(
+                logits_BV,
+                state.seen_BV,
+                state.count_B,
+                row_params.sampling,
+                vocab_size=self.vocab_size,
+                constrain=constrain,
+            )
+            good_B = live_B & jnp.isfinite(logprob_B)
             ends_B = jnp.any(token_B[:, None] == row_params.eos_ids, axis=1) | (state.count_B + 1 >= row_params.limit_B)
+            rows_B = jnp.arange(B)
             state = DecodeState(
                 cache=out.cache,
                 token_B=jnp.where(live_B, token_B, state.token_B),
                 position_B=state.position_B + live_B,
                 count_B=state.count_B + live_B,
-                done_B=state.done_B | ends_B,
-                seen_BV=None if state.seen_BV is None else state.seen_BV.at[jnp.arange(B), token_B].max(live_B),
+                done_B=state.done_B | ends_B | ~good_B,
+                seen_BV=None if state.seen_BV is None else state.seen_BV.at[rows_B, token_B].max(live_B),
+                tokens_BS=None
+                if state.tokens_BS is None
+                else state.tokens_BS.at[rows_B, state.position_B + live_B].set(
+                    jnp.where(live_B, token_B, state.token_B), mode="drop"
+                ),
             )
-            tokens = tokens.at[step].set(jnp.where(live_B, token_B, -1))
+            tokens = tokens.at[step].set(jnp.where(good_B, token_B, -1))
             return step + 1, state, tokens, logprobs.at[step].set(logprob_B)
 
         empty = (jnp.full((STEPS, B), -1, jnp.int32), jnp.zeros((STEPS, B), jnp.float32))
@@ -304,20 +335,6 @@ class Generator:
 
     # From requests to arrays.
 
-    def _check_tokens(
-        self, tokens: Sequence[int], limit: int, long_context: rope.LongContext, what: str = "the input"
-    ) -> None:
-        if not len(tokens):
-            raise UserError(f"{what} is empty; give at least one token")
-        low, high = min(tokens), max(tokens)
-        if low < 0 or high >= self.config.vocab_size:
-            wrong = low if low < 0 else high
-            raise UserError(f"{what} has token id {wrong}; this model's ids are 0 to {self.config.vocab_size - 1}")
-        if len(tokens) > limit:
-            longest = context_limit(self.config, "auto") - context_limit(self.config, long_context) + limit
-            hint = f" ({longest} with long_context='auto')" if long_context == "off" and longest > limit else ""
-            raise UserError(f"{what} has {len(tokens)} tokens; this model takes at most {limit}{hint}: shorten it")
-
     def rotary_tables(self, totals: Sequence[int], rows: int, length: int, long_context: rope.LongContext) -> rope.Rope:
         tables = rope.choose(self.config, [*totals, *[1] * (rows - len(totals))], long_context)
         chunk = self.config.dual_chunk_attention_config or rope.dual_chunk_defaults(self.config.trained_length)
@@ -345,49 +362,19 @@ class Generator:
                 progress(done, total)
         return cache
 
-    def _state(self, cache: Cache, prompts: Sequence[Sequence[int]], rows: int, penalised: bool) -> DecodeState:
+    def _state(self, cache: Cache, prompts: Sequence[Sequence[int]], rows: int, row_params: RowParams) -> DecodeState:
         """The batch before its first token. Each prompt's last token is fed first."""
-        seen_BV = np.zeros((rows, self.config.vocab_size), bool) if penalised else None
-        if seen_BV is not None:
-            for row, prompt in enumerate(prompts):
+        seen_BV = np.zeros((rows, self.config.vocab_size), bool) if row_params.penalised else None
+        tokens_BS = np.full((rows, cache.length), -1, np.int32) if row_params.reads_history else None
+        for row, prompt in enumerate(prompts):
+            if seen_BV is not None:
                 seen_BV[row, list(prompt)] = True
+            if tokens_BS is not None:
+                tokens_BS[row, : len(prompt)] = prompt
         token_B, position_B = _padded([p[-1] for p in prompts], rows), _padded([len(p) - 1 for p in prompts], rows)
         done_B = np.arange(rows) >= len(prompts)
-        small = (token_B, position_B, _padded([0], rows), done_B, seen_BV)
+        small = (token_B, position_B, _padded([0], rows), done_B, seen_BV, tokens_BS)
         return DecodeState(cache, *jax.device_put(small, self.shardings.replicated))
-
-
-class DecodeBatch:
-    """A prefilled batch. `finished`: bool [requests]."""
-
-    def __init__(
-        self, generator: Generator, requests: int, state: DecodeState, rotary: rope.Rope, row_params: RowParams
-    ):
-        self._generator, self._state, self._rotary, self._row_params = generator, state, rotary, row_params
-        self.finished = np.zeros(requests, bool)
-
-    def advance(self, steps: int = STEPS, cancel: Sequence[int] = ()) -> list[list[tuple[int, float]]]:
-        """Makes up to `steps` more tokens for every unfinished row; `cancel` ends those rows first.
-
-        Returns the new (token, logprob) pairs of each request. Clips `steps` to STEPS.
-        """
-        generator, count = self._generator, len(self.finished)
-        cancel_B = np.zeros(self._state.token_B.shape, bool)
-        cancel_B[list(cancel)] = True
-        programs = generator.for_cache(len(cancel_B), self._state.cache.length)
-        self._state, *out = programs.decode(
-            generator.params, self._state, self._row_params, self._rotary, cancel_B, np.int32(min(steps, STEPS))
-        )
-        tokens, logprobs = jax.device_get(out)
-        self.finished = np.array(self._state.done_B)[:count]  # a copy: the next call reuses the array's memory
-        by_row = zip(tokens.T, logprobs.T, tokens.T >= 0, strict=True)
-        return [list(zip(t[made].tolist(), p[made].tolist(), strict=True)) for t, p, made in by_row][:count]
-
-
-def finish_reason(params: SamplingParams, tokens: Sequence[int]) -> str:
-    """Why a finished row ended: "stop" at an end-of-sequence id, else "length"."""
-    ended = bool(tokens) and not params.ignore_eos and tokens[-1] in params.eos_ids
-    return "stop" if ended else "length"
 
 
 def _padded(values: Sequence[int], rows: int) -> np.ndarray:

@@ -24,9 +24,10 @@ import numpy as np
 from qwen2_jax.config.model_config import ModelConfig
 from qwen2_jax.errors import UserError
 from qwen2_jax.infer.engine.buckets import context_limit
-from qwen2_jax.infer.engine.programs import STEPS, DecodeState, Generator, Progress, Request, finish_reason
+from qwen2_jax.infer.engine.decode_batch import STEPS, DecodeState
+from qwen2_jax.infer.engine.programs import Generator, Progress, Request
 from qwen2_jax.infer.engine.sampling import RowParams
-from qwen2_jax.infer.engine.sampling_params import SamplingParams
+from qwen2_jax.infer.engine.sampling_params import NOT_FINITE, SamplingParams, finish_reason
 from qwen2_jax.model import decoder, head_padding, rope
 from qwen2_jax.model.kv_cache import Cache
 from qwen2_jax.parallel import sharding
@@ -157,8 +158,8 @@ class Rollouts:
         devices. None is donated, and none is kept after the call. progress is called with (completions done, requests)
         as they end.
         Raises UserError, which names the prompt by its number from 1, for a request that does not fit the cache or the
-        context, has ids outside the vocabulary, or a repetition penalty (the log-probabilities would not be those of
-        the distribution that was sampled).
+        context, has ids outside the vocabulary, a repetition penalty or constraints (the log-probabilities would not be
+        those of the distribution that was sampled), and where its logits are not finite numbers.
         """
         for number, request in enumerate(requests, start=1):
             self._check(f"prompt {number} of {len(requests)}", request)
@@ -180,6 +181,8 @@ class Rollouts:
             )
         if params.repetition_penalty != 1:
             raise UserError(f"{what} has repetition_penalty={params.repetition_penalty}; rollouts have none: give 1")
+        if params.constraints.on_logits:
+            raise UserError(f"{what} has constraints of a generation_config.json; rollouts have none: leave them out")
 
     def _placed(self, params: Tree) -> Tree:
         if self._widening is not None and weight.stored_forms(params):
@@ -291,4 +294,11 @@ class _Call:
 
     def _completion(self, number: int) -> Completion:
         tokens, logprobs = (np.concatenate(parts) for parts in zip(*self.sampled[number], strict=True))
-        return Completion(tokens, logprobs, finish_reason(self.requests[number].sampling_params, tokens.tolist()))
+        reason = finish_reason(self.requests[number].sampling_params, tokens.tolist())
+        if reason == NOT_FINITE:
+            raise UserError(
+                f"the model's logits are not finite numbers at token {len(tokens) + 1} of the completion of prompt "
+                f"{number + 1} of {len(self.requests)}: NaN or infinity in the weights, or an overflow; go back to an "
+                "earlier checkpoint, with a lower learning rate"
+            )
+        return Completion(tokens, logprobs, reason)

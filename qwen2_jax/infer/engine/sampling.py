@@ -11,17 +11,19 @@ there is no search in the vocabulary and no noise for all of it.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwen2_jax.infer.engine.sampling_params import MAX_EOS_IDS, SamplingParams
+from qwen2_jax.infer.engine.constraints import ConstraintArrays
+from qwen2_jax.infer.engine.sampling_params import MAX_EOS_IDS, MAX_INT, SamplingParams
 
 # B rows  V vocabulary  C candidates, best first
 WINDOW = 65
+COLDEST = 1e-30  # a lower temperature is greedy: logits divided by it would not be finite
 
 
 @jax.tree_util.register_dataclass
@@ -47,8 +49,9 @@ class SamplingArrays:
     def stacked(cls, rows: Sequence[SamplingParams], *, tempered: bool = False) -> "SamplingArrays":
         """One row for each request, as numpy arrays."""
         penalised = any(row.repetition_penalty != 1 for row in rows)
+        temperatures = [row.temperature if row.temperature >= COLDEST else 0.0 for row in rows]
         return cls(
-            temperature_B=_column(rows, "temperature", np.float32),
+            temperature_B=cast(jax.Array, np.asarray(temperatures, np.float32)),
             top_k_B=_column(rows, "top_k", np.int32),
             top_p_B=_column(rows, "top_p", np.float32),
             min_p_B=_column(rows, "min_p", np.float32),
@@ -65,17 +68,21 @@ class RowParams:
 
     limit_B: int32, most tokens to sample. eos_ids: int32 [B, MAX_EOS_IDS], ids that end a row, padded with -1.
     sampling: None where all rows are greedy and without penalty. Such a batch takes a program without any sampling in
-    it, which compiles faster.
+    it, which compiles faster. constraints: None where no row has any.
     """
 
     limit_B: jax.Array
     eos_ids: jax.Array
     sampling: SamplingArrays | None
+    constraints: ConstraintArrays | None = None
 
     @classmethod
-    def stacked(cls, rows: Sequence[SamplingParams], *, tempered: bool = False) -> "RowParams":
-        """One row for each request, as numpy arrays. tempered: as in SamplingArrays; greedy rows are then sampled too,
-        so that one program serves every mixture of rows."""
+    def stacked(
+        cls, rows: Sequence[SamplingParams], *, vocabulary: int | None = None, tempered: bool = False
+    ) -> "RowParams":
+        """One row for each request, as numpy arrays. vocabulary: the width of the logits; None where no row has
+        constraints. tempered: as in SamplingArrays; greedy rows are then sampled too, so that one program serves every
+        mixture of rows."""
         eos_ids = np.full((len(rows), MAX_EOS_IDS), -1, np.int32)
         for row, params in enumerate(rows):
             if not params.ignore_eos:
@@ -85,6 +92,7 @@ class RowParams:
             limit_B=_column(rows, "max_new_tokens", np.int32),
             eos_ids=cast(jax.Array, eos_ids),
             sampling=SamplingArrays.stacked(rows, tempered=tempered) if sampled else None,
+            constraints=None if vocabulary is None else ConstraintArrays.stacked(rows, vocabulary),
         )
 
     @property
@@ -92,9 +100,23 @@ class RowParams:
         """Whether a row has a repetition penalty. Known at compile time."""
         return self.sampling is not None and self.sampling.repetition_penalty_B is not None
 
+    @property
+    def reads_history(self) -> bool:
+        """Whether a row has constraints on its tokens so far. Known at compile time."""
+        return self.constraints is not None and self.constraints.history is not None
+
+    @property
+    def kind(self) -> str:
+        """Which of the decode loops serves these rows."""
+        name = "greedy" if self.sampling is None else "sample, penalty" if self.penalised else "sample"
+        return name if self.constraints is None else f"{name}, constraints"
+
 
 def _column(rows: Sequence[SamplingParams], name: str, dtype) -> jax.Array:
-    return cast(jax.Array, np.asarray([getattr(row, name) for row in rows], dtype))
+    values = [getattr(row, name) for row in rows]
+    if dtype is np.int32:  # a top_k beyond it keeps every token, as this does
+        values = [min(value, MAX_INT) for value in values]
+    return cast(jax.Array, np.asarray(values, dtype))
 
 
 def sample(
@@ -104,23 +126,29 @@ def sample(
     sampling: SamplingArrays | None,
     *,
     vocab_size: int,
+    constrain: Callable[[jax.Array], jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Samples one token per row.
 
     logits_BV: float32. seen_BV: bool, ids in the row's prompt and answer so far; None where no row has a penalty.
     count_B: int32, tokens generated so far. sampling: None is greedy for every row. vocab_size: ids from here on are
-    padding of the embedding and are never sampled.
+    padding of the embedding and are never sampled. constrain: puts -inf into scores, after the penalty.
     Returns (tokens int32 [B], logprobs float32 [B]): the log-softmax at the sampled token of the unfiltered logits, or
-    of those logits divided by the temperature (sampling.tempered; greedy rows: by 1).
+    of those logits divided by the temperature (sampling.tempered; greedy rows: by 1). The log-probability is not finite
+    where a row's logits are not, and where `constrain` leaves no token; the token then means nothing.
     """
     ids_V = jnp.arange(logits_BV.shape[-1])
     scores_BV = jnp.where(ids_V < vocab_size, logits_BV, -jnp.inf)
+    if sampling is not None and sampling.repetition_penalty_B is not None:
+        assert seen_BV is not None
+        scores_BV = _penalise(scores_BV, seen_BV, sampling.repetition_penalty_B)
+    left_B = None
+    if constrain is not None:
+        scores_BV = constrain(scores_BV)
+        left_B = jnp.any(scores_BV > -jnp.inf, axis=-1)
     if sampling is None:
         tokens_B = _greedy(scores_BV)
     else:
-        if sampling.repetition_penalty_B is not None:
-            assert seen_BV is not None
-            scores_BV = _penalise(scores_BV, seen_BV, sampling.repetition_penalty_B)
         tokens_B = jax.lax.cond(
             jnp.any(sampling.temperature_B > 0), _sample, lambda s, *_: _greedy(s), scores_BV, count_B, sampling
         )
@@ -128,7 +156,8 @@ def sample(
             logits_BV = logits_BV / _divisor(sampling)
     # A sum of one number: devices that have parts of the vocabulary add theirs up. A look-up would gather all logits.
     chosen_B = jnp.sum(jnp.where(ids_V == tokens_B[:, None], logits_BV, 0), axis=-1)
-    return tokens_B, chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
+    logprobs_B = chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
+    return tokens_B, logprobs_B if left_B is None else jnp.where(left_B, logprobs_B, jnp.nan)
 
 
 def noise(seed_B: jax.Array, count_B: jax.Array, ids_BC: jax.Array) -> jax.Array:

@@ -1,22 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """The sampling parameters of a request: their names, types, limits, defaults and flags, in one place and without jax.
 
-A value comes from the caller, else from the checkpoint's generation_config.json, else from the defaults here. The
-caller is a keyword of LM.generate, chat or stream, a line of an --input file, or a flag of infer.py, in this order.
+A value comes from the caller, else from the checkpoint's generation_config.json (generation_config.py), else from the
+defaults here. The caller is a keyword of LM.generate, chat or stream, a line of an --input file, or a flag of infer.py,
+in this order.
 """
 
 import contextlib
 import dataclasses
 import math
 import numbers
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Self, TypedDict
+from collections.abc import Callable, Sequence
+from typing import Any, TypedDict
 
+from qwen2_jax import validate
 from qwen2_jax.errors import UserError
 
 MAX_EOS_IDS = 8  # the device compares each new token with a fixed number of ids
-# What transformers uses for a checkpoint that says do_sample and leaves these out.
-_TRANSFORMERS = {"temperature": 1.0, "top_k": 50}
+MAX_INT = 2**31 - 1  # of the device's integers: token ids, and limits, where a larger one is the same as this
+MAX_FLOAT = 3e38  # of the device's float32
+NOT_FINITE = "not_finite"  # the finish_reason of a row whose next token has no finite log-probability
 
 
 class SamplingKwargs(TypedDict, total=False):
@@ -43,14 +46,48 @@ def _setting(default: Any, allowed: str, valid: Callable[[Any], bool], help: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Constraints:
+    """What else a generation_config.json asks of an answer, as transformers defines it; from the checkpoint only.
+
+    min_new_tokens: an answer does not end before it has so many; min_length: the same with the prompt's counted.
+    max_length: most tokens of prompt and answer together; 0 is no limit. no_repeat_ngram_size: no so many tokens in a
+    row occur twice in prompt and answer; 0 is off. suppress_tokens: ids that are never sampled. begin_suppress_tokens:
+    ids that an answer does not begin with. bad_words: sequences of ids that an answer does not complete.
+    forced_eos_ids: the last of max_new_tokens tokens is one of these.
+    """
+
+    min_new_tokens: int = 0
+    min_length: int = 0
+    max_length: int = 0
+    no_repeat_ngram_size: int = 0
+    suppress_tokens: tuple[int, ...] = ()
+    begin_suppress_tokens: tuple[int, ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    forced_eos_ids: tuple[int, ...] = ()
+
+    @property
+    def on_logits(self) -> bool:
+        """Whether sampling has to heed any of them; max_length is part of a checked request's max_new_tokens."""
+        return dataclasses.replace(self, max_length=0) != NO_CONSTRAINTS
+
+    @property
+    def on_history(self) -> bool:
+        """Whether the tokens of the prompt and the answer so far are needed for it."""
+        return self.no_repeat_ngram_size > 0 or any(len(word) > 1 for word in self.bad_words)
+
+
+NO_CONSTRAINTS = Constraints()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """The sampling parameters of one request, complete and valid.
 
     max_new_tokens: at least 1. temperature: 0 is greedy. top_p in (0, 1], top_k (0 is off), min_p in [0, 1],
-    repetition_penalty above 0 (over prompt and answer): as transformers defines them. seed: 0 to 2^32 - 1; the same
-    seed gives the same tokens whatever else is in the batch. stop: texts that end the answer and are not part of it.
+    repetition_penalty above 0 (over prompt and answer): as transformers defines them. seed: 0 to 2^32 - 1; the noise of
+    the n-th token depends on it and n alone. stop: texts that end the answer and are not part of it.
     ignore_eos: do not end at an end-of-sequence token. eos_ids: tokens that end the answer and are its last token;
-    at most MAX_EOS_IDS, and from the checkpoint only.
+    at most MAX_EOS_IDS. eos_ids and constraints come from the checkpoint only.
 
     Raises UserError that names the parameter, its value and what is allowed.
     """
@@ -80,8 +117,8 @@ class SamplingParams:
     )
     repetition_penalty: float = _setting(
         1.0,
-        "above 0 (1 is off)",
-        lambda x: x > 0,
+        "from 0.000001 to 1000000 (1 is off)",
+        lambda x: 1e-6 <= x <= 1e6,
         "above 1: tokens of the prompt and the answer become less likely",
         "X",
     )
@@ -97,45 +134,18 @@ class SamplingParams:
     )
     ignore_eos: bool = _setting(False, "true or false", lambda x: True, "do not end at an end-of-sequence token")
     eos_ids: tuple[int, ...] = ()
+    constraints: Constraints = NO_CONSTRAINTS
 
     def __post_init__(self):
         for name in SETTABLE:
             object.__setattr__(self, name, checked(name, getattr(self, name)))
-        object.__setattr__(self, "eos_ids", tuple(self.eos_ids))
+        object.__setattr__(self, "eos_ids", tuple(dict.fromkeys(self.eos_ids)))
         if len(self.eos_ids) > MAX_EOS_IDS:
             raise UserError(f"{len(self.eos_ids)} end-of-sequence ids; at most {MAX_EOS_IDS} are supported")
 
-    @classmethod
-    def resolve(
-        cls,
-        given: Mapping[str, Any],
-        generation_config: Mapping[str, Any],
-        eos_ids: Sequence[int] = (),
-        turn_end: int | None = None,
-    ) -> Self:
-        """The parameters of a request; what was not given (absent or None) is filled in as in transformers.
 
-        generation_config: the checkpoint's file. Where its do_sample is false or absent, a request without a
-        temperature is greedy. eos_ids: of config.json, used where generation_config names none. turn_end: one more
-        id that ends the answer, of a chat template.
-        """
-        if unknown := given.keys() - SETTABLE.keys():
-            raise UserError(f"unknown setting {', '.join(sorted(unknown))}; choose from {', '.join(SETTABLE)}")
-        samples = bool(generation_config.get("do_sample"))
-        stored = {name: generation_config.get(name) for name in _STORED}
-        if samples:
-            stored |= {name: value for name, value in _TRANSFORMERS.items() if stored[name] is None}
-        else:
-            del stored["temperature"]
-        values = {name: value for source in (stored, given) for name, value in source.items() if value is not None}
-        ends = stored_eos_ids(generation_config, eos_ids)
-        if turn_end is not None and turn_end not in ends:
-            ends = (*ends, turn_end)
-        return cls(**values, eos_ids=ends)
-
-
-_STORED = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-SETTABLE = {field.name: field for field in dataclasses.fields(SamplingParams) if field.metadata}  # all but eos_ids
+# What callers may set: all but eos_ids and constraints.
+SETTABLE = {field.name: field for field in dataclasses.fields(SamplingParams) if field.metadata}
 
 
 def checked(name: str, value: Any) -> Any:
@@ -154,15 +164,17 @@ def checked(name: str, value: Any) -> Any:
     elif kind is not bool and isinstance(value, numbers.Real) and not isinstance(value, bool):
         with contextlib.suppress(OverflowError, ValueError):  # infinite, not a number, or beyond the largest float
             converted = kind(value) if kind(value) == value else value
-    finite = not isinstance(converted, float) or math.isfinite(converted)
+    finite = not isinstance(converted, float) or (math.isfinite(converted) and abs(converted) <= MAX_FLOAT)
     if type(converted) is kind and finite and field.metadata["valid"](converted):
         return converted
-    raise UserError(f"{name}={value!r}; it must be {field.metadata['allowed']}")
+    raise UserError(f"{name}={validate.short(value)}; it must be {field.metadata['allowed']}")
 
 
-def stored_eos_ids(generation_config: Mapping[str, Any], eos_ids: Sequence[int]) -> tuple[int, ...]:
-    """The end-of-sequence ids of generation_config.json, or where it names none those of config.json, `eos_ids`."""
-    stored = generation_config.get("eos_token_id")
-    if stored is None:
-        return tuple(eos_ids)
-    return (stored,) if isinstance(stored, int) else tuple(stored)
+def finish_reason(params: SamplingParams, tokens: Sequence[int]) -> str:
+    """Why a row of a checked request ended by itself.
+
+    "stop": at an end-of-sequence id. "length": at max_new_tokens. NOT_FINITE: nothing else ends a row before that.
+    """
+    if bool(tokens) and not params.ignore_eos and tokens[-1] in params.eos_ids:
+        return "stop"
+    return "length" if len(tokens) >= params.max_new_tokens else NOT_FINITE
