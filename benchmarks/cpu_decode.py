@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Speed of one prompt on this machine's CPU: ours beside transformers + torch, same weights, same run.
+"""Speed of one prompt on this machine's CPU: qwen2-jax and transformers + torch, same weights, same run.
 
     python benchmarks/cpu_decode.py --folder FOLDER --torch-python PYTHON_WITH_TORCH [--record]
 
 Makes a checkpoint with random weights once (Qwen2-0.5B's shape, bfloat16, seeded), then starts one process per
-contender. They take turns, round by round, so that whatever else the machine does meets all of them alike. Each turn
-answers one prompt twice, greedily, end tokens ignored, with 1 and with 1 + NEW tokens: the first is the prefill, the
-difference the decoding. PATH/TO/PYTHON is any Python with torch and transformers; without it only ours is measured.
+implementation. Each round runs all of them one after the other, so that other load on the machine affects all alike. A
+measurement completes one prompt twice, greedily and ignoring end tokens, with 1 and with 1 + NEW tokens: the first time
+is the prefill, the difference is decoding. PYTHON_WITH_TORCH is any Python with torch and transformers; without it only
+qwen2-jax is measured.
 """
 
 import argparse
@@ -186,7 +187,7 @@ class Contender:
 
 
 def cpu_model() -> str:
-    """The processor's name, as the operating system tells it."""
+    """The processor's name, from the operating system."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if "model name" in line]
@@ -233,7 +234,7 @@ def main() -> None:
     parser.add_argument("--torch", default="bfloat16", help="dtypes of the transformers rows (default: %(default)s)")
     parser.add_argument("--prompt", type=int, default=512, help="tokens in the prompt (default: %(default)s)")
     parser.add_argument("--new", type=int, default=64, help="tokens decoded after the first (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="measured turns of each contender (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="measured rounds (default: %(default)s)")
     parser.add_argument("--tiny", action="store_true", help="a toy shape: checks the benchmark, measures nothing")
     parser.add_argument("--record", action="store_true", help="append the table to benchmarks/RESULTS.md")
     parser.add_argument("--worker", choices=("ours", "torch"), help=argparse.SUPPRESS)

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kills one of the processes of a training run again and again, and compares the run with one that nobody disturbed.
+"""Kills one process of a training run again and again, and compares the run with an uninterrupted one.
 
     python benchmarks/kill_host.py --work FOLDER [--kills 10] [--command "python train.py configs/speedrun/kill.py"]
 
-kill_test.py's test for a run of several processes, here on one machine. They take turns to be killed with SIGKILL, also
-process 0, in which the coordinator runs: in steps, in saves and in starts. The others must end by themselves within the
-bound, with exit code 75 and a message that names the killed one; then the same commands continue from the newest
-complete checkpoint, until they are killed again, and the last start runs to its end. Every line of metrics must have
-the undisturbed run's loss to the last bit, and the result its weights. FOLDER/kill_host.log gets what is printed. Exit
-code 0: all of that held.
+The test of kill_test.py for a run of several processes, on one machine. Each process in turn is killed with SIGKILL,
+also process 0, in which the coordinator runs: during steps, saves and starts. The others must exit by themselves within
+the bound, with exit code 75 and a message that names the killed process; then the same commands continue from the
+newest complete checkpoint, until the next kill, and the last start runs to its end. Every line of metrics must have the
+loss of the uninterrupted run to the last bit, and the result must have its weights. The output is also written to
+FOLDER/kill_host.log. Exit code 0: all of this held.
 """
 
 import os
@@ -25,7 +25,7 @@ import kill_test
 
 LOST = 75  # qwen2_jax.parallel.hosts.LOST
 CONNECTED = " connected at "  # printed by process 0 when all processes are running
-NAMES = "process {} on "  # what the others' message says of the killed one
+NAMES = "process {} on "  # in the others' message about the killed process
 
 
 class Trainees(kill_test.Trainee):
@@ -34,7 +34,7 @@ class Trainees(kill_test.Trainee):
     def __init__(self, command: list[str], folder: Path, *, processes: int, timeout: int, bound: float):
         super().__init__(command, folder)
         self.count, self.timeout, self.bound = processes, timeout, bound
-        self.victim, self.told = 0, ""  # whom to kill next, and how the last kill went
+        self.victim, self.told = 0, ""  # process to kill next, and how the last kill went
 
     def start(self) -> None:
         with socket.socket() as free:
@@ -58,7 +58,7 @@ class Trainees(kill_test.Trainee):
                 sys.exit(f"the command failed with exit code {code}; the end of {path}:\n{tail}")
 
     def stop(self, aim: str) -> kill_test.Start:
-        """Kills one process; the others must end by themselves. `told` says how they did, empty if they did not."""
+        """Kills one process; the others must exit by themselves. `told` says how they did, empty if they did not."""
         victim = self.processes[self.victim]
         killed = all(process.poll() is None for process in self.processes)
         if killed:
@@ -94,7 +94,7 @@ def disturb(trainee: Trainees, aim: str, rng: random.Random, starting: float, st
     """Starts the command and kills one process. starting: seconds to its first step; stepping: of steps to allow."""
     if aim != "starting":
         return kill_test.disturb(trainee, aim, rng, starting, stepping)
-    trainee.start()  # before they have met, the others wait for the killed one to come, and longer than the bound
+    trainee.start()  # before they are connected, the others wait for the killed process, and longer than the bound
     trainee.wait_until(lambda: CONNECTED in trainee.outputs[0].read_text("utf-8", "replace"), "all processes")
     time.sleep(rng.uniform(0.0, 0.5 * starting))
     return trainee.stop(aim)

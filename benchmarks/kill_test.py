@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kills a training run at random moments until it is done, and compares it with a run that nobody disturbed.
+"""Kills a training run at random moments until it is done, and compares it with an uninterrupted run.
 
     python benchmarks/kill_test.py --work FOLDER [--kills 20] [--command "python train.py configs/speedrun/kill.py"]
 
 Runs COMMAND --out FOLDER/whole once to its end. Then runs COMMAND --out FOLDER/killed, sends it SIGKILL (which no
-program can catch), and starts the same command again, until it was killed so often; the last start runs to its end.
-Kills take turns: while a checkpoint is being written; some steps after the start; while it starts, compiles or
-restores. The last one comes while the result is being written.
+program can catch), and starts the same command again, --kills times; the last start runs to its end. Kills alternate
+between three moments: while a checkpoint is being written; some steps after the start; while it starts, compiles or
+restores. The last kill comes while the result is being written.
 
 The command writes a line {"step": n, "loss": x, "batch": digest of its tokens, ...} per step to metrics.jsonl in its
 folder, from step 1 on, and when it is continued the lines after its checkpoint anew. A kill is survived if the next
 start continues from the newest checkpoint that was complete, and every line that it writes, however it ends, equals the
-undisturbed run's: the same loss to the last bit, and the same tokens, so none is seen twice or skipped. The weights
-of the result are the undisturbed run's, too. FOLDER/kill_test.log gets what is printed. Exit code 0: all were survived,
-and of many kills some did leave half a checkpoint.
+uninterrupted run's: the same loss to the last bit, and the same tokens, so none is seen twice or skipped. The result
+has the uninterrupted run's weights, too. The output is also written to FOLDER/kill_test.log. Exit code 0: all kills
+were survived, and, of at least MANY, some left a half-written checkpoint.
 """
 
 import argparse
@@ -31,8 +31,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS, LAST = ("saving", "stepping", "starting"), "exporting"
-PATIENCE = 600  # seconds for what should come
-MANY = 20  # kills from which on one that left no half checkpoint at all did not test what it is for
+PATIENCE = 600  # seconds to wait for an event
+MANY = 20  # at least this many kills must have left a half-written checkpoint, or the test proves nothing
 
 
 @dataclasses.dataclass
@@ -95,7 +95,7 @@ class Trainee:
         return [line for line in lines if "loss" in line]
 
     def stepping(self, before: list[dict]) -> bool:
-        """Whether a line was written since there were those: a removal of lines after the checkpoint is none."""
+        """Whether a line was written since these were read; removing lines after the checkpoint does not count."""
         path = self.folder / "metrics.jsonl"
         now = path.stat().st_mtime_ns if path.exists() else 0
         changed, self.looked_at = now != self.looked_at, now
@@ -122,7 +122,7 @@ def batch(line: dict) -> object:
 
 
 def differences(lines: list[dict], whole: list[dict]) -> str:
-    """Empty if these are the lines of the first steps of the undisturbed run, with its losses and batches."""
+    """Empty if these are the lines of the first steps of the uninterrupted run, with its losses and batches."""
     for n, line in enumerate(lines):
         if n == len(whole) or line["step"] != whole[n]["step"]:
             return f"line {n + 1} is about step {line['step']}"

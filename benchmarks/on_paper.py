@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the plans' formulas say of machines and lengths that nobody compiles: the last two tables of docs/scaling.md.
+"""The plans' formulas for machines and lengths too large to compile: the last two tables of docs/scaling.md.
 
     python benchmarks/on_paper.py
 
-No step is compiled. The compilers of TPU and GPU must be installed: they say how the devices of a machine are joined.
+No step is compiled. The compilers of TPU and GPU must be installed: they report how the devices of a machine are
+connected.
 """
 
 import dataclasses
@@ -30,7 +31,7 @@ SLICES = (1, 2, 4, 8, 16, 32, 64)
 CONTEXTS = (4096, 16_384, 65_536, 262_144, 1_048_576)
 TOKENS = 2**22  # of a training step
 CHUNK = 2048  # of a prefill
-PER = 1e6  # tokens that device seconds are of
+PER = 1e6  # device seconds are given for this many tokens
 
 
 def weak_scaling(name: str = "pretrain_72b", slice_: str = "v5p-256") -> Iterator[str]:

@@ -3,8 +3,8 @@
 
     python benchmarks/rollouts.py --record
 
-Both draw the same tokens from the same prompts, seeds and limits with the same weights, taking turns, and that they do
-is asserted. A batch lasts as long as its longest completion; limits are spread like an exponential, as lengths are.
+Both sample the same tokens from the same prompts, seeds, limits and weights, which is asserted; measurements alternate.
+A batch lasts as long as its longest completion; limits are spread like an exponential, as lengths are.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8, help="completions at a time (default: %(default)s)")
     parser.add_argument("--prompts", type=int, default=64, help="in all (default: %(default)s)")
     parser.add_argument("--mean", type=int, default=64, help="mean tokens of a completion (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="measured turns of each (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of each (default: %(default)s)")
     parser.add_argument("--record", action="store_true", help="append the table to benchmarks/RESULTS.md")
     args = parser.parse_args()
 
@@ -68,7 +68,7 @@ def main() -> None:
             tokens, stats = answer(requests)
             seconds = time.perf_counter() - start
             found.append(tokens)
-            if number:  # the first turn compiles
+            if number:  # the first measurement compiles
                 rates[name].append(sum(map(len, tokens)) / seconds)
             idle = f", {stats.idle:.0%} of row-steps idle" if stats else ""
             print(f"turn {number}: {name}: {sum(map(len, tokens)) / seconds:.0f} tokens/s{idle}", flush=True)
@@ -78,7 +78,7 @@ def main() -> None:
     ratio = statistics.median(a / b for a, b in zip(*rates.values(), strict=True))
     lines = ["| rows | tokens/s |", "|---|---|"]
     lines += [f"| {n} | {statistics.median(r):.0f} ({min(r):.0f}-{max(r):.0f}) |" for n, r in rates.items()]
-    note = f"Refilled / batch after batch: {ratio:.2f} (median of the turns' ratios). The demo model, float32, "
+    note = f"Refilled / batch after batch: {ratio:.2f} (median of the ratios). The demo model, float32, "
     note += f"{args.rows} rows, {args.prompts}\nprompts of 16 to 64 tokens, limits exponential with mean {args.mean}; "
     note += f"median (slowest-fastest) of {args.rounds} turns.\n"
     note += f"{cpu_model()}, {os.cpu_count()} logical cores; jax {jax.__version__}."

@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Speed and memory of one training step on this machine's CPU: ours, transformers + torch, and Tunix.
+"""Speed and memory of one training step on this machine's CPU: qwen2-jax, transformers + torch, and Tunix.
 
     python benchmarks/train_step.py --torch-python PYTHON --tunix-python PYTHON [--record]
     python benchmarks/train_step.py --compile-time     # seconds to compile the step of 2, 8, 24 and 80 tiny layers
 
 Four layers of Qwen2-0.5B's width with its whole vocabulary, random weights, float32, AdamW with clipping, 2 x 512
-tokens. Every turn is a process of its own, one at a time: it makes the model, compiles, runs one step to warm up, then
-a few that count. Turns go round (A B C A B C), so that whatever else the machine does meets all alike; quote ratios.
+tokens. Every measurement is a process of its own, one at a time: it makes the model, compiles, runs one step to warm
+up, then the timed ones. Implementations alternate (A B C A B C), so that other load on the machine affects all alike;
+quote ratios.
 
-PYTHON is any Python with torch and transformers, or one with google-tunix; a rival without its Python is left out.
-"Products alone" are the matrix products of the step and nothing else, in the same library: the arithmetic limit. Memory
-is the peak of the resident set while stepping, less what it was after the imports.
+PYTHON is any Python with torch and transformers, or one with google-tunix; an implementation without its Python is
+skipped. "Products alone" are the matrix products of the step and nothing else, in the same library: the arithmetic
+limit. Memory is the peak of the resident set while stepping, less what it was after the imports.
 """
 
 import argparse
@@ -40,7 +41,7 @@ ENGINES = {
 
 
 def fields(shape: dict) -> dict:
-    """The model in the words of config.json."""
+    """The model as a config.json."""
     return {
         "vocab_size": shape["vocab_size"],
         "hidden_size": shape["hidden_size"],
@@ -226,7 +227,7 @@ def resident(field: str) -> float:
 
 
 def work(args: argparse.Namespace) -> None:
-    """One turn of one contender; prints one line of JSON."""
+    """One measurement of one implementation; prints one line of JSON."""
     out = os.fdopen(os.dup(1), "w")  # libraries print to stdout; the result has a channel of its own
     os.dup2(2, 1)
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -330,7 +331,7 @@ def table(rows: list[dict], notes: list[str], args: argparse.Namespace) -> str:
 
 
 def cpu_model() -> str:
-    """The processor's name, as the operating system tells it."""
+    """The processor's name, from the operating system."""
     info = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
     return names[0] if names else platform.processor() or platform.machine()
@@ -360,8 +361,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--torch-python", help="a Python with torch and transformers")
     parser.add_argument("--tunix-python", help="a Python with google-tunix")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each contender (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=3, help="measured steps of a turn (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of each (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=3, help="steps per measurement (default: %(default)s)")
     parser.add_argument("--accumulate", type=int, default=1, help="ours: micro-batches of a step (default: 1)")
     parser.add_argument("--remat", help="ours: name of a rematerialisation policy (default: none)")
     parser.add_argument("--compile-time", action="store_true", help="measure compilation by depth instead")

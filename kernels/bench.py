@@ -114,7 +114,7 @@ class Running(NamedTuple):
 
 
 def measure(op: Operation, shape: Shape, dtype, passes, wanted, repeat: int, chip: Chip | None):
-    """(rows, {name: why it did not run}, {name: how it failed}) of one shape. Everything that runs takes turns."""
+    """(rows, {name: why it did not run}, {name: how it failed}) of one shape. Measurements alternate."""
     ours = [name for table in op.tables() for name in table]
     makers: dict[str, Callable[[], Contender]] = op.rivals(ours, shape, dtype)
     makers = {name: functools.partial(op.contender, name, shape, dtype) for name in ours} | makers
@@ -214,7 +214,7 @@ def counted(operation: str, shape: Shape, dtype, passes, wanted, chip: Chip) -> 
 
 
 def processor() -> str:
-    """The CPU's name, as the operating system tells it."""
+    """The CPU's name, from the operating system."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if "model name" in line]
@@ -303,7 +303,7 @@ def timed_report(operation: str, name: str, shape: Shape, args, here: dict[str, 
     passes = args.passes if op.trained else ["forward"]
     rows, refused, failed = measure(op, shape, dtype, passes, args.implementation, args.repeat, chip)
     tried = [x for x in op.tables()[0] if x not in refused and x not in failed]
-    note = f"{here['device']}; {here['versions']}; {here['date']}. {args.repeat} samples each, taking turns."
+    note = f"{here['device']}; {here['versions']}; {here['date']}. {args.repeat} samples each, alternating."
     if chip is None:
         note += " No roofline: this device is not in the table of peaks."
     elif dtype != jnp.bfloat16:

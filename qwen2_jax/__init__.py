@@ -7,6 +7,14 @@
 Names are imported when they are first used, so `import qwen2_jax` alone imports nothing.
 """
 
+import sys
+
+if sys.version_info < (3, 12):  # noqa: UP036  here, before anything that an older Python cannot even read
+    raise SystemExit(
+        "error: qwen2-jax needs Python 3.12 or newer, and %s is Python %d.%d.%d: "  # noqa: UP031
+        "install a newer one and start it by its name, such as python3.13" % ((sys.executable,) + sys.version_info[:3])  # noqa: RUF005
+    )
+
 from typing import TYPE_CHECKING
 
 from qwen2_jax.lazy_exports import lazy_exports

@@ -271,6 +271,21 @@ def test_one_version_number_and_one_python():
     assert PYPROJECT["project"]["requires-python"] == ">=3.12"
 
 
+@pytest.mark.parametrize("command", [["infer.py", "Once upon"], ["train.py", "--help"], ["-m", "qwen2_jax.checkpoint"]])
+def test_an_older_python_gets_one_sentence(command):
+    """From qwen2_jax/__init__.py, which everything imports first; what is read before it parses under Python 3.6."""
+    for name in ("qwen2_jax/__init__.py", "infer.py", "train.py"):
+        ast.parse((ROOT / name).read_text(encoding="utf-8"), name, feature_version=(3, 6))
+    older = "import sys, runpy; sys.version_info = (3, 11, 7, 'final', 0); sys.argv = sys.argv[1:]; "
+    run = "runpy.run_module(sys.argv[1])" if command[0] == "-m" else "runpy.run_path(sys.argv[0])"
+    run = subprocess.run(
+        [sys.executable, "-c", older + run, *command], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 1
+    assert run.stderr.startswith("error: qwen2-jax needs Python 3.12 or newer, and ")
+    assert " is Python 3.11.7: install a newer one" in run.stderr and run.stderr.count("\n") == 1
+
+
 def test_the_map_in_the_documentation_is_this_one():
     text = (ROOT / "docs/architecture.md").read_text()
     rows = [line.split("  ")[0].split(", ") for line in text.split("```text\n", 1)[1].split("```", 1)[0].splitlines()]

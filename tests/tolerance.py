@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How close is close enough: as close as plain code in the same dtype, by a factor. Never a number tuned to pass."""
 
+import jax
 import numpy as np
 
 BFLOAT16 = 2.0**-8  # a floor: what rounding a result once to bfloat16 may cost
@@ -23,3 +24,10 @@ def assert_no_worse(got, naive, exact, *, factor=2.0, floor=1e-5):
     allowed = factor * allowed + floor * max(1.0, np.abs(exact[finite]).max())
     assert error <= allowed, f"error {error:.2e}, allowed {allowed:.2e}"
     return float(error / allowed)
+
+
+def in_float64(function, *args):
+    """The exact results for `assert_no_worse`: function(*args) in float64, every float32 array of `args` widened."""
+    with jax.enable_x64(True):
+        widen = lambda x: np.asarray(x, np.float64) if np.asarray(x).dtype == np.float32 else np.asarray(x)
+        return jax.tree.map(np.asarray, jax.jit(function)(*jax.tree.map(widen, args)))

@@ -5,7 +5,7 @@
 
 A case returns its numbers. What it raises is its status: AssertionError "wrong", NotImplementedError "refused" (the
 implementation says that it does not take this), Skipped or a missing package "skipped", anything else "failed". After
-an error of the device the process ends, because the next case would meet the same broken device: __main__.py starts
+an error of the device the process ends, because the next case would get the same broken device: __main__.py starts
 another for the rest.
 """
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Matrix products of a mixture of experts: rows sorted by expert, each group times its own expert's matrix.
 
-order = sort_by_expert(experts_TK, num_experts)
+order = sort_by_expert(experts_Tk, num_experts)
 x_MD = permute(x_TD, order)
 h_MF = grouped_swiglu(x_MD, gate_EFD, up_EFD, order.group_sizes_E)
 y_MD = grouped_matmul(h_MF, down_EDF, order.group_sizes_E, transpose_w=True)
-y_TD = unpermute(y_MD, weights_TK, order)
+y_TD = unpermute(y_MD, weights_Tk, order)
 """
 
 import jax.numpy as jnp

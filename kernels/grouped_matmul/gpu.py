@@ -2,7 +2,8 @@
 """Grouped matrix products for Hopper GPUs (Pallas, Mosaic GPU).
 
 Two kernels make everything. In both the chip's multiprocessors run one program each, and a program walks its share of
-the tiles of the result. It has three warpgroups with two roles, which meet only at barriers in shared memory (SMEM):
+the tiles of the result. It has three warpgroups with two roles, which synchronise only through barriers in shared
+memory (SMEM):
 
     producer        for each tile, for each step of the contraction: when a stage of the ring is empty, have the copy
                     engine (TMA) fill it with a block of either operand

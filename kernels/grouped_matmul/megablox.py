@@ -121,7 +121,7 @@ def _fill(x, tile):
 
 
 def _tiling(backend, contraction, columns):
-    """Rows, and the widest tiles that leave no rest: what is left over is multiplied as if it were a whole tile."""
+    """Rows, and the widest tiles that divide the width: a remainder would be multiplied as if it were a whole tile."""
     rows, *limits = backend.tiles
     return rows, *(
         next((w for w in range(limit // 128 * 128, 0, -128) if width % w == 0), min(limit, width))

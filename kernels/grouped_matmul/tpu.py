@@ -4,7 +4,8 @@
 Two kernels make everything. Both walk a list of visits (tiles.py), a visit being a tile of rows and an expert that has
 rows in it, so the grid is as long as the groups make it and is known only when the kernel starts.
 
-* `_product_kernel` makes x w: forward, and the gradient of x with w the other way round. The rows of a visit meet the
+* `_product_kernel` makes x w: forward, and the gradient of x with w transposed. The rows of a visit are multiplied by
+the
   expert's matrix over the whole width D in one product, so nothing is accumulated between steps. What does not fit in
   fast memory is cut along F, the outer loop:
 
@@ -166,7 +167,7 @@ def _product_kernel(
     panel, run = core * per_core + i, run_Z[v]
     first_of_tile = (v == 0) | (tile_Z[jnp.maximum(v - 1, 0)] != tile_Z[v])
     first_of_run = (v == 0) | (run_Z[jnp.maximum(v - 1, 0)] != run)
-    # All panels this core will meet, in order: i * runs + run. Even ones go to buffer 0, odd ones to buffer 1.
+    # All panels that this core uses, in order: i * runs + run. Even ones go to buffer 0, odd ones to buffer 1.
     turn = i * runs[0] + run
     slot = turn % 2
 

@@ -21,7 +21,7 @@ from jax import lax
 from .gradients import Scaled, with_gradients
 
 TILE = 256  # rows of one product of the loop, at most
-LEFTOVER = 64  # the same for what is left after a batched product
+LEFTOVER = 64  # the same for the rows that remain after a batched product
 PANEL = 2**17  # numbers of an expert's matrix taken at a time where a product has few rows
 LAID_OUT = 2**27  # numbers in the arrays around a batched product, at most: half a GiB in float32
 

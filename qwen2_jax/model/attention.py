@@ -20,10 +20,10 @@ from qwen2_jax.weights.weight import matmul
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """Where the tokens of one call stand: computed once, used by every layer.
+    """Positions, segments and rotary angles of one call's tokens: computed once, used by every layer.
 
     positions_BT: int32, position in the row; negative is padding. segments_BT: documents packed in one row, or None.
-    angles: their rotations. chunk_len_B, scale_B: see Rope; scale_B already holds 1 / sqrt(H).
+    angles: their rotary angles. chunk_len_B, scale_B: see Rope; scale_B includes 1 / sqrt(H).
     """
 
     positions_BT: jax.Array
@@ -35,6 +35,7 @@ class Tokens:
 
     @classmethod
     def locate(cls, rope: Rope, positions_BT, segments_BT, context_B, head_dim: int, implementation=None) -> "Tokens":
+        """From the arguments of Qwen2.__call__; context_B None: the largest position of each row + 1."""
         if context_B is None:
             context_B = positions_BT.max(axis=1) + 1
         scale_B = jnp.broadcast_to(rope.logit_scale(context_B) * head_dim**-0.5, positions_BT.shape[:1])

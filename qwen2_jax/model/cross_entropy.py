@@ -3,8 +3,8 @@
 
 The output head is the largest product of a small model, and its logits the largest array of any: 8,192 positions of a
 vocabulary of 151,936 are 5 GB in float32, several times over in the backward pass. Here a chunk of positions goes
-through the head at a time. The positions of a row are cut, never the batch: on a mesh (sharding.on) each device takes
-the tokens it has, with the whole head, and the head's gradient is summed over devices once, not chunk by chunk.
+through the head at a time. The positions of a row are cut, never the batch: on a mesh (sharding.on) each device
+computes its own tokens with the whole head, and the head's gradient is summed over devices once, not once per chunk.
 """
 
 import functools
@@ -19,9 +19,9 @@ from jax.sharding import PartitionSpec
 from qwen2_jax.parallel import sharding
 from qwen2_jax.weights.weight import Weight, matmul
 
-# B batch  T query  D model  V vocabulary  n chunks  C positions of one chunk
+# B batch  T query  D model  V vocabulary  n chunk  c position of a chunk
 
-CHUNK = 768  # rows (batch times positions) of logits at a time on a device: 0.5 GB of float32 for 152k words
+CHUNK = 768  # rows (batch times positions) of logits at a time on a device: 0.5 GB of float32 for a vocabulary of 152k
 
 
 def token_logprobs(
@@ -35,12 +35,12 @@ def token_logprobs(
 
     def own(axes, hidden_BTD, head_VD, targets_BT):
         @jax.checkpoint
-        def one(hidden_BCD, targets_BC):
-            logits_BCV = matmul(hidden_BCD, head_VD, dtype=jnp.float32) / temperature
-            return _picked(logits_BCV, targets_BC) - jax.nn.logsumexp(logits_BCV, axis=-1)
+        def one(hidden_BcD, targets_Bc):
+            logits_BcV = matmul(hidden_BcD, head_VD, dtype=jnp.float32) / temperature
+            return _picked(logits_BcV, targets_Bc) - jax.nn.logsumexp(logits_BcV, axis=-1)
 
-        logprobs_nBC = jax.lax.map(lambda args: one(*args), _cut((hidden_BTD, targets_BT), chunk))
-        return _whole(logprobs_nBC, targets_BT.shape[1])
+        logprobs_nBc = jax.lax.map(lambda args: one(*args), _cut((hidden_BTD, targets_BT), chunk))
+        return _whole(logprobs_nBc, targets_BT.shape[1])
 
     return _on_own_tokens(own, hidden_BTD, head_VD, targets_BT, per_token=True)
 
@@ -48,7 +48,7 @@ def token_logprobs(
 class TokenSums(NamedTuple):
     """Sums over targets, float32 scalars, each target counting as often as its weight says.
 
-    loss is differentiable; the others are for looking at. Sums of shards and micro-batches add up to the sums of the
+    loss is differentiable; the others are metrics. Sums of shards and micro-batches add up to the sums of the
     whole; divide by `weight` only after everything has been added.
     """
 
@@ -70,7 +70,7 @@ def cross_entropy(
     """Sum over targets of weight * (-log p(target | hidden) + z_loss * lse^2), with lse = log sum exp of the logits.
 
     z_loss keeps the logits from drifting (Chowdhery et al. 2022, arXiv:2204.02311, sec. 5, with 1e-4). Positions of
-    weight 0 may hold anything, also what is not finite.
+    weight 0 may hold any values, also infinite or not-a-number.
 
     Under differentiation the forward pass makes the gradients too, chunk by chunk, and the backward pass only scales
     them: a sum's gradient does not depend on what comes later, so the logits need not be computed twice (three products
@@ -85,9 +85,9 @@ def cross_entropy(
 
 
 def _on_own_tokens(run: Callable, hidden_BTD, head_VD: Weight, *of_BT, per_token: bool):
-    """run(axes, hidden_BTD, head_VD, *of_BT), on a mesh with each device's share of the tokens.
+    """run(axes, hidden_BTD, head_VD, *of_BT), on a mesh with each device's tokens.
 
-    axes: those that the tokens are split over, () where they are not. Other axes stay XLA's: the head may be split over
+    axes: mesh axes that the tokens are sharded over, () for none. XLA handles the others: the head may be sharded over
     its vocabulary. per_token: the result is [B, T], else it must be the same on all devices.
     """
     mesh = sharding.current_mesh()
@@ -110,8 +110,8 @@ def _cross_entropy(options, hidden_BTD, head_VD, targets_BT, weights_BT) -> Toke
     z_loss, chunk = options
 
     def one(sums, inputs):
-        hidden_BCD, targets_BC, weights_BC = inputs
-        more, _ = _tile(_counting(hidden_BCD, weights_BC), targets_BC, weights_BC, head_VD, z_loss)
+        hidden_BcD, targets_Bc, weights_Bc = inputs
+        more, _ = _tile(_counting(hidden_BcD, weights_Bc), targets_Bc, weights_Bc, head_VD, z_loss)
         return jax.tree.map(jnp.add, sums, more), None
 
     return jax.lax.scan(one, _no_sums(), _cut((hidden_BTD, targets_BT, weights_BT), chunk))[0]
@@ -122,17 +122,17 @@ def _forward(options, hidden_BTD, head_VD, targets_BT, weights_BT):
 
     def one(carry, inputs):
         sums, dhead_VD = carry
-        hidden_BCD, targets_BC, weights_BC = inputs
-        hidden_BCD = _counting(hidden_BCD, weights_BC)
-        more, dlogits_BCV = _tile(hidden_BCD, targets_BC, weights_BC, head_VD, z_loss)
-        dlogits_BCV = dlogits_BCV.astype(hidden_BCD.dtype)
-        dhidden_BCD = jnp.einsum("bcv,vd->bcd", dlogits_BCV, head_VD, preferred_element_type=jnp.float32)
-        dhead_VD += jnp.einsum("bcv,bcd->vd", dlogits_BCV, hidden_BCD, preferred_element_type=jnp.float32)
-        return (jax.tree.map(jnp.add, sums, more), dhead_VD), dhidden_BCD.astype(hidden_BCD.dtype)
+        hidden_BcD, targets_Bc, weights_Bc = inputs
+        hidden_BcD = _counting(hidden_BcD, weights_Bc)
+        more, dlogits_BcV = _tile(hidden_BcD, targets_Bc, weights_Bc, head_VD, z_loss)
+        dlogits_BcV = dlogits_BcV.astype(hidden_BcD.dtype)
+        dhidden_BcD = jnp.einsum("bcv,vd->bcd", dlogits_BcV, head_VD, preferred_element_type=jnp.float32)
+        dhead_VD += jnp.einsum("bcv,bcd->vd", dlogits_BcV, hidden_BcD, preferred_element_type=jnp.float32)
+        return (jax.tree.map(jnp.add, sums, more), dhead_VD), dhidden_BcD.astype(hidden_BcD.dtype)
 
     start = _no_sums(), jnp.zeros(head_VD.shape, jnp.float32)
-    (sums, dhead_VD), dhidden_nBCD = jax.lax.scan(one, start, _cut((hidden_BTD, targets_BT, weights_BT), chunk))
-    return sums, (_whole(dhidden_nBCD, targets_BT.shape[1]), dhead_VD, head_VD[:0], targets_BT)
+    (sums, dhead_VD), dhidden_nBcD = jax.lax.scan(one, start, _cut((hidden_BTD, targets_BT, weights_BT), chunk))
+    return sums, (_whole(dhidden_nBcD, targets_BT.shape[1]), dhead_VD, head_VD[:0], targets_BT)
 
 
 def _backward(options, residuals, cotangents):
@@ -145,39 +145,39 @@ def _backward(options, residuals, cotangents):
 _cross_entropy.defvjp(_forward, _backward)
 
 
-def _counting(hidden_BCD, weights_BC):
-    """Zeros where the weight is zero: 0 times what is not finite would reach the sums and the head's gradient."""
-    return jnp.where(weights_BC[..., None] > 0, hidden_BCD, 0)
+def _counting(hidden_BcD, weights_Bc):
+    """Zeros where the weight is zero: 0 times infinity would spoil the sums and the head's gradient."""
+    return jnp.where(weights_Bc[..., None] > 0, hidden_BcD, 0)
 
 
-def _tile(hidden_BCD, targets_BC, weights_BC, head_VD, z_loss):
+def _tile(hidden_BcD, targets_Bc, weights_Bc, head_VD, z_loss):
     """(sums of a chunk, gradient of its loss with respect to its logits)."""
-    logits_BCV = matmul(hidden_BCD, head_VD, dtype=jnp.float32)
-    lse_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
-    picked_BC = _picked(logits_BCV, targets_BC)
-    nll_BC = lse_BC - picked_BC
-    p_BCV = jnp.exp(logits_BCV - lse_BC[..., None])
-    mine_BCV = jnp.arange(logits_BCV.shape[-1]) == targets_BC[..., None]
-    dlogits_BCV = weights_BC[..., None] * (p_BCV * (1 + 2 * z_loss * lse_BC[..., None]) - mine_BCV)
+    logits_BcV = matmul(hidden_BcD, head_VD, dtype=jnp.float32)
+    lse_Bc = jax.nn.logsumexp(logits_BcV, axis=-1)
+    picked_Bc = _picked(logits_BcV, targets_Bc)
+    nll_Bc = lse_Bc - picked_Bc
+    p_BcV = jnp.exp(logits_BcV - lse_Bc[..., None])
+    mine_BcV = jnp.arange(logits_BcV.shape[-1]) == targets_Bc[..., None]
+    dlogits_BcV = weights_Bc[..., None] * (p_BcV * (1 + 2 * z_loss * lse_Bc[..., None]) - mine_BcV)
     sums = TokenSums(
-        loss=jnp.sum(weights_BC * (nll_BC + z_loss * lse_BC**2)),
-        nll=jnp.sum(weights_BC * nll_BC),
-        correct=jnp.sum(weights_BC * (picked_BC >= logits_BCV.max(-1))),
-        weight=jnp.sum(weights_BC),
+        loss=jnp.sum(weights_Bc * (nll_Bc + z_loss * lse_Bc**2)),
+        nll=jnp.sum(weights_Bc * nll_Bc),
+        correct=jnp.sum(weights_Bc * (picked_Bc >= logits_BcV.max(-1))),
+        weight=jnp.sum(weights_Bc),
     )
-    return sums, dlogits_BCV
+    return sums, dlogits_BcV
 
 
 def _no_sums() -> TokenSums:
     return TokenSums(*[jnp.zeros((), jnp.float32)] * len(TokenSums._fields))
 
 
-def _picked(logits_BCV, targets_BC):
-    return jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
+def _picked(logits_BcV, targets_Bc):
+    return jnp.take_along_axis(logits_BcV, targets_Bc[..., None], axis=-1)[..., 0]
 
 
 def _cut(arrays, chunk: int):
-    """[B, T, ...] -> [n, B, C, ...] with B * C at most `chunk` (one position at least), filled up with zeros."""
+    """[B, T, ...] -> [n, B, c, ...] with B * c at most `chunk` (one position at least), filled up with zeros."""
     B, T = arrays[0].shape[:2]
     n = -(-T // max(1, chunk // B))
     C = -(-T // n)
@@ -189,7 +189,7 @@ def _cut(arrays, chunk: int):
     return jax.tree.map(cut, arrays)
 
 
-def _whole(x_nBC, T: int):
-    """[n, B, C, ...] -> [B, T, ...]."""
-    n, B, C = x_nBC.shape[:3]
-    return x_nBC.swapaxes(0, 1).reshape(B, n * C, *x_nBC.shape[3:])[:, :T]
+def _whole(x_nBc, T: int):
+    """[n, B, c, ...] -> [B, T, ...]."""
+    n, B, C = x_nBc.shape[:3]
+    return x_nBc.swapaxes(0, 1).reshape(B, n * C, *x_nBc.shape[3:])[:, :T]

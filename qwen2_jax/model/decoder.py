@@ -22,7 +22,7 @@ from qwen2_jax.model.rope import Rope, plain
 from qwen2_jax.weights.params import Declare, Tree, specs
 from qwen2_jax.weights.weight import Weight, matmul, take
 
-# B batch  T query  D model  V vocabulary  R repeats of a stack  J blocks in its period
+# B batch  T query  D model  V vocabulary  R repeats of a stack  L layers (blocks) of its period
 
 REMAT_POLICIES = {
     "full": None,  # keep nothing but each layer's input
@@ -74,32 +74,32 @@ class Stack(nnx.Module):
         declare = partial(Declare, key, dtype=dtype, std=config.initializer_range)
         self.blocks = nnx.List([Block(config, kind, declare(layers=layers[j])) for j, kind in enumerate(plan.kinds)])
         self.repeats = plan.repeats
-        windows_RJ = tuple(tuple(config.windows[layers[j][r]] for j in range(period)) for r in range(plan.repeats))
-        # None where no layer has a window: less to mask, and some attention kernels take none.
-        self.windows_RJ = windows_RJ if any(w != FULL for row in windows_RJ for w in row) else None
+        windows_RL = tuple(tuple(config.windows[layers[j][r]] for j in range(period)) for r in range(plan.repeats))
+        # None where no layer has a window: fewer masks, and some attention kernels support no window.
+        self.windows_RL = windows_RL if any(w != FULL for row in windows_RL for w in row) else None
 
     def __call__(self, x_BTD, tokens: Tokens, caches: tuple[LayerCache, ...] | None, remat: str | None):
         """Returns (x_BTD, caches, RouterStats summed over the stack or None)."""
 
         def period(carry, step):
             x_BTD, caches, router = carry
-            blocks, window_J, repeat = step
-            window_J = [None] * len(blocks) if window_J is None else window_J
+            blocks, window_L, repeat = step
+            window_L = [None] * len(blocks) if window_L is None else window_L
             caches = list(caches) if caches is not None else [None] * len(blocks)
             for j, block in enumerate(blocks):
-                x_BTD, caches[j], stats = block(x_BTD, tokens, window_J[j], caches[j], repeat)
+                x_BTD, caches[j], stats = block(x_BTD, tokens, window_L[j], caches[j], repeat)
                 router = add_stats(router, stats)
             return (x_BTD, tuple(caches) if caches[0] is not None else None, router), None
 
         if remat is not None:
             period = jax.checkpoint(period, policy=REMAT_POLICIES[remat], prevent_cse=self.repeats == 1)
-        if self.repeats == 1:  # a slice of one is free, a scan of one is not
+        if self.repeats == 1:  # a scan of one repeat costs time, a slice does not
             blocks = jax.tree.map(lambda p: p[0], self.blocks)
-            return period((x_BTD, caches, None), (blocks, self.windows_RJ and self.windows_RJ[0], 0))[0]
+            return period((x_BTD, caches, None), (blocks, self.windows_RL and self.windows_RL[0], 0))[0]
         experts = next((b.moe.router_ED[...].shape[1] for b in self.blocks if b.sparse), None)
         start = (x_BTD, caches, None if experts is None else no_stats(experts))
-        windows_RJ = None if self.windows_RJ is None else jnp.asarray(self.windows_RJ, jnp.int32)
-        steps = (self.blocks, windows_RJ, jnp.arange(self.repeats))
+        windows_RL = None if self.windows_RL is None else jnp.asarray(self.windows_RL, jnp.int32)
+        steps = (self.blocks, windows_RL, jnp.arange(self.repeats))
         return jax.lax.scan(period, start, steps)[0]
 
 
@@ -115,7 +115,8 @@ def add_stats(a: RouterStats | None, b: RouterStats | None) -> RouterStats | Non
 class ScoreHead(nnx.Module):
     """A reward model's head, one number per hidden state x: w x, or Qwen's own w relu(W x + b) + c.
 
-    w begins so small that scores spread by about 0.2 at most, whatever the width: the loss of a pair begins at ln 2.
+    w is initialised so small that the scores' standard deviation is at most about 0.2 at any width: the loss of a pair
+    starts near ln 2.
     """
 
     def __init__(self, config: ModelConfig, declare: Declare):
@@ -152,7 +153,8 @@ jax.tree_util.register_dataclass(Output)
 
 
 class Qwen2(nnx.Module):
-    """Every Qwen2: dense and mixture of experts (Qwen2 report, arXiv:2407.10671, sec. 2), of words or of scores.
+    """Every Qwen2: dense and mixture of experts (Qwen2 report, arXiv:2407.10671, sec. 2), with an LM head or a score
+    head.
 
     unroll=False stacks equal layers and scans them; unroll=True keeps one array per layer, for decoding where a scan
     would copy each layer's slice (CPU).
@@ -187,12 +189,12 @@ class Qwen2(nnx.Module):
 
         rope: None means plain rotary positions from the config.
         positions_BT: default 0..T-1; consecutive within a row (restarting where a new segment does), negative for
-            padding. With a cache they are also the slots that the tokens are written to.
+            padding. With a cache they are also the slots in which keys and values are stored.
         segments_BT: packed documents, tokens see their own segment only; not together with a cache.
-        context_B: tokens that the whole row holds, for Dual Chunk Attention's factor on the logits; default: the
-            largest position given + 1. A prefill in chunks passes the whole prompts' lengths.
+        context_B: int32 [B], tokens in the whole row, for Dual Chunk Attention's factor on the logits; default: the
+            largest position given + 1. A prefill in chunks passes the lengths of the whole prompts.
         remat: name in REMAT_POLICIES, to recompute activations in the backward pass.
-        implementation: names of kernel implementations, see ops; None takes the best that serves.
+        implementation: names of kernel implementations, see ops; None takes the first that supports the inputs.
         """
         if cache is not None and segments_BT is not None:
             raise ValueError("segments_BT and cache cannot be combined: a cache holds one document per row")
@@ -211,7 +213,7 @@ class Qwen2(nnx.Module):
         return Output(hidden_BTD, None if cache is None else Cache(tuple(layers)), router)
 
     def head_weight(self) -> Weight:
-        """The word head [V, D]: the embedding itself when tied."""
+        """The LM head's weight [V, D]: the embedding when tied."""
         check_head(self.config, scores=False)
         return self.embed_VD[...] if self.config.tie_word_embeddings else self.head_VD[...]
 
@@ -226,15 +228,15 @@ class Qwen2(nnx.Module):
 
 
 def check_head(config: ModelConfig, *, scores: bool) -> None:
-    """Raises UserError where a reward model is asked for words, or a model of words for scores."""
+    """Raises UserError where logits are requested from a reward model, or scores from a language model."""
     if config.scores and not scores:
         raise UserError(
-            "this is a reward model: it has a score head and no word head, so it scores answers and writes none; use "
+            "this is a reward model: it has a score head and no LM head, so it scores answers and generates none; use "
             "score, or load the chat model it was made from"
         )
     if scores and not config.scores:
         raise UserError(
-            "this is a model of words, which has no score head; load a reward model (an architecture "
+            "this is a language model, which has no score head; load a reward model (an architecture "
             "ForSequenceClassification or ForRewardModel), or use logprobs"
         )
 
@@ -249,7 +251,7 @@ def declare(config: ModelConfig, *, dtype=jnp.float32, unroll: bool = False) -> 
 
 
 def split(model: Qwen2) -> tuple[nnx.GraphDef, Tree]:
-    """(graphdef, nested dict of arrays) of a model: what jitted functions take."""
+    """(graphdef, nested dict of arrays) of a model: the inputs of jitted functions."""
     graphdef, state = nnx.split(model)
     return graphdef, nnx.to_pure_dict(state)
 

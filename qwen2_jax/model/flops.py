@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model costs, as exact formulas of its config: parameters, bytes of weights and cache, operations per token."""
+"""Exact formulas of a config: parameters, bytes of weights and cache, floating point operations per token."""
 
 from collections.abc import Iterable
 
@@ -14,12 +14,12 @@ def parameters(config: ModelConfig) -> int:
 
 
 def active_parameters(config: ModelConfig) -> int:
-    """Parameters one token meets: the chosen experts only, and both embeddings."""
+    """Parameters that one token uses: the chosen experts only, and both embeddings."""
     return _count(config, config.num_experts_per_tok)
 
 
 def embedding_parameters(config: ModelConfig) -> int:
-    """Parameters of the token embedding and, where there is one and it is not tied, the word head."""
+    """Parameters of the token embedding and, where there is one that is not tied, the LM head."""
     return config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings or config.scores else 2)
 
 
@@ -41,9 +41,9 @@ def train_flops(config: ModelConfig, lengths: Iterable[int], *, frozen: bool = F
     """Floating point operations that a training step over documents of these lengths needs, packed or not.
 
     The backward pass takes twice the forward pass: one product for the gradient of each operand. frozen: the matrices
-    are not trained (adapters are), which spares the half that would be their gradient. Counted is what the mathematics
-    needs, so padding is not, nor is what rematerialisation computes a second time: an MFU from this is comparable
-    between runs. docs/metrics.md spells the formula out.
+    are not trained (adapters are), so half of that, their gradient, is not needed. Padding and what rematerialisation
+    computes a second time are not counted: an MFU computed from this is comparable between runs. docs/metrics.md has
+    the formula.
     """
     lengths = np.asarray(lengths, np.int64)
     passes = 4 if frozen else 6
@@ -60,7 +60,7 @@ def matrix_parameters(config: ModelConfig) -> int:
 
 
 def head_parameters(config: ModelConfig) -> int:
-    """Those of `matrix_parameters` that stand on top: the word head, tied or not, or a reward model's."""
+    """Those of `matrix_parameters` in the head: the LM head, tied or not, or a reward model's."""
     return _score_head(config)[0] if config.scores else config.vocab_size * config.hidden_size
 
 

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Heads that the tensor axis does not divide: the same model with key heads repeated and query heads filled up.
+"""Numbers of heads that the tensor axis does not divide: the same model with key heads repeated and query heads padded.
 
-Of 28 query and 4 key heads on tensor=8, each key head is held twice, each copy for half of its 7 queries:
+With 28 query and 4 key heads on tensor=8, each key head has two copies, each for half of its 7 query heads:
 
     keys     0  0 | 1  1 | 2  2 | 3  3                      8 heads, one per device
     queries  0 1 2 3 | 4 5 6 . | 7 8 9 10 | 11 12 13 . ...  32 heads, four per device; "." has no weights
 
-The wider model is a ModelConfig like any other. A head without weights adds nothing (its rows of the output projection
-are zero), so the result is that of the model itself. Parameters, optimizer and checkpoints keep the model's own heads:
-training widens the copy that a step computes with, generation what it loaded.
+The wider model is an ordinary ModelConfig. A padding head adds nothing (its rows of the output projection are zero), so
+the result is that of the original model. Parameters, optimizer state and checkpoints keep the original heads: training
+widens the copy that a step computes with, generation the loaded weights.
 """
 
 import dataclasses
@@ -30,10 +30,10 @@ from qwen2_jax.weights.weight import Weight, along
 
 @dataclasses.dataclass(frozen=True)
 class Heads:
-    """From a model's heads to those of the wider one.
+    """Maps a model's heads to those of the wider model and back.
 
-    config: of the wider model. keys, group: K and G of the model. copies: of each key head; each has `share` of its
-    queries, the last perhaps fewer. Key heads beyond keys * copies have no weights.
+    config: of the wider model. keys, group: K and G of the original model. copies: number of copies of each key head;
+    each serves `share` of its query heads, the last perhaps fewer. Key heads from keys * copies on are padding.
     """
 
     config: ModelConfig
@@ -83,9 +83,9 @@ class Heads:
 
 
 def spread(config: ModelConfig, mesh: Mesh | AbstractMesh | None) -> Heads | None:
-    """How the heads of a model are spread over the mesh's tensor axis; None where they divide as they are.
+    """The wider model for the mesh's tensor axis; None where it divides the model's key heads.
 
-    Key heads are repeated or filled up until they divide, whichever leaves fewer query heads.
+    Key heads are repeated or padded until it does, whichever gives fewer query heads.
     """
     parts = 1 if mesh is None else sharding.parts(sharding.axes_of("kv_heads", mesh), mesh)
     K, G = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads
@@ -106,7 +106,8 @@ def spread(config: ModelConfig, mesh: Mesh | AbstractMesh | None) -> Heads | Non
 
 
 def place(params: Tree, specs: Tree, heads: Heads, mesh: Mesh) -> Tree:
-    """The wider model's parameters on a mesh. Empties `params` weight by weight, so that no two copies of all exist."""
+    """The wider model's parameters on a mesh. Removes each weight from `params` as it goes, so
+    that there are never two copies of the whole model."""
     wide: Tree = {}
     for name in list(params):
         leaf, spec = params.pop(name), specs[name]
@@ -127,14 +128,14 @@ def _wider(w: Weight, spec: ParamSpec, heads: Heads) -> Weight:
 
 
 def _padded(x: jax.Array, axis: int, size: int) -> jax.Array:
-    """x with zeros behind it up to `size` along an axis."""
+    """x padded with zeros at the end of an axis, up to `size`."""
     return jnp.pad(x, [(0, size - x.shape[i] if i == axis else 0) for i in range(x.ndim)])
 
 
 def _split(name: str, x: jax.Array) -> jax.Array:
-    """x, in whose first dimension the heads are, with that dimension split over the mesh, where there is one.
+    """x with its first dimension, the heads, sharded over the current mesh, if there is one.
 
-    XLA would else keep the stored split, of the heads' width, and move the projections' outputs instead.
+    Otherwise XLA would keep the stored sharding, over the head width, and move the projections' outputs instead.
     """
     mesh = sharding.current_mesh()
     if mesh is None:

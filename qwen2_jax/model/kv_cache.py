@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The key/value cache: what decoding remembers of the tokens before."""
+"""The key/value cache of decoding."""
 
 import dataclasses
 
@@ -17,8 +17,8 @@ from qwen2_jax.config.model_config import ModelConfig
 class LayerCache:
     """Keys and values of the layers that are scanned together, each [R, B, K, S, H].
 
-    The slot of a token is its position in its row. Keys are stored rotated and unscaled. 2 * K * H * itemsize bytes
-    per token and layer, nothing else. Heads come before slots, so that decoding reads each head's keys in one stream.
+    The slot of a token is its position in its row. Keys are stored rotated and unscaled. It takes 2 * K * H * itemsize
+    bytes per token and layer. Heads come before slots, so that a decode step reads each head's keys contiguously.
     """
 
     k: jax.Array
@@ -52,8 +52,8 @@ class Cache:
         unroll: bool = False,
         place: jax.sharding.Sharding | None = None,
     ) -> "Cache":
-        """An empty cache for `batch` rows of at most `length` tokens; `unroll` as the model was built. place: of each
-        of its arrays, which are made there."""
+        """An empty cache for `batch` rows of at most `length` tokens; `unroll` as the model was built. place: the
+        sharding of each array, which is created with it."""
 
         def layer(repeats: int) -> LayerCache:
             shape = (repeats, batch, config.num_key_value_heads, length, config.head_dim)

@@ -32,7 +32,8 @@ class MLP(nnx.Module):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RouterStats:
-    """Sums over tokens (padding left out), float32, enough for the router's losses and its load; adds over layers.
+    """Sums over tokens without padding, float32: what the router's losses and its load are computed from. Layers add
+    up.
 
     counts_E: how often each expert was chosen. probabilities_E: sum of softmax(router logits), carries the gradient.
     z: sum of squared log-sum-exps of the router logits. tokens: number of tokens times layers.
@@ -70,7 +71,7 @@ class SparseMLP(nnx.Module):
     def __call__(
         self, x_BTD: jax.Array, real_BT: jax.Array, implementation: str | None = None
     ) -> tuple[jax.Array, RouterStats]:
-        """real_BT: False for padding, which reaches no routed expert and is left out of the statistics.
+        """real_BT: bool, False for padding, which is sent to no routed expert and is not in the statistics.
 
         implementation: see ops.
         """

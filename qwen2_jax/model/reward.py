@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The beginning of a reward model: a chat model whose word head gives its place to a score head."""
+"""A new reward model: a language model whose LM head is replaced by a score head."""
 
 import dataclasses
 from typing import cast
@@ -15,11 +15,12 @@ from qwen2_jax.weights.params import Declare, ParamSpec, Tree
 
 
 def from_words(params: Tree, config: ModelConfig, head: HeadKind, seed: int = 0) -> tuple[Tree, ModelConfig]:
-    """(params, config) of a reward model that reads as this model of words does, and scores at random.
+    """(params, config) of a reward model with this language model's layers and a randomly initialised score head.
 
-    params: stacked or unrolled; everything but the word head is shared with the result, not copied. The new head's
-    weights are normal and small, its biases zero: those that `model.init` would give for the seed. Where the parameters
-    are on a mesh, it is born there, split as declared; inside jit, where out_shardings say.
+    params: stacked or unrolled; everything but the LM head is shared with the result, not copied. The new head's
+    weights are normal and small, its biases zero: the values that `model.init` gives for the seed. Where the parameters
+    are on a mesh, the head is created there, sharded as declared; inside jit, as out_shardings say. UserError for a
+    reward model.
     """
     check_head(config, scores=False)
     scoring = dataclasses.replace(config, score_head=head)

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rotary positions: plain RoPE, YaRN and Dual Chunk Attention, all as run-time arrays.
 
-One compiled program serves every kind of request, because what distinguishes them are numbers, not code: the
-frequencies (YaRN stretches the slow ones), the chunk length (plain attention is one endless chunk) and the factor on
-the logits. Each row of a batch carries its own.
+One compiled program serves every kind of request, because they differ in numbers, not in code: the frequencies (YaRN
+lowers the slow ones), the chunk length (plain attention is one endless chunk) and the factor on the logits. Each row of
+a batch has its own.
 
 Dual Chunk Attention (An et al. 2024, arXiv:2402.17463; positions as in the Qwen authors' code) cuts a sequence every
 s = chunk_size - local_size tokens. A key at position j is always rotated by j mod s. A query at position i is rotated
-three ways, and the chunk of the key decides which one meets it:
+three ways, and the key's chunk decides which of the three it is multiplied with:
 
     key in the query's own chunk     i mod s                      exact distance i - j
     key in the chunk before          min(i mod s + s, chunk_size)  exact for the nearest local_size keys
@@ -26,7 +26,7 @@ import numpy as np
 from qwen2_jax.config.model_config import FULL, DualChunk, ModelConfig, RopeScaling
 from qwen2_jax.errors import UserError
 
-# A rotations  B batch (1 serves every row)  T query  N heads  H head width  F = H / 2 frequencies
+# A rotations  B batch (1 serves every row)  T query  N heads  H head width  Q = H / 2 frequencies
 LongContext = Literal["auto", "off", "yarn", "dca"]
 MODES: tuple[LongContext, ...] = ("auto", "off", "yarn", "dca")
 
@@ -36,17 +36,17 @@ MODES: tuple[LongContext, ...] = ("auto", "off", "yarn", "dca")
 class Rope:
     """How positions enter attention, one entry per row of the batch or one for all rows.
 
-    inv_freq_BF: float32 [B, H/2], radians per token.
+    inv_freq_BQ: float32 [B, H/2], radians per token.
     amplitude_B: float32 [B], factor on the attention logits (the square of YaRN's factor on cos and sin; 1 without).
         It multiplies logits and not cached keys, so that a cache does not depend on it.
     chunk_len_B: int32 [B], s of Dual Chunk Attention; FULL is one endless chunk, ordinary attention.
-        None says so at compile time: the two extra query rotations are then not even traced.
+        None: the same, known at compile time, so that the two extra query rotations are not traced.
     chunk_size_B: int32 [B], the largest distance that Dual Chunk Attention uses.
-    original_length_B: float32 [B], tokens of context the model was trained on, where Dual Chunk Attention starts to
-        sharpen the softmax with growing length; 0 turns that off.
+    original_length_B: float32 [B], the context length that the model was trained on; Dual Chunk Attention
+        multiplies the logits of longer contexts by a factor that grows with their length. 0: no such factor.
     """
 
-    inv_freq_BF: jax.Array
+    inv_freq_BQ: jax.Array
     amplitude_B: jax.Array
     chunk_len_B: jax.Array | None
     chunk_size_B: jax.Array
@@ -62,7 +62,7 @@ class Rope:
         return self.amplitude_B * jnp.where(self.original_length_B > 0, f_B * f_B, 1.0)
 
     def angles(self, positions_BT: jax.Array) -> "Angles":
-        """The rotations of this call's tokens. Negative positions (padding) give finite angles that nobody uses."""
+        """The rotations of this call's tokens. Negative positions (padding) give finite angles that are not used."""
         if self.chunk_len_B is None:
             index_ABT = positions_BT[None]
         else:
@@ -70,8 +70,8 @@ class Rope:
             own_BT = positions_BT % s_B1
             inter_BT = jnp.broadcast_to(jnp.minimum(2 * s_B1 - 1, c_B1), own_BT.shape)
             index_ABT = jnp.stack([own_BT, jnp.minimum(own_BT + s_B1, c_B1), inter_BT])
-        angle_ABTF = index_ABT.astype(jnp.float32)[..., None] * self.inv_freq_BF[:, None, :]
-        return Angles(jnp.cos(angle_ABTF), jnp.sin(angle_ABTF))
+        angle_ABTQ = index_ABT.astype(jnp.float32)[..., None] * self.inv_freq_BQ[:, None, :]
+        return Angles(jnp.cos(angle_ABTQ), jnp.sin(angle_ABTQ))
 
 
 @jax.tree_util.register_dataclass
@@ -79,16 +79,16 @@ class Rope:
 class Angles:
     """cos and sin of the rotations, float32 [A, B, T, H/2]: A = 1, or 3 with chunks (own, one before, older)."""
 
-    cos_ABTF: jax.Array
-    sin_ABTF: jax.Array
+    cos_ABTQ: jax.Array
+    sin_ABTQ: jax.Array
 
     def queries(self, q_BTNH: jax.Array) -> tuple[jax.Array, ...]:
         """The query in all A rotations."""
-        return tuple(_rotate(q_BTNH, self.cos_ABTF, self.sin_ABTF))
+        return tuple(_rotate(q_BTNH, self.cos_ABTQ, self.sin_ABTQ))
 
     def keys(self, k_BTKH: jax.Array) -> jax.Array:
         """The key in the one rotation it has, that of its position in its own chunk."""
-        return _rotate(k_BTKH, self.cos_ABTF[0], self.sin_ABTF[0])
+        return _rotate(k_BTKH, self.cos_ABTQ[0], self.sin_ABTQ[0])
 
 
 def _rotate(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
@@ -115,13 +115,14 @@ def yarn_frequencies(
 ) -> np.ndarray:
     """Frequencies under YaRN (Peng et al. 2023, arXiv:2309.00071, sec. 3.2), float32 [H/2], radians per token.
 
-    Dimensions that turn more than beta_fast times within original_length stay, those that turn less than beta_slow
-    times are slowed by `factor`, a linear ramp joins them. factor=1 gives plain frequencies exactly.
+    Dimensions with more than beta_fast rotations within original_length keep their frequency, those with fewer than
+    beta_slow rotations have it divided by `factor`, and a linear ramp joins the two. factor=1 gives plain frequencies
+    exactly.
     """
     plain = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
 
-    def dimension(turns: float) -> float:
-        return head_dim * math.log(original_length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+    def dimension(rotations: float) -> float:
+        return head_dim * math.log(original_length / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
     low, high = dimension(beta_fast), dimension(beta_slow)
     if truncate:
@@ -134,7 +135,7 @@ def yarn_frequencies(
 
 
 def yarn_attention_factor(scaling: RopeScaling, factor: float) -> float:
-    """YaRN's factor on cos and sin: the file's own, else the ratio of two mscales, else 0.1 ln(factor) + 1."""
+    """YaRN's factor on cos and sin: the config's, else the ratio of two mscales, else 0.1 ln(factor) + 1."""
 
     def mscale(weight: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
@@ -147,7 +148,7 @@ def yarn_attention_factor(scaling: RopeScaling, factor: float) -> float:
 
 
 def dual_chunk_defaults(trained_length: int) -> DualChunk:
-    """What Qwen2 uses where its config says nothing: chunk 32768, local 512, trained 32768, or in that proportion."""
+    """Sizes where the config gives none: chunk 32768, local 512 and trained length 32768, or in that ratio."""
     return DualChunk(
         chunk_size=trained_length,
         local_size=max(1, trained_length * 512 // 32768),
@@ -165,7 +166,7 @@ def choose(config: ModelConfig, lengths: int | Sequence[int], mode: LongContext 
 
     mode "auto": plain up to config.trained_length, or the chunk_size of a dual_chunk_attention_config that is shorter;
     beyond it what the config says (dual_chunk_attention_config, else rope_scaling of type yarn), and Dual Chunk
-    Attention with Qwen2's sizes where it says nothing.
+    Attention with `dual_chunk_defaults` where it says nothing.
     "off": plain at any length. "yarn": YaRN at any length with the config's factor, as transformers applies it; where
     the config has none, with the factor length / trained_length. "dca": Dual Chunk Attention at any length.
     A length of at most the chunk size is plain attention under "dca" too.
@@ -210,7 +211,7 @@ def _plain_row(config: ModelConfig) -> tuple:
 
 
 def yarn_scaling(config: ModelConfig, length: int) -> RopeScaling:
-    """The YaRN that rows of `length` tokens get: the config's, else one of factor length / trained_length."""
+    """YaRN for rows of `length` tokens: the config's, else with the factor length / trained_length."""
     if config.rope_scaling is not None and config.rope_scaling.type == "yarn":
         return config.rope_scaling
     factor = max(1.0, length / config.trained_length)
@@ -233,7 +234,7 @@ def _yarn_row(config: ModelConfig, scaling: RopeScaling) -> tuple:
 def _stack(rows: list[tuple]) -> Rope:
     inv_freq, amplitude, chunk_len, chunk_size, original = zip(*rows, strict=True)
     return Rope(
-        inv_freq_BF=jnp.asarray(np.stack(inv_freq)),
+        inv_freq_BQ=jnp.asarray(np.stack(inv_freq)),
         amplitude_B=jnp.asarray(amplitude, jnp.float32),
         chunk_len_B=jnp.asarray(chunk_len, jnp.int32),
         chunk_size_B=jnp.asarray(chunk_size, jnp.int32),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention over given keys and over a cache, and what is written to the cache, on each device's share."""
+"""Attention over given keys and over a cache, and writing the cache; on a mesh, each device's part."""
 
 import jax
 import jax.numpy as jnp
@@ -32,9 +32,9 @@ def attention(
     scale=None,
     implementation: str | None = None,
 ) -> jax.Array:
-    """Attention over keys given with their positions: one query rotation (ordinary) or three (dual chunk).
+    """Attention over keys with given positions: one query rotation (ordinary) or three (dual chunk).
 
-    queries: (q_BTNH,) or (q_BTNH, q_succ_BTNH, q_inter_BTNH); chunk_len belongs to the three. window, chunk_len and
+    queries: (q_BTNH,) or (q_BTNH, q_succ_BTNH, q_inter_BTNH); chunk_len is used with three. window, chunk_len and
     scale are numbers or [B]. Returns [B, T, N, H].
     """
 
@@ -86,16 +86,16 @@ def cached_attention(
     new, at = (STEP, ("batch", None)) if few else (QUERY, TOKENS)
     names = (new, CACHE, CACHE, at, ROW, ())
     axes = axes_of_names(args, names)
-    # Slots are divided in the order of their positions. So what a prompt's chunk costs is what the fullest share costs,
-    # and until the last share fills up that is more than the mean: over a whole prompt up to twice as much, as is a
-    # step of a cache that is half full. Taking turns by blocks of slots would even that out, but the kernels would then
-    # have to know of it, and a cache is never less than half as long as what is asked for needs.
+    # Slots are sharded in the order of their positions. So the device with the most filled slots determines the time of
+    # a chunk or step, until the last device's slots are filled too: up to twice the mean over a whole prompt, and for a
+    # step with a half-full cache. Blocks of slots in round-robin order would balance this, but every kernel would have
+    # to support it, and a cache is never more than twice as long as the request needs.
     shares, apart = axes.get("slots", ()), axes.get("length", ())
 
     def run(queries, k_RBKSH, v_RBKSH, q_positions_BT, numbers, repeat):
         if not shares:
             return _attend_to_cache(name, queries, k_RBKSH, v_RBKSH, repeat, q_positions_BT, *numbers)
-        if apart:  # every device has some of the slots that each query sees
+        if apart:  # each query sees slots of every device
             gather = lambda x: jax.lax.all_gather(x, apart, axis=1, tiled=True)  # noqa: E731
             queries, q_positions_BT = jax.tree.map(gather, (queries, q_positions_BT))
         first = jax.lax.axis_index(shares) * k_RBKSH.shape[3]
@@ -113,10 +113,10 @@ def write_cache(
     new_BTKH: tuple[jax.Array, ...],
     positions_BT: jax.Array,
 ) -> tuple[jax.Array, ...]:
-    """Each cache with its new tokens of layer `repeat` in the slots of their positions.
+    """Each cache with the new tokens of layer `repeat` written to the slots of their positions.
 
     A token whose position is negative (padding) or not below S is dropped, never written elsewhere. On a mesh every
-    device writes what belongs in its own slots, so no part of a cache moves.
+    device writes its own slots, so no part of a cache moves.
     """
     args = (caches_RBKSH, jax.tree.map(before_weights, new_BTKH), positions_BT, jnp.asarray(repeat, jnp.int32))
     names = (CACHE, ("batch", None, "kv_heads", None), ("batch", None), ())
@@ -147,8 +147,8 @@ def _attend_to_cache(
             return _flash.flash_attention(*queries, k_BSKH, v_BSKH, **common)
         return dual_chunk_attention(*queries, k_BSKH, v_BSKH, chunk_len=chunk_len, **common)
     q, succ, inter = queries if len(queries) == 3 else (*queries, None, None)
-    # A kernel's input is a whole array: a slice of the cache would be copied at every step. So the layers' rows are
-    # handed over as pages of S slots, of which each row has one.
+    # A kernel's input is a whole array: a slice of the cache would be copied at every step. So each row of each layer
+    # is passed as a page of S slots, and the block table has one page per row.
     k, v = (x.reshape(-1, *x.shape[2:]) for x in (k_RBKSH, v_RBKSH))
     pages_B1 = None if R == 1 else (repeat * B + jnp.arange(B, dtype=jnp.int32))[:, None]
     return _decode.decode_attention(
@@ -158,9 +158,8 @@ def _attend_to_cache(
 
 
 def _merge(out_BTNH: jax.Array, lse_BTN: jax.Array, axes: tuple[str, ...], scatter: tuple[str, ...]) -> jax.Array:
-    """One softmax of the devices along `axes`, each of which saw other keys; zeros where none saw any.
-
-    Over the axes `scatter`, each device is left with its part of the queries.
+    """Merges the outputs of the devices along `axes`, which attended to different keys, into one softmax; zeros where
+    no device had a visible key. Over the axes `scatter`, each device keeps its part of the queries.
     """
     top_BTN = jax.lax.pmax(jax.lax.stop_gradient(lse_BTN), axes)
     weight_BTN = jnp.exp(lse_BTN - jnp.where(top_BTN == -jnp.inf, 0, top_BTN))

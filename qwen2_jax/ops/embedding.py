@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of a table that is split over a mesh: each device looks up what it has, and only the rows found move.
+"""Look-ups in a table that is sharded over a mesh: each device looks up its part, and only the rows found are sent.
 
-A row is in one part of the vocabulary, so the sum over the parts, of which all but one found zeros, is exact. Where the
-columns are split over devices that have other tokens, each looks up its columns for the tokens of all of them, and an
-all-to-all turns columns of all tokens into all columns of its own. The table itself, or its gradient, never moves.
+Each row is on one part of the vocabulary and the other parts give zeros, so the sum over the parts is exact. Where the
+columns are sharded over devices that have different tokens, each looks up its columns for the tokens of all of them,
+and an all-to-all exchanges them for all columns of its own tokens. Neither the table nor its gradient is sent.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from qwen2_jax.parallel import sharding
 
 
 class Split(NamedTuple):
-    """Mesh axes over which rows and columns of a table are split, and the two dimensions of the ids."""
+    """Mesh axes over which the rows and columns of a table and the two dimensions of the ids are sharded."""
 
     mesh: AbstractMesh
     vocab: tuple[str, ...]
@@ -37,12 +37,12 @@ class Split(NamedTuple):
         return PartitionSpec(*(axes or None for axes in self.ids))
 
     def dimension(self, axis: str) -> int | None:
-        """The dimension of the ids that is split over an axis, or None."""
+        """The dimension of the ids that is sharded over an axis, or None."""
         return next((i for i, axes in enumerate(self.ids) if axis in axes), None)
 
 
 def look_up(find: Callable[[Any, jax.Array], jax.Array], table_VD: Any, ids: jax.Array) -> jax.Array:
-    """find(table, ids): rows [..., D] of a table, on a mesh from each device's part of it.
+    """find(table, ids): rows [..., D] of a table, which on a mesh may be sharded.
 
     table_VD: an array, or a tree of arrays of which the first dimension is V and the second, if there is one, D.
     """
@@ -55,7 +55,7 @@ def look_up(find: Callable[[Any, jax.Array], jax.Array], table_VD: Any, ids: jax
         local, mine = _local(ids, table_VD.shape[0], split)
         rows = jnp.where(mine[..., None], find(table_VD, local), 0)
         rows = lax.psum(rows, split.vocab) if split.vocab else rows
-        for axis in reversed(split.columns):  # the last axis cuts the finest pieces of D: they are joined first
+        for axis in reversed(split.columns):  # the last axis splits D most finely: it is undone first
             dimension = split.dimension(axis)
             if dimension is None:
                 rows = lax.all_gather(rows, axis, axis=2, tiled=True)
@@ -95,7 +95,7 @@ def add_up(shape: tuple[int, int], ids: jax.Array, rows: jax.Array) -> jax.Array
 
 
 def _split(shape: tuple[int, ...], ids: jax.Array) -> Split | None:
-    """None where the table is whole on every device, or the ids are not [B, T]."""
+    """None where every device has the whole table, or the ids are not [B, T]."""
     mesh = sharding.current_mesh()
     if mesh is None or ids.ndim != 2:
         return None
@@ -112,7 +112,7 @@ def _split(shape: tuple[int, ...], ids: jax.Array) -> Split | None:
 
 
 def _of_all(ids: jax.Array, split: Split) -> jax.Array:
-    """The ids of all devices that have other columns, in the order in which look_up's all-to-alls take them apart."""
+    """The ids of all devices with other columns, in the order in which look_up's all-to-alls split them."""
     for axis in split.columns:
         dimension = split.dimension(axis)
         if dimension is not None:
@@ -121,11 +121,11 @@ def _of_all(ids: jax.Array, split: Split) -> jax.Array:
 
 
 def _local(ids: jax.Array, V: int, split: Split) -> tuple[jax.Array, jax.Array]:
-    """(ids within this device's V rows of the table, 0 for those of others; which are its own)."""
+    """(ids relative to this device's V rows of the table, 0 for others; mask of those on this device)."""
     local = ids - lax.axis_index(split.vocab) * V if split.vocab else ids
     mine = (local >= 0) & (local < V)
     return jnp.where(mine, local, 0), mine
 
 
-def _on_each_device(run: Callable, split: Split, places: tuple, out: PartitionSpec) -> Callable:
-    return jax.shard_map(run, mesh=split.mesh, in_specs=places, out_specs=out, check_vma=False)
+def _on_each_device(run: Callable, split: Split, specs: tuple, out: PartitionSpec) -> Callable:
+    return jax.shard_map(run, mesh=split.mesh, in_specs=specs, out_specs=out, check_vma=False)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The experts of a mixture, on the devices that hold them."""
+"""Mixture-of-experts layers; on a mesh, each device runs the experts it holds."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -15,9 +15,10 @@ from qwen2_jax.ops.per_device import axes_of_names, before_weights, on_each_devi
 from qwen2_jax.parallel import expert_exchange, sharding
 
 # B batch  T query  M tokens  k experts of a token  E experts  F width of an expert
+# r, c: see parallel/expert_exchange.py
 
 
-# An array [E, O, I], or (int8 [E, O, I], float32 factors [E, O]); a factor of None means none.
+# An array [E, O, I], or (int8 [E, O, I], float32 factors [E, O]); None: no factors.
 Matrices = jax.Array | tuple[jax.Array, jax.Array | None]
 
 
@@ -35,9 +36,9 @@ def experts(
 
     chosen_BTk: experts of each token; E or more means none (padding). Nothing is dropped, whatever the load. On a mesh
     every device runs the experts it holds. Where devices that hold different experts have different tokens, copies of
-    tokens go to their experts and results come back, or everybody gathers all tokens and the sums are scattered
-    (exchange.choose). Tokens that they all have (a decode step's few rows) stay, and the sums are added. Partial sums
-    are added in float32.
+    tokens are sent to their experts and results are sent back, or every device gathers all tokens and the sums are
+    scattered (expert_exchange.choose). Tokens that all devices have (a decode step's few rows) are not sent; their
+    results are summed over devices. Partial sums are added in float32.
     """
     x_BTD, chosen_BTk, weights_BTk = map(before_weights, (x_BTD, chosen_BTk, weights_BTk))
     matrices = [m if isinstance(m, tuple) else (m, None) for m in (gate_EFD, up_EFD, down_EDF)]
@@ -46,7 +47,7 @@ def experts(
     names = (tokens, tokens, tokens, ("experts", "mlp", None), ("experts", "mlp", None), ("experts", None, "mlp"))
     mesh, axes = sharding.current_mesh(), axes_of_names(args, names)
     holders, widths = axes.get("experts", ()), axes.get("mlp", ())
-    apart = tuple(axis for axis in holders if axis in axes.get("batch", ()))  # axes along which tokens differ too
+    apart = tuple(axis for axis in holders if axis in axes.get("batch", ()))  # axes that tokens are sharded over too
     name, sent = implementation_of("experts", implementation), None
     if mesh is not None and apart and apart == holders:
         devices = sharding.parts(holders, mesh)
@@ -62,7 +63,7 @@ def experts(
             y_BTD = _sent(sent, x_MD, chosen_Mk, weights_Mk, *matrices).reshape(x_BTD.shape)
             return jax.lax.psum(y_BTD.astype(jnp.float32), widths).astype(y_BTD.dtype) if widths else y_BTD
         mine = len(matrices[0][0])
-        if holders:  # another device's experts are none of mine: their rows cost nothing and give zeros
+        if holders:  # other devices' experts are out of range here: their rows are skipped and give zeros
             chosen_Mk = chosen_Mk - jax.lax.axis_index(holders) * mine
         order = sort_by_expert(chosen_Mk, mine)
         rows = _products(name, permute(x_MD, order), matrices, order.group_sizes_E)
@@ -80,7 +81,7 @@ def experts(
 
 
 def exchange_of(implementation: str | None, devices: int, choices: int, itemsize: int) -> str:
-    """Which of exchange.NAMES `experts` uses where so many devices have different tokens and different experts."""
+    """Which of expert_exchange.NAMES `experts` uses on `devices` devices with different tokens and experts."""
     return expert_exchange.choose(implementation_of("exchange", implementation), devices, choices, itemsize)
 
 
@@ -99,11 +100,11 @@ def _products(name: str | None, rows_MD, matrices: Sequence, group_sizes_E, weig
 
 
 class _Sent(NamedTuple):
-    """What `_sent` has to know besides arrays."""
+    """The static arguments of `_sent`."""
 
     name: str | None  # of the kernels
     experts: int  # E, on all devices together
-    holders: tuple[str, ...]  # mesh axes over which experts and tokens are split
+    holders: tuple[str, ...]  # mesh axes over which experts and tokens are sharded
     everywhere: tuple[str, ...]  # all mesh axes
 
     def exchange(self, order, k: int) -> expert_exchange.Exchange:
@@ -117,17 +118,17 @@ class _Sent(NamedTuple):
 def _sent(how: _Sent, x_MD, chosen_Mk, weights_Mk, *matrices) -> jax.Array:
     """The weighted sums of one device's tokens, [M, D], through experts that other devices hold.
 
-    matrices: gate, up and down of this device's experts. Kept for the backward pass are the arguments; it sends the
-    tokens again, since what a device received is larger than what it has.
+    matrices: gate, up and down of this device's experts. The arguments are saved for the backward pass, which
+    sends the tokens again, because a device receives more rows than it has tokens.
     """
     order = sort_by_expert(chosen_Mk, how.experts)
-    rows_RD = permute(x_MD, order)
+    rows_rD = permute(x_MD, order)
 
-    def do(part: expert_exchange.Round, done_RD):
-        return part.back(_products(how.name, part.there(rows_RD), matrices, part.group_sizes_E), done_RD)
+    def do(part: expert_exchange.Round, done_rD):
+        return part.back(_products(how.name, part.there(rows_rD), matrices, part.group_sizes_E), done_rD)
 
-    rows_RD = how.exchange(order, chosen_Mk.shape[1]).over_rounds(do, jnp.zeros_like(rows_RD))
-    return unpermute(rows_RD, weights_Mk, order)
+    rows_rD = how.exchange(order, chosen_Mk.shape[1]).over_rounds(do, jnp.zeros_like(rows_rD))
+    return unpermute(rows_rD, weights_Mk, order)
 
 
 def _sent_forward(how: _Sent, *args):
@@ -135,34 +136,35 @@ def _sent_forward(how: _Sent, *args):
 
 
 def _sent_backward(how: _Sent, args, dout_MD):
-    """One more crossing than forward: tokens and gradients of their sums go, gradients of tokens come back.
+    """One more exchange than forward: tokens and the gradients of their sums are sent, gradients of tokens are sent
+    back.
 
-    A row's weight goes with it and multiplies between the two products, which is the same function: its gradient is
-    then found where the row is, and the results need not come home again.
+    A row's weight is sent with it and applied between the two products, which is the same function: its gradient is
+    then computed on the device of the expert, and the results need not be sent back.
     """
     x_MD, chosen_Mk, weights_Mk, *matrices = args
     order = sort_by_expert(chosen_Mk, how.experts)
-    rows_RD, to_tokens = jax.vjp(lambda x_MD: permute(x_MD, order), x_MD)
-    dout_RD = permute(dout_MD, order)
-    weights_R = weights_Mk.reshape(-1)[order.pairs_M].astype(jnp.float32)
+    rows_rD, to_tokens = jax.vjp(lambda x_MD: permute(x_MD, order), x_MD)
+    dout_rD = permute(dout_MD, order)
+    weights_r = weights_Mk.reshape(-1)[order.pairs_M].astype(jnp.float32)
 
     def do(part: expert_exchange.Round, carry):
-        drows_RD, dweights_R, *sums = carry
+        drows_rD, dweights_r, *sums = carry
 
-        def product(rows_CD, weights_C, *trained):
-            return _products(how.name, rows_CD, trained or matrices, part.group_sizes_E, weights_C)
+        def product(rows_cD, weights_c, *trained):
+            return _products(how.name, rows_cD, trained or matrices, part.group_sizes_E, weights_c)
 
-        _, pull = jax.vjp(product, part.there(rows_RD), part.numbers_there(weights_R), *trained)
-        drows_CD, dweights_C, *more = pull(part.there(dout_RD))
-        # An expert's rows are together in one window, or in a few that follow each other: few terms for each sum.
+        _, pull = jax.vjp(product, part.there(rows_rD), part.numbers_there(weights_r), *trained)
+        drows_cD, dweights_c, *more = pull(part.there(dout_rD))
+        # An expert's rows are in one window or in a few consecutive ones, so each sum has few terms.
         sums = jax.tree.map(jnp.add, sums, more)
-        return [part.back(drows_CD, drows_RD), part.numbers_back(dweights_C, dweights_R), *sums]
+        return [part.back(drows_cD, drows_rD), part.numbers_back(dweights_c, dweights_r), *sums]
 
     trained = matrices if matrices[0][1] is None else []  # int8 is a constant
-    nothing = jax.tree.map(jnp.zeros_like, [rows_RD, weights_R, *trained])
-    drows_RD, dweights_R, *dmatrices = how.exchange(order, chosen_Mk.shape[1]).over_rounds(do, nothing)
-    dweights_Mk = dweights_R[order.rows_TK].astype(weights_Mk.dtype)
-    return (*to_tokens(drows_RD), None, dweights_Mk, *(dmatrices or (None,) * 3))
+    nothing = jax.tree.map(jnp.zeros_like, [rows_rD, weights_r, *trained])
+    drows_rD, dweights_r, *dmatrices = how.exchange(order, chosen_Mk.shape[1]).over_rounds(do, nothing)
+    dweights_Mk = dweights_r[order.rows_Tk].astype(weights_Mk.dtype)
+    return (*to_tokens(drows_rD), None, dweights_Mk, *(dmatrices or (None,) * 3))
 
 
 _sent.defvjp(_sent_forward, _sent_backward)

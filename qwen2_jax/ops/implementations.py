@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `implementation` may name, and what a name says of each operation."""
+"""Names of implementations: which exist for each operation, and how `implementation` is parsed."""
 
 from qwen2_jax.errors import UserError
 from qwen2_jax.parallel import expert_exchange
@@ -12,7 +12,7 @@ except ModuleNotFoundError as missing:
         "run `pip install -e .` in the clone"
     ) from missing
 
-# By operation. Names that only ordinary attention has are refused by dual chunk.
+# By operation. Dual chunk attention refuses names that only ordinary attention has.
 KERNELS = {
     "attention": (*flash_attention.IMPLEMENTATIONS, *flash_attention.ONLY_BY_NAME),
     "decode": (*decode_attention.IMPLEMENTATIONS,),
@@ -22,7 +22,7 @@ OPERATIONS = {**KERNELS, "exchange": expert_exchange.NAMES}
 
 
 def check_implementation(spec: str | None) -> None:
-    """Raises UserError where `spec` is nothing that `implementation` may be."""
+    """Raises UserError where `spec` is not a valid `implementation`."""
     for operation, names in OPERATIONS.items():
         name = implementation_of(operation, spec)
         if name is not None and name not in names:
@@ -30,9 +30,9 @@ def check_implementation(spec: str | None) -> None:
 
 
 def implementation_of(operation: str, spec: str | None) -> str | None:
-    """The name that `spec` holds for one of OPERATIONS."""
+    """The name in `spec` for one of OPERATIONS; None: not named."""
     if spec is None or "=" not in spec:
-        return spec if operation in KERNELS else None  # one name for all is a kernel's
+        return spec if operation in KERNELS else None  # one name for all operations means kernels only
     names = dict(part.partition("=")[::2] for part in spec.split(","))
     if not all(names.values()) or not set(names) <= set(OPERATIONS):
         allowed = ",".join(f"{name}=NAME" for name in OPERATIONS)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the names of dimensions to one device's share of an operation."""
+"""Runs an operation on each device's part of its arrays, found from the names of their dimensions."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,14 +20,15 @@ CACHE = ("layers", "batch", "kv_heads", "slots", None)
 
 
 def per_row(numbers, B: int):
-    """Numbers as [B], so that they are split with the batch; None stays None."""
+    """Numbers as [B], so that they are sharded with the batch; None stays None."""
     return tuple(None if x is None else jnp.broadcast_to(jnp.asarray(x), (B,)) for x in numbers)
 
 
 def before_weights(x_BT: jax.Array) -> jax.Array:
-    """The same activations [B, T, ...], of a decode step on a mesh with rows divided as sharding.step_rows says.
+    """The same activations [B, T, ...]; those of a decode step on a mesh have their rows sharded as sharding.step_rows
+    says.
 
-    Said where activations come from products or go into some; else XLA divides them as the kernels between do.
+    Applied before and after matrix products; otherwise XLA would shard them as the kernels in between do.
     """
     mesh = sharding.current_mesh()
     if mesh is None or x_BT.shape[1] > FEW_QUERIES:
@@ -38,10 +39,10 @@ def before_weights(x_BT: jax.Array) -> jax.Array:
 
 
 def axes_of_names(args: tuple, names: tuple[Names, ...]) -> dict[str, tuple[str, ...]]:
-    """Mesh axes over which each named dimension is split: those of its rule that divide it in every array.
+    """Mesh axes over which each named dimension is sharded: those of its rule that divide it in every array.
 
-    All arrays of one argument have the same `names`; one with fewer dimensions has the first of them. Query heads go
-    with their key heads, or both stay whole.
+    All arrays of one argument have the same `names`; an array with fewer dimensions has the first of them. Query heads
+    are sharded like their key heads, or neither is.
     """
     mesh = sharding.current_mesh()
     if mesh is None:
@@ -59,7 +60,9 @@ def axes_of_names(args: tuple, names: tuple[Names, ...]) -> dict[str, tuple[str,
 
 
 def on_each_device(run: Callable, args: tuple, names: tuple[Names, ...], out: Names, asked: str | None) -> Any:
-    """run(*args), on a mesh with each device's share of args. `names`, `out`: of the dimensions."""
+    """run(*args), on a mesh with each device's part of args. names, out: dimension names of arguments and result.
+
+    Raises UserError where the implementation requested by name (`asked`) does not support the inputs."""
     try:
         return _shared_out(run, args, names, out)
     except NotImplementedError as why:
@@ -74,8 +77,8 @@ def _shared_out(run: Callable, args: tuple, names: tuple[Names, ...], out: Names
         return run(*args)
     axes = axes_of_names(args, names)
 
-    def place(of):
+    def spec(of):
         return PartitionSpec(*(axes.get(name) or None for name in of))
 
-    specs = tuple(jax.tree.map(lambda x, of=of: place(of[: x.ndim]), arg) for arg, of in zip(args, names, strict=True))
-    return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=place(out), check_vma=False)(*args)
+    specs = tuple(jax.tree.map(lambda x, of=of: spec(of[: x.ndim]), arg) for arg, of in zip(args, names, strict=True))
+    return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=spec(out), check_vma=False)(*args)

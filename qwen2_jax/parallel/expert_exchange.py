@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sending each token's copies to the devices that hold its experts and bringing the results home: nothing is dropped.
+"""Sends copies of tokens to the devices that hold their experts, and the results back. No token is dropped.
 
-P devices along a mesh axis have their own tokens and E / P experts each. Rows wait on their device sorted by expert, so
-a device has one slice for every expert. A holder wants its rows sorted by its experts, whoever they come from, because
-that is what a grouped product takes; a ragged all-to-all puts every slice where it belongs there, and nothing is sorted
-a second time. All of it follows from one small table, how many rows each device has for each expert.
+P devices along a mesh axis have their own tokens and E / P experts each. A device (source) first sorts its rows by
+expert, so it has one slice of rows for every expert. The device that holds the experts (holder) needs the rows of all
+sources sorted by expert, as a grouped product takes them; a ragged all-to-all writes every slice to its position in
+that order, so nothing is sorted again. Everything follows from one small table: the number of rows of each source for
+each expert.
 
-A holder's rows may be anything from none to all rows of all devices. A buffer for the worst would be P times what is
-needed, in memory and in every pass over it. So the rows go in rounds: a holder's order is cut into windows of a fixed
-number of rows, SLACK times what it gets from even loads, and a round moves one window of every holder. With loads that
-are nearly even there is one round; with all tokens on one device there are P / SLACK.
+A holder may get any number of rows, from none to all rows of all devices. A buffer for the worst case would be P times
+as large as usually needed. So the rows are sent in rounds: a holder's rows are cut into windows of a fixed size, SLACK
+times the number of rows under an even load, and a round sends one window of every holder. With a nearly even load there
+is one round; with all tokens on one device there are P / SLACK.
 
-P devices, sources as well as holders  E experts  M tokens  k experts of a token  R rows of a source: M times k
-C rows of a window  D width
+p device, as source or as holder (P of them)  E expert  M token  k expert of a token  r row of a source (M times k)
+c row of a window  s, x slice  y row of a receiver's array  D width
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 NAMES = ("all_to_all", "gather")
-SLACK = 1.5  # a window's rows, as a multiple of what a holder gets when loads are even
+SLACK = 1.5  # a window's rows, as a multiple of what a holder gets under an even load
 BLOCK = 8  # a window's rows are a multiple of it
 
 Carry = TypeVar("Carry")
@@ -32,10 +33,10 @@ Carry = TypeVar("Carry")
 def choose(asked: str | None, devices: int, choices: int, itemsize: int) -> str:
     """The name of the exchange that moves fewer bytes between `devices` devices that hold different experts.
 
-    For M tokens of D numbers on each device a gather brings everybody's tokens, (P - 1) M D numbers, and sends sums
-    back, as many in float32. An all-to-all moves those of k M D numbers that belong to others, (P - 1) / P, there and
-    back. So the latter is better where 2 k itemsize / P < itemsize + 4: in bfloat16 for k < 1.5 P. With gradients the
-    two are at k < 1.4 P: five crossings (tokens twice, results, both their gradients) and seven.
+    For M tokens of D numbers on each device, a gather receives the tokens of all others, (P - 1) M D numbers, and sends
+    as many float32 sums back. An all-to-all sends (P - 1) / P of k M D numbers there and as many back. So it is better
+    where 2 k itemsize / P < itemsize + 4: in bfloat16 for k < 1.5 P. With gradients the limit is k < 1.4 P: five
+    all-to-alls (tokens twice, results, both their gradients) against seven.
     """
     if asked is not None:
         return asked
@@ -44,11 +45,11 @@ def choose(asked: str | None, devices: int, choices: int, itemsize: int) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Exchange:
-    """Where every slice starts and ends. Tables are [P sources, E experts], the same on all devices."""
+    """Where every slice starts and ends. Tables are [source, expert], the same on all devices."""
 
-    begin_PE: jax.Array  # first row of a slice at its source
-    rows_PE: jax.Array  # rows of a slice
-    place_PE: jax.Array  # its first row in the holder's order: by expert, and for each expert by source
+    begin_pE: jax.Array  # first row of a slice at its source
+    rows_pE: jax.Array  # rows of a slice
+    place_pE: jax.Array  # its first row in the holder's order: by expert, and for each expert by source
     window: int  # C
     axis: tuple[str, ...]
     everywhere: tuple[str, ...]
@@ -59,27 +60,27 @@ class Exchange:
 
         axis: the mesh axes along which experts are split. everywhere: all axes of the mesh.
         """
-        rows_PE = jax.lax.all_gather(counts_E, axis)
-        (P, E), R = rows_PE.shape, tokens * choices
-        at_holder_PX = rows_PE.T.reshape(P, -1)
-        place_PE = (jnp.cumsum(at_holder_PX, axis=1) - at_holder_PX).reshape(E, P).T
+        rows_pE = jax.lax.all_gather(counts_E, axis)
+        (P, E), R = rows_pE.shape, tokens * choices
+        at_holder_px = rows_pE.T.reshape(P, -1)
+        place_pE = (jnp.cumsum(at_holder_px, axis=1) - at_holder_px).reshape(E, P).T
         window = -(-int(SLACK * R) // BLOCK) * BLOCK
-        most = P * tokens * min(choices, E // P)  # that a holder can get: a token's experts differ
-        begin_PE = jnp.cumsum(rows_PE, axis=1) - rows_PE
-        return cls(begin_PE, rows_PE, place_PE, min(window, most), axis, everywhere)
+        most = P * tokens * min(choices, E // P)  # rows that a holder can get: a token's experts differ
+        begin_pE = jnp.cumsum(rows_pE, axis=1) - rows_pE
+        return cls(begin_pE, rows_pE, place_pE, min(window, most), axis, everywhere)
 
     def over_rounds(self, do: Callable[["Round", Carry], Carry], carry: Carry) -> Carry:
         """do(round, carry) for as many rounds as the busiest holder needs."""
-        P = len(self.rows_PE)
-        rounds = jnp.max(-(-self.rows_PE.reshape(P, P, -1).sum(axis=(0, 2)) // self.window))
-        # Groups of other tokens would do with other numbers of rounds. That all devices of a mesh go through the same
-        # collectives is what every backend is known to bear.
+        P = len(self.rows_pE)
+        rounds = jnp.max(-(-self.rows_pE.reshape(P, P, -1).sum(axis=(0, 2)) // self.window))
+        # Other groups of devices could need fewer rounds, but every backend supports that all devices of a mesh run the
+        # same collectives.
         rounds = jax.lax.pmax(rounds, self.everywhere)
 
-        def turn(state):
+        def one_round(state):
             return state[0] + 1, do(Round.of(self, state[0]), state[1])
 
-        return jax.lax.while_loop(lambda state: state[0] < rounds, turn, (jnp.int32(0), carry))[1]
+        return jax.lax.while_loop(lambda state: state[0] < rounds, one_round, (jnp.int32(0), carry))[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,103 +88,103 @@ class Round:
     """One window of every holder's rows."""
 
     exchange: Exchange
-    first: jax.Array  # of the window's rows, in the holder's order
-    home_PE: jax.Array  # first row of what goes of a slice, at its source
-    there_PE: jax.Array  # in the holder's window
-    rows_PE: jax.Array  # number of rows, most often 0 or all of the slice
+    first: jax.Array  # row of the window, in the holder's order
+    home_pE: jax.Array  # first row of the slice's part in this window, at its source
+    there_pE: jax.Array  # first row of that part in the holder's window
+    rows_pE: jax.Array  # number of rows of that part, usually 0 or the whole slice
 
     @classmethod
     def of(cls, exchange: Exchange, number: jax.Array) -> "Round":
         first = number * exchange.window
-        in_window = lambda row_PE: jnp.clip(row_PE - first, 0, exchange.window)  # noqa: E731
-        there_PE = in_window(exchange.place_PE)
-        rows_PE = in_window(exchange.place_PE + exchange.rows_PE) - there_PE
-        gone_PE = jnp.clip(first - exchange.place_PE, 0, exchange.rows_PE)
-        return cls(exchange, first, exchange.begin_PE + gone_PE, there_PE, rows_PE)
+        in_window = lambda row_pE: jnp.clip(row_pE - first, 0, exchange.window)  # noqa: E731
+        there_pE = in_window(exchange.place_pE)
+        rows_pE = in_window(exchange.place_pE + exchange.rows_pE) - there_pE
+        gone_pE = jnp.clip(first - exchange.place_pE, 0, exchange.rows_pE)
+        return cls(exchange, first, exchange.begin_pE + gone_pE, there_pE, rows_pE)
 
     @property
     def group_sizes_E(self) -> jax.Array:
         """Rows of each expert of this device in its window, [E / P]."""
-        return self._mine(self.rows_PE).sum(axis=0)
+        return self._mine(self.rows_pE).sum(axis=0)
 
-    def there(self, rows_RD: jax.Array) -> jax.Array:
-        """From the sources' rows the holder's window, [C, D]: rows by expert, then zeros."""
+    def there(self, rows_rD: jax.Array) -> jax.Array:
+        """The holder's window [c, D] from the sources' rows: rows sorted by expert, then zeros."""
         me, mine = self._me(), self._mine
-        window_CD = jnp.zeros((self.exchange.window, rows_RD.shape[1]), rows_RD.dtype)
+        window_cD = jnp.zeros((self.exchange.window, rows_rD.shape[1]), rows_rD.dtype)
         return send(
-            rows_RD, window_CD, self.home_PE[me], self.rows_PE[me], self.there_PE[me], mine(self.rows_PE).reshape(-1),
+            rows_rD, window_cD, self.home_pE[me], self.rows_pE[me], self.there_pE[me], mine(self.rows_pE).reshape(-1),
             axis=self.exchange.axis,
         )  # fmt: skip
 
-    def back(self, rows_CD: jax.Array, into_RD: jax.Array) -> jax.Array:
-        """`into_RD` of each source, with its rows of the holders' windows where they started."""
+    def back(self, rows_cD: jax.Array, into_rD: jax.Array) -> jax.Array:
+        """`into_rD` of each source, with the rows of the holders' windows written back to where they came from."""
         me, mine = self._me(), self._mine
         return send(
-            rows_CD, into_RD, mine(self.there_PE).reshape(-1), mine(self.rows_PE).reshape(-1),
-            mine(self.home_PE).reshape(-1), self.rows_PE[me], axis=self.exchange.axis,
+            rows_cD, into_rD, mine(self.there_pE).reshape(-1), mine(self.rows_pE).reshape(-1),
+            mine(self.home_pE).reshape(-1), self.rows_pE[me], axis=self.exchange.axis,
         )  # fmt: skip
 
-    def numbers_there(self, numbers_R: jax.Array) -> jax.Array:
-        """As `there` for one number per row, [C]. They are few: everybody gets them all and picks."""
-        all_PR = jax.lax.all_gather(numbers_R, self.exchange.axis)
-        row_C = jnp.arange(self.exchange.window)
-        starts_X, home_X = (self._mine(table).T.reshape(-1) for table in (self.there_PE, self.home_PE))
-        slice_C = _last_start(starts_X, row_C)
-        picked_C = all_PR[slice_C % len(all_PR), home_X[slice_C] + row_C - starts_X[slice_C]]
-        return jnp.where(row_C < self.group_sizes_E.sum(), picked_C, 0)
+    def numbers_there(self, numbers_r: jax.Array) -> jax.Array:
+        """As `there` for one number per row, [c]. They are few: every device gathers all and picks its own."""
+        all_pr = jax.lax.all_gather(numbers_r, self.exchange.axis)
+        row_c = jnp.arange(self.exchange.window)
+        starts_x, home_x = (self._mine(table).T.reshape(-1) for table in (self.there_pE, self.home_pE))
+        slice_c = _last_start(starts_x, row_c)
+        picked_c = all_pr[slice_c % len(all_pr), home_x[slice_c] + row_c - starts_x[slice_c]]
+        return jnp.where(row_c < self.group_sizes_E.sum(), picked_c, 0)
 
-    def numbers_back(self, numbers_C: jax.Array, into_R: jax.Array) -> jax.Array:
+    def numbers_back(self, numbers_c: jax.Array, into_r: jax.Array) -> jax.Array:
         """As `back` for one number per row."""
-        all_PC = jax.lax.all_gather(numbers_C, self.exchange.axis)
+        all_pc = jax.lax.all_gather(numbers_c, self.exchange.axis)
         begin_E, place_E, rows_E = (
-            table[self._me()] for table in (self.exchange.begin_PE, self.exchange.place_PE, self.exchange.rows_PE)
+            table[self._me()] for table in (self.exchange.begin_pE, self.exchange.place_pE, self.exchange.rows_pE)
         )
-        row_R = jnp.arange(len(into_R))
-        expert_R = _last_start(begin_E, row_R)
-        place_R = place_E[expert_R] + row_R - begin_E[expert_R] - self.first
-        here_R = (row_R < rows_E.sum()) & (place_R >= 0) & (place_R < self.exchange.window)
-        return jnp.where(here_R, all_PC[expert_R // (len(begin_E) // len(all_PC)), place_R], into_R)
+        row_r = jnp.arange(len(into_r))
+        expert_r = _last_start(begin_E, row_r)
+        place_r = place_E[expert_r] + row_r - begin_E[expert_r] - self.first
+        here_r = (row_r < rows_E.sum()) & (place_r >= 0) & (place_r < self.exchange.window)
+        return jnp.where(here_r, all_pc[expert_r // (len(begin_E) // len(all_pc)), place_r], into_r)
 
     def _me(self) -> jax.Array:
         return jax.lax.axis_index(self.exchange.axis)
 
-    def _mine(self, table_PE: jax.Array) -> jax.Array:
+    def _mine(self, table_pE: jax.Array) -> jax.Array:
         """A table's columns of this device's experts, [P, E / P]."""
-        P, E = table_PE.shape
-        return jax.lax.dynamic_slice_in_dim(table_PE, self._me() * (E // P), E // P, axis=1)
+        P, E = table_pE.shape
+        return jax.lax.dynamic_slice_in_dim(table_pE, self._me() * (E // P), E // P, axis=1)
 
 
-def _last_start(starts_X: jax.Array, rows_Y: jax.Array) -> jax.Array:
-    """Of slices with ascending starts the last that starts at or before each row: the one that has the row."""
-    return jnp.searchsorted(starts_X, rows_Y, side="right", method="compare_all") - 1
+def _last_start(starts_x: jax.Array, rows_y: jax.Array) -> jax.Array:
+    """The slice that contains each row: the last one, of slices in ascending order, that starts at or before it."""
+    return jnp.searchsorted(starts_x, rows_y, side="right", method="compare_all") - 1
 
 
-def send(rows_XD, into_YD, from_S, sizes_S, to_S, come_S, *, axis: Sequence[str]) -> jax.Array:
-    """jax.lax.ragged_all_to_all, also on CPU, where XLA does not have it.
+def send(rows_xD, into_yD, from_s, sizes_s, to_s, come_s, *, axis: Sequence[str]) -> jax.Array:
+    """jax.lax.ragged_all_to_all, also on CPU, where XLA lacks it.
 
-    Slice s of S, S / P for each receiver, is rows from_S[s] and on, sizes_S[s] of them; the receiver puts them into its
-    `into_YD` at to_S[s], and knows how many come, come_S.
+    Each receiver gets equally many slices. Slice s is the rows from from_s[s] on, sizes_s[s] of them; the receiver
+    writes them into its `into_yD` at to_s[s]. come_s: sizes of the slices that this device receives.
     """
 
-    def ragged(rows_XD, into_YD, *slices):
-        return jax.lax.ragged_all_to_all(rows_XD, into_YD, *slices, axis_name=axis)
+    def ragged(rows_xD, into_yD, *slices):
+        return jax.lax.ragged_all_to_all(rows_xD, into_yD, *slices, axis_name=axis)
 
     return jax.lax.platform_dependent(
-        rows_XD, into_YD, from_S, sizes_S, to_S, come_S,
+        rows_xD, into_yD, from_s, sizes_s, to_s, come_s,
         cpu=lambda *args: _padded(*args[:-1], axis=axis), default=ragged,
     )  # fmt: skip
 
 
-def _padded(rows_XD, into_YD, from_S, sizes_S, to_S, *, axis: Sequence[str]) -> jax.Array:
-    """The same by an all-to-all of equal parts: for every receiver as many rows as it could get from all senders."""
-    P, row_Y = jax.lax.axis_size(axis), jnp.arange(len(into_YD))
+def _padded(rows_xD, into_yD, from_s, sizes_s, to_s, *, axis: Sequence[str]) -> jax.Array:
+    """The same by an all-to-all of equal parts, each padded to the size of the receiver's whole array."""
+    P, row_y = jax.lax.axis_size(axis), jnp.arange(len(into_yD))
 
-    def part(begin_X, size_X, place_X):
-        inside_YX = (row_Y[:, None] >= place_X) & (row_Y[:, None] < place_X + size_X)
-        source_Y = jnp.sum(jnp.where(inside_YX, begin_X + row_Y[:, None] - place_X, 0), axis=1)
-        return rows_XD[source_Y], inside_YX.any(axis=1)
+    def part(begin_x, size_x, place_x):
+        inside_yx = (row_y[:, None] >= place_x) & (row_y[:, None] < place_x + size_x)
+        source_y = jnp.sum(jnp.where(inside_yx, begin_x + row_y[:, None] - place_x, 0), axis=1)
+        return rows_xD[source_y], inside_yx.any(axis=1)
 
-    parts = jax.vmap(part)(*(x_S.reshape(P, -1) for x_S in (from_S, sizes_S, to_S)))
-    rows_PYD, real_PY = (jax.lax.all_to_all(x, axis, 0, 0) for x in parts)
-    sums_YD = jnp.sum(jnp.where(real_PY[..., None], rows_PYD, 0), axis=0, dtype=into_YD.dtype)
-    return jnp.where(real_PY.any(axis=0)[:, None], sums_YD, into_YD)
+    parts = jax.vmap(part)(*(x_s.reshape(P, -1) for x_s in (from_s, sizes_s, to_s)))
+    rows_pyD, real_py = (jax.lax.all_to_all(x, axis, 0, 0) for x in parts)
+    sums_yD = jnp.sum(jnp.where(real_py[..., None], rows_pyD, 0), axis=0, dtype=into_yD.dtype)
+    return jnp.where(real_py.any(axis=0)[:, None], sums_yD, into_yD)

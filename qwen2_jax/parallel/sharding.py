@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the names of an array's dimensions to its place on a device mesh: one table of rules, one check, one layout."""
+"""Shardings from the names of an array's dimensions: one table of rules, one check, one mesh layout."""
 
 import contextvars
 import functools
@@ -25,8 +25,8 @@ AXES = {
     "tensor": "parts of heads, feed-forward width and vocabulary",
 }
 
-# The name of a dimension -> the axes it is split over. An axis splits one dimension of an array: the first, in the
-# array's order, that names it and that it divides.
+# The name of a dimension -> the mesh axes it is sharded over. An axis shards one dimension of an array: the first, in
+# the array's order, whose rule names the axis and whose size it divides.
 RULES: Mapping[str, tuple[str, ...]] = {
     "batch": ("replica", "data", "fsdp", "expert"),
     "length": ("context",),
@@ -35,13 +35,13 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "embed": ("fsdp", "context", "expert"),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
-    "head_dim": ("tensor",),  # of the stored weights, where the heads do not divide; see head_padding.py
+    "head_dim": ("tensor",),  # of stored weights, where the axis does not divide the heads; see head_padding.py
     "mlp": ("tensor",),
     "vocab": ("tensor",),
     "experts": ("expert",),
-    "score": (),  # the one number of a reward model
+    "score": (),  # the single output of a reward model
 }
-# Where weights are read at every token, and not once for thousands: they are split over fsdp alone, which is there for
+# For generation, where a decode step reads all weights for a few tokens: they are sharded over fsdp alone, which is for
 # models that fit no other way. A prefill gathers them, a decode step sums activations instead (step_rows).
 SERVING: Mapping[str, tuple[str, ...]] = {**RULES, "embed": ("fsdp",)}
 
@@ -54,8 +54,8 @@ def make_mesh(**axes: int) -> Mesh:
 def mesh_of(devices: Sequence[Any], axes: Mapping[str, int]) -> Mesh:
     """A mesh of these devices, laid out as `lay_out` says.
 
-    Raises UserError for an axis that RULES do not know, sizes that do not multiply to the number of devices, and axes
-    that the devices' links do not allow.
+    Raises UserError for an unknown axis, sizes whose product is not the number of devices, and axes that the devices'
+    links do not allow.
     """
     if unknown := set(axes) - set(AXES):
         raise UserError(f"a mesh has no axis {', '.join(sorted(unknown))}; choose from {', '.join(AXES)}")
@@ -68,7 +68,7 @@ def mesh_of(devices: Sequence[Any], axes: Mapping[str, int]) -> Mesh:
 
 
 def filled(axes: Mapping[str, int], devices: int) -> dict[str, int]:
-    """The same axes, in which a size of -1 is what the others leave of so many devices."""
+    """The same axes, with a size of -1 replaced by the number of devices divided by the others' product."""
     known = math.prod(size for size in axes.values() if size > 0)
     return {axis: devices // known if size == -1 else size for axis, size in axes.items()}
 
@@ -76,8 +76,8 @@ def filled(axes: Mapping[str, int], devices: int) -> dict[str, int]:
 def lay_out(axes: Mapping[str, int], devices: Sequence[Any], islands: int = 1) -> Mesh:
     """A mesh of devices that come as `islands` equal groups, one after the other: slices, or nodes.
 
-    The first axes that divide the number of islands go across them: what stays inside is fast. Axes are Auto: XLA
-    places the collectives. Raises UserError where the islands or the links inside one do not allow it.
+    The first axes whose sizes divide the number of islands cross the slow links between them. Axes are Auto: XLA
+    inserts the collectives. Raises UserError where the islands or the links inside one do not allow it.
     """
     names, sizes = tuple(axes), tuple(axes.values())
     auto = (AxisType.Auto,) * len(names)
@@ -116,9 +116,9 @@ _STORED: contextvars.ContextVar[Mapping[str, tuple[str, ...]]] = contextvars.Con
 
 
 def on(mesh: Mesh | None, function: Callable, rules: Mapping[str, tuple[str, ...]] = RULES) -> Callable:
-    """`function`, traced with `mesh` in context: what qwen2_jax.ops divides its work over. None changes nothing.
+    """`function`, traced with `mesh` as the mesh that qwen2_jax.ops divides its work over. None: `function` itself.
 
-    rules: those by which the parameters lie on the mesh.
+    rules: those that the parameters are sharded by.
     """
     if mesh is None:
         return function
@@ -136,23 +136,23 @@ def on(mesh: Mesh | None, function: Callable, rules: Mapping[str, tuple[str, ...
 
 
 def current_rules() -> Mapping[str, tuple[str, ...]]:
-    """By which the parameters lie on current_mesh()."""
+    """The rules that the parameters are sharded by on current_mesh()."""
     return _STORED.get()
 
 
 def current_mesh() -> AbstractMesh | None:
-    """The mesh of the `on` that the caller is traced in, if its work is not divided yet over several devices."""
+    """The mesh of the enclosing `on`; None outside of one, with one device, and inside a shard_map."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty or mesh.size == 1 or mesh.manual_axes else mesh
 
 
 def axes_of(name: str | None, mesh: Mesh | AbstractMesh, rules: Mapping = RULES) -> tuple[str, ...]:
-    """The axes of `mesh` over which the dimension called `name` is split."""
+    """The axes of `mesh` over which the dimension called `name` is sharded."""
     return () if name is None else tuple(a for a in rules[name] if a in mesh.axis_names)
 
 
 def dividing(name: str, size: int, mesh: Mesh | AbstractMesh, rules: Mapping = RULES) -> tuple[str, ...]:
-    """As many of the axes of `name`, from the first, as divide a dimension of this size."""
+    """The axes of `name`, from the first, as many as divide a dimension of this size."""
     axes = axes_of(name, mesh, rules)
     while size % parts(axes, mesh):
         axes = axes[:-1]
@@ -160,7 +160,7 @@ def dividing(name: str, size: int, mesh: Mesh | AbstractMesh, rules: Mapping = R
 
 
 def fitting(names: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> NamedSharding:
-    """Where an array lives of which each dimension is split as far as its size allows: how ops divides its work."""
+    """Sharding of an array whose dimensions are split as far as their sizes allow: how ops divides its work."""
     return NamedSharding(
         mesh,
         PartitionSpec(
@@ -173,17 +173,18 @@ def fitting(names: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> Na
 
 
 def step_rows(rows: int, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
-    """Axes over which the rows of a decode step are divided where they meet weights: not those that weights lie over.
+    """Axes over which the rows of a decode step are sharded in products with weights: not those that weights are
+    sharded over.
 
-    A product with a weight that is split over fsdp then leaves it where it is and sums activations. Were the rows split
-    over fsdp too, each device would gather all of the weight, at every token, for a row or two.
+    A product with a weight that is sharded over fsdp then sums activations and does not move the weight. Were the rows
+    sharded over fsdp too, each device would gather the whole weight at every token, for a row or two.
     """
     stored = [axis for axis in current_rules()["embed"] if axis in mesh.axis_names and mesh.shape[axis] > 1]
     return tuple(itertools.takewhile(lambda axis: axis not in stored, dividing("batch", rows, mesh)))
 
 
 def parts(axes: Sequence[str], mesh: Mesh | AbstractMesh) -> int:
-    """Number of parts that axes of `mesh` cut a dimension into."""
+    """Number of parts that a dimension is split into by axes of `mesh`."""
     return math.prod(mesh.shape[axis] for axis in axes)
 
 
@@ -212,5 +213,5 @@ def spec(
 
 
 def sharding(names: Sequence[str | None], shape: Sequence[int], mesh: Mesh, rules: Mapping = RULES) -> NamedSharding:
-    """Where an array of this shape and these dimension names lives; see `spec`."""
+    """Sharding of an array of this shape and these dimension names; see `spec`."""
     return NamedSharding(mesh, spec(names, shape, mesh, rules))

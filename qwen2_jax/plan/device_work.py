@@ -23,7 +23,7 @@ BACKWARD = 2.5
 
 
 class Parts(NamedTuple):
-    """Into how many parts a mesh cuts each kind of work; the rest of the devices does the same work again."""
+    """Number of parts into which a mesh divides each kind of work; the other devices repeat the same work."""
 
     rows: int
     dense: int
@@ -39,13 +39,13 @@ class Work(NamedTuple):
 
 
 def parts(config: ModelConfig, mesh: Mesh, rows: int, length: int = 1) -> Parts:
-    """rows, length: of the batch, which is cut over its axes as far as they divide."""
+    """rows, length: of the batch, which is sharded over its axes as far as they divide it."""
     by_rows = _product(mesh, sharding.dividing("batch", rows, mesh))
     tokens = by_rows * _product(mesh, sharding.dividing("length", length, mesh))
     tensor = _product(mesh, sharding.axes_of("mlp", mesh))
-    wider = head_padding.spread(config, mesh)  # heads that do not divide are filled up, and those are work too
+    wider = head_padding.spread(config, mesh)  # padding heads are work too
     real = 1.0 if wider is None else config.num_attention_heads / wider.config.num_attention_heads
-    # Devices that hold different experts share them out, whether or not their rows of the batch differ too.
+    # Devices that hold different experts divide the experts' work, whether or not their rows of the batch differ.
     holders = sharding.axes_of("experts", mesh) if config.num_experts else ()
     experts = _product(mesh, [axis for axis in holders if axis not in sharding.dividing("batch", rows, mesh)])
     return Parts(by_rows, tokens * tensor, tokens * tensor * experts, tokens * tensor * real)

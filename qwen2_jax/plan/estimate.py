@@ -56,51 +56,51 @@ class Setting:
         return self.machine.chip
 
     def parts(self, name: str) -> int:
-        """Into how many parts the mesh cuts the dimension called `name`."""
+        """Number of parts into which the mesh splits the dimension called `name`."""
         return sharding.parts(sharding.axes_of(name, self.mesh), self.mesh)
 
     @property
     def tokens(self) -> float:
-        """Of one micro-batch on a device."""
+        """Tokens of one micro-batch on a device."""
         return self.run.rows * self.run.length / self.run.accumulate / self.parts("batch") / self.parts("length")
 
     @property
     def itemsize(self) -> int:
-        """Bytes of a number that activations are made of."""
+        """Bytes of one number of the activations."""
         return jnp.dtype(self.run.dtype).itemsize
 
     @property
     def exchange(self) -> str:
-        """How tokens get to experts on other devices."""
+        """How tokens reach experts on other devices: a name of expert_exchange.NAMES."""
         choices = self.config.num_experts_per_tok
         return ops.exchange_of(self.run.implementation, self.parts("experts"), choices, self.itemsize)
 
     @property
     def places(self) -> float:
-        """In the buffers of experts' rows, for each copy of a token: a gather has room for all tokens of all holders,
-        an exchange's window for SLACK times its own."""
+        """Rows in the buffers of experts for each copy of a token: a gather has room for all tokens of all devices that
+        hold experts, an exchange's window for SLACK times its own."""
         if self.parts("experts") == 1 or not self.config.num_experts:
             return 1.0
         return SLACK if self.exchange == "all_to_all" else self.parts("experts")
 
     @property
     def moved_per_token(self) -> float:
-        """Numbers per token that all layers' activations are, as memory traffic: kept_per_token, and the places in
-        experts' buffers beyond the rows that it counts."""
+        """Numbers per token in all layers' activations, as memory traffic: kept_per_token, and the rows of experts'
+        buffers beyond those that it counts."""
         config = self.config
         rows = (self.places - 1) * config.num_experts_per_tok * (2 * config.hidden_size + config.moe_intermediate_size)
         return kept_per_token(config, None) + rows * sum(map(config.is_sparse, range(config.num_hidden_layers)))
 
     def held(self, trained: bool = False) -> int:
-        """Parameters, or those of them that are trained, that a device holds."""
+        """Number of parameters that a device holds; trained: of those that are trained."""
         specs = self.specs
         if trained and self.run.lora is not None:
             specs = lora.declare(self.config, self.run.lora)
         return sum(math.prod(self._place(spec).shard_shape(spec.shape)) for spec in _leaves(specs))
 
     def met(self, experts: bool | None = None) -> int:
-        """Parameters that a device multiplies with: gathered over the axes that only store. experts: of them alone, or
-        all others alone."""
+        """Number of parameters that a device multiplies with: gathered over the axes that only shard storage. experts:
+        of routed experts only, or of all others only."""
         total = 0
         for spec in _leaves(self.specs):
             if experts is not None and experts != ("experts" in spec.axes):
@@ -119,7 +119,7 @@ def estimate(setting: Setting) -> Estimate:
 
 
 def activation_bytes(setting: Setting) -> float:
-    """Of one micro-batch on a device: what is kept for the backward pass, and a tile of logits with its gradient."""
+    """Bytes on a device for one micro-batch: what the backward pass needs, and a tile of logits with its gradient."""
     config = setting.config
     # Of one layer's experts, backward: tokens, gradients of their sums and of themselves, and four arrays in between,
     # which kept_per_token counts for the rows that there are.

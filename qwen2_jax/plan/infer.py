@@ -83,7 +83,8 @@ def plan(checkpoint: str, name: str, job: Job) -> Plan:
 
 
 def default_mesh(config: ModelConfig, devices: int) -> dict[str, int]:
-    """As many parts of heads and widths as the model can be cut into, then experts, then fsdp for what is left.
+    """The largest tensor axis that the model's dimensions allow, then an expert axis, then fsdp for the remaining
+    devices.
 
     Inside a layer the first two cost one sum over the devices; fsdp moves weights over the links at each token.
     """
@@ -102,7 +103,7 @@ def default_mesh(config: ModelConfig, devices: int) -> dict[str, int]:
 
 
 def sizes(asked: Mapping[str, int], devices: int) -> dict[str, int]:
-    """All axes, those not asked for with one part; -1 takes what is left."""
+    """Sizes of all axes: 1 for those not given; -1 takes the remaining devices."""
     if unknown := set(asked) - set(sharding.AXES):
         raise UserError(f"--mesh has no axis {', '.join(sorted(unknown))}; axes are {', '.join(sharding.AXES)}")
     given = sharding.filled(asked, devices)

@@ -52,8 +52,8 @@ GPUS = {"h100": _HOPPER, "h200": _HOPPER, "a100": _AMPERE, "a100-40": _AMPERE, "
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """slices: of a TPU, or nodes of GPUs, which are joined by a slower network. shape: chips of one slice along each
-    side of its torus; (GPUs of a node,) for GPUs."""
+    """slices: number of TPU slices, or of nodes of GPUs, which a slower network connects. shape: chips of one slice
+    along each side of its torus; (GPUs of a node,) for GPUs."""
 
     name: str
     chip: Chip
@@ -62,7 +62,7 @@ class Machine:
 
     @property
     def devices(self) -> int:
-        """jax devices in all."""
+        """Number of jax devices."""
         return self.slices * math.prod(self.shape) * self.chip.per_chip
 
     @property
@@ -114,7 +114,7 @@ def parse(name: str) -> Machine:
 
 
 def mesh_of(machine: Machine, sizes: Mapping[str, int]) -> Mesh:
-    """A mesh over the machine's devices, laid out as a run there does it (sharding.make_mesh).
+    """A mesh over the machine's devices, laid out as in a run there (sharding.make_mesh).
 
     Raises UserError where the sizes do not multiply to the number of devices, the links do not allow the axes, or the
     compiler is not installed.

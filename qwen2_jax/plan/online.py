@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What post-training stages hold and compute beside a training step: a reference, and the sampling of answers."""
+"""What post-training stages hold and compute besides a training step: a reference model, and sampling."""
 
 import dataclasses
 from typing import Any
@@ -22,8 +22,8 @@ from qwen2_jax.train.post_training_config import Online
 from qwen2_jax.train.stage import stage_of
 from qwen2_jax.weights.params import Tree
 
-# A plan has no data: so many groups are taken to lie in a row, each of so many responses. Only sums over a row's groups
-# depend on it, a small part of a step.
+# A plan has no data: a fixed number of groups per row is assumed, each with a fixed number of responses. Only sums over
+# a row's groups depend on it, a small part of a step.
 GROUPS, RESPONSES = 16, 6
 
 

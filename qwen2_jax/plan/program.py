@@ -37,7 +37,7 @@ class Program:
 
     @property
     def bytes(self) -> int:
-        """All of it."""
+        """Bytes per device in all."""
         return sum(self.arguments.values()) + self.padding + self.temporaries + self.code
 
 
@@ -78,12 +78,12 @@ def compiled(name: str, lower: Callable[[], tuple[jax.stages.Lowered, Mapping[st
 
 
 def _cpu_seconds() -> float:
-    """Of this process, and of those that it has started and that have ended: XLA:GPU's assembler is one."""
+    """CPU seconds of this process and of its child processes that have ended, such as XLA:GPU's assembler."""
     return sum(os.times()[:4])
 
 
 def refused(message: str) -> int | None:
-    """Bytes that a program needs, from the compiler's words when it refuses it for its size; None for other words."""
+    """Bytes that a program needs, from the compiler's message that refuses it for its size; None for other messages."""
     match = re.search(r"\((\d+(?:\.\d+)?)([KMGT]?)\) exceeds available HBM", message)
     match = match or re.search(r"Used (\d+(?:\.\d+)?)([KMGT]?) of \S+ hbm", message)
     if "RESOURCE_EXHAUSTED" not in message or match is None:
@@ -92,7 +92,7 @@ def refused(message: str) -> int | None:
 
 
 def device_bytes(tree: Any) -> int:
-    """Bytes of a tree of shapes on the device that holds the most of it."""
+    """Bytes of a tree of shapes on the device that holds most."""
     total = 0
     for leaf in jax.tree.leaves(tree):
         part = leaf.shape if getattr(leaf, "sharding", None) is None else leaf.sharding.shard_shape(leaf.shape)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Roofline: from counts of FLOPs and bytes to the seconds that chips, their memory and their links need at least.
+"""Roofline: lower bounds of the seconds that chips, their memory and their links need, from counts of FLOPs and bytes.
 
 A collective takes as long as the device that has to take in the most bytes through the fewest links; the smallest ones
 take a hop's time instead. Arithmetic is counted at the rates that published kernels reach, not at the peak, because no
@@ -21,7 +21,7 @@ from qwen2_jax.plan.machine import Machine
 
 @dataclasses.dataclass(frozen=True)
 class Seconds:
-    """Of one run of a program on every device: arithmetic, memory traffic, messages (each as if alone)."""
+    """Seconds of one run of a program on every device: arithmetic, memory traffic, messages (each as if alone)."""
 
     compute: float
     memory: float
@@ -92,7 +92,7 @@ class Network:
         self._links = functools.cache(self._links_of)
 
     def seconds(self, collective: Collective) -> float:
-        """How long all `times` of a collective take."""
+        """Seconds that all `times` runs of a collective take."""
         members = collective.groups[0] if collective.groups else collective.pairs[0] if collective.pairs else ()
         if len(set(members)) < 2:
             return 0.0
@@ -110,7 +110,7 @@ class Network:
         passes = 2 if collective.kind == "all-reduce" else 1
         between = 0.0
         if across > 1:
-            here = 1 if exchange else len(members) / across  # what is exchanged, each device takes in for itself
+            here = 1 if exchange else len(members) / across  # in an exchange each device receives its own data
             share = collective.bytes * (across - 1) / across
             between = passes * share / (here * self.chip.network_gb_s * 1e9)
         return collective.times * (max(inside, between) + passes * hops * self.chip.hop_us * 1e-6)
@@ -122,7 +122,7 @@ class Network:
         return collective.times * (collective.bytes / (rate * 1e9) + self.chip.hop_us * 1e-6)
 
     def _links_of(self, members: Sequence[int]) -> tuple[float, int, bool, int]:
-        """(links by which the worst placed member receives, longest side, whether that side is a ring, hops)."""
+        """(links by which the member with the fewest receives, longest side, whether that side is a ring, hops)."""
         if not self.chip.is_tpu:
             nodes = len({self.at[m][0] for m in members})
             return 1.0, len(members), False, nodes

@@ -29,12 +29,12 @@ class Candidate:
 
     @property
     def seconds(self) -> float:
-        """What it is ranked by: halfway between everything overlapping and nothing."""
+        """Seconds that it is ranked by: the mean of complete overlap and none."""
         return (self.estimate.seconds.hidden + self.estimate.seconds.exposed) / 2
 
     @property
     def flags(self) -> str:
-        """What to write on the command line of train.py."""
+        """The flags of train.py for it."""
         mesh = " ".join(f"--mesh.{axis} {size}" for axis, size in dataclasses.asdict(self.run.mesh).items())
         return f"{mesh} --remat {self.run.remat} --accumulate {self.run.accumulate}"
 

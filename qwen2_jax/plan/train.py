@@ -39,12 +39,12 @@ class Job:
 
     @property
     def row_parts(self) -> int:
-        """Parts that a batch's rows are cut into."""
+        """Number of parts that a batch's rows are split into."""
         return sharding.parts(sharding.axes_of("batch", self.mesh), self.mesh)
 
     @property
     def token_parts(self) -> int:
-        """Parts that a batch's tokens are cut into."""
+        """Number of parts that a batch's tokens are split into."""
         return self.row_parts * sharding.parts(sharding.axes_of("length", self.mesh), self.mesh)
 
     def setting(self, run: Run) -> estimate.Setting:
@@ -118,7 +118,7 @@ def compile_step(job: Job) -> Program:
 
 
 def describe(job: Job, program: Program) -> Plan:
-    """What a compiled step means: memory, time, advice."""
+    """The plan from a compiled step: memory, time, advice."""
     run, config, mesh = job.run, job.config, job.mesh
     chip = job.machine.chip
     lengths = [run.length] * run.rows
@@ -169,7 +169,7 @@ def describe(job: Job, program: Program) -> Plan:
 
 
 def within(job: Job) -> dict[str, int]:
-    """Temporaries of a step whose size a formula knows: gradients and the copy that activations meet.
+    """Temporaries of a step whose size a formula gives: gradients, and the weights in the step's dtype.
 
     The gradients are in the copy's dtype; the sum over micro-batches is in float32. What is left of the compiler's
     temporaries are activations and buffers.

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two real processes with two devices each: who reads and writes which bytes, and that the results are those of one."""
+"""Two real processes with two devices each: who reads and writes which bytes, and that the results are those of one.
+
+The processes are started once, for all tests.
+"""
 
 import pytest
 
@@ -45,7 +48,7 @@ half = jax.numpy.dtype("bfloat16")
 specs = names.nested({path: dataclasses.replace(spec, dtype=half) for path, spec in leaves(opened.specs)})
 whole = checkpoint.load_params(root / "hf")
 checkpoint.load_params(root / "orbax")  # imports Orbax's many modules
-found = []
+read = []
 for axes, stages in ((dict(fsdp=2, tensor=2), (None, 0)), (dict(expert=2, fsdp=2), (None,))):
     mesh = make_mesh(**axes)
     reads = []
@@ -56,9 +59,8 @@ for axes, stages in ((dict(fsdp=2, tensor=2), (None, 0)), (dict(expert=2, fsdp=2
         reads.append(opened.tensors.bytes_read)
     before = bytes_read()
     again = checkpoint.load_params(root / "orbax", mesh=mesh)
-    found.append(dict(share=share(tree), hf=reads, orbax=bytes_read() - before))
+    read.append(dict(share=share(tree), hf=reads, orbax=bytes_read() - before))
     check(again)
-tell(found=found)
 """
 
 ADAPTERS = """
@@ -127,9 +129,44 @@ settings = lora.Lora(rank=4, targets=("q_proj", "v_proj"))
 spread = adapters(config, settings, make_mesh(fsdp=2, tensor=2))
 assert not all(x.is_fully_addressable or x.is_fully_replicated for x in jax.tree.leaves(spread))
 peft.save_peft(root / "two" / "adapters", config, spread, settings, "base")
-tell(found=found)
+hf_folder.HfFolder, writing.write_all = real, put
 """
 )
+
+FAIL = """
+import errno
+from qwen2_jax import checkpoint
+from qwen2_jax.checkpoint.transfer import multihost as processes, write as writing
+from qwen2_jax.parallel.sharding import make_mesh
+
+processes.APPEARS_SECONDS = 0.5
+params = checkpoint.load_params(root / "hf", mesh=make_mesh(fsdp=2, tensor=2))
+config = checkpoint.read_config(checkpoint.locate(root / "hf"))
+said = []
+
+def attempt(path, **more):
+    try:
+        checkpoint.save_hf(path, config, params, **more)
+        said.append("")
+    except (checkpoint.CheckpointError, OSError) as why:
+        said.append(str(why))
+
+attempt(root / f"disk of {me}" / "a")  # as if each host had a disk of its own there
+put = writing.write_all
+def full(file, parts):
+    if me == 1:
+        raise OSError(errno.ENOSPC, "No space left on device")
+    put(file, parts)
+writing.write_all = full
+attempt(root / "b")
+writing.write_all = put
+if me == 0:
+    (root / "c").mkdir()
+    (root / "c" / "precious").touch()
+attempt(root / "c")
+attempt(root / "d")
+tell(read=read, wrote=found, said=said)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -144,13 +181,19 @@ def root(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="module")
+def told(root):
+    """What the two processes found when they read, wrote and failed, one after the other."""
+    return processes.run(READ + WRITE + FAIL, root, timeout=360)
+
+
 SIZE = sum(tensor.nbytes for tensor in hf.random_tensors(CONFIG).values())
 SMALL = 400_000  # bytes of Orbax's own files, about 30 KB at each call; nothing to a checkpoint of some size
 
 
-def test_each_process_reads_its_share(root):
+def test_each_process_reads_its_share(root, told):
     """Once, whatever the mesh splits; and the two shares are the whole, but for what both processes hold."""
-    a, b = (told["found"] for told in processes.run(READ, root))
+    a, b = (process["read"] for process in told)
     for found in (*a, *b):
         assert set(found["hf"]) == {found["share"]}
         assert found["share"] <= found["orbax"] < found["share"] + SMALL
@@ -162,9 +205,9 @@ def test_each_process_reads_its_share(root):
     assert SIZE < a[1]["share"] + b[1]["share"] < 2 * SIZE  # the mesh has "expert" between the processes
 
 
-def test_what_two_processes_write_is_what_one_writes(root):
+def test_what_two_processes_write_is_what_one_writes(root, told):
     """Byte for byte, and each wrote half of it."""
-    a, b = (told["found"] for told in processes.run(WRITE, root))
+    a, b = (process["wrote"] for process in told)
     for found in (a, b):
         for name in ("save", "hf to hf", "orbax to hf"):
             assert abs(found[name]["written"] - SIZE / 2) < 8000, name  # the first writes the headers as well
@@ -202,45 +245,9 @@ def test_what_two_processes_write_is_what_one_writes(root):
         assert hf.files_of(root / "two" / two, but=ORBAX) == hf.files_of(one, but=ORBAX)  # the manifest is one of them
 
 
-FAIL = """
-import errno
-from qwen2_jax import checkpoint
-from qwen2_jax.checkpoint.transfer import multihost as processes, write as writing
-from qwen2_jax.parallel.sharding import make_mesh
-
-processes.APPEARS_SECONDS = 0.5
-params = checkpoint.load_params(root / "hf", mesh=make_mesh(fsdp=2, tensor=2))
-config = checkpoint.read_config(checkpoint.locate(root / "hf"))
-said = []
-
-def attempt(path, **more):
-    try:
-        checkpoint.save_hf(path, config, params, **more)
-        said.append("")
-    except (checkpoint.CheckpointError, OSError) as why:
-        said.append(str(why))
-
-attempt(root / f"disk of {me}" / "a")  # as if each host had a disk of its own there
-put = writing.write_all
-def full(file, parts):
-    if me == 1:
-        raise OSError(errno.ENOSPC, "No space left on device")
-    put(file, parts)
-writing.write_all = full
-attempt(root / "b")
-writing.write_all = put
-if me == 0:
-    (root / "c").mkdir()
-    (root / "c" / "precious").touch()
-attempt(root / "c")
-attempt(root / "d")
-tell(said=said)
-"""
-
-
-def test_an_error_of_one_process_is_an_error_of_all(root):
+def test_an_error_of_one_process_is_an_error_of_all(root, told):
     """Nothing is left behind, nobody waits for ever, and the next attempt works."""
-    a, b = (told["said"] for told in processes.run(FAIL, root))
+    a, b = (process["said"] for process in told)
     assert "failed in process 1, whose own message says why" in a[0]
     assert "process 1 does not see" in b[0] and "give a path on a disk that all of them mount" in b[0]
     assert "writing" in a[1] and "failed in process 1" in a[1]

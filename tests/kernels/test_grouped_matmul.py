@@ -198,7 +198,7 @@ def test_order_is_stable_and_its_own_inverse(seed, shape):
     order = sort_by_expert(jnp.asarray(experts), E)
     named = np.where((experts < 0) | (experts >= E), E, experts).reshape(-1)
     np.testing.assert_array_equal(order.pairs_M, np.argsort(named, kind="stable"))
-    np.testing.assert_array_equal(order.pairs_M[order.rows_TK.reshape(-1)], np.arange(named.size))
+    np.testing.assert_array_equal(order.pairs_M[order.rows_Tk.reshape(-1)], np.arange(named.size))
     np.testing.assert_array_equal(order.group_sizes_E, np.bincount(named, minlength=E + 1)[:E])
 
 
@@ -207,7 +207,7 @@ def test_gradients_of_the_permutations_are_those_of_plain_indexing():
     order = sort_by_expert(experts, E)
     x, y, weights = draw(9, D), draw(27, D), draw(9, 3)
     plain_permute = lambda x, _: x[order.pairs_M // 3]
-    plain_unpermute = lambda y, w, _: jnp.einsum("tk,tkd->td", w, y[order.rows_TK])
+    plain_unpermute = lambda y, w, _: jnp.einsum("tk,tkd->td", w, y[order.rows_Tk])
     for f, plain, arguments in [(permute, plain_permute, (x,)), (unpermute, plain_unpermute, (y, weights))]:
         value, pull = jax.vjp(lambda *a, f=f: f(*a, order), *arguments)
         expected, plain_pull = jax.vjp(lambda *a, plain=plain: plain(*a, order), *arguments)

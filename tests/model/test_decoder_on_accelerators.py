@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every kind of layer on the kernels of every device: the model in Pallas's interpreters against the portable one."""
+"""Every kind of layer on the kernels of every device: the model in Pallas's interpreters against the portable one.
+
+One kind of each device is quick; test_device.py runs "sliding" on both, by `python -m benchmarks.device --small`.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 from qwen2_jax.kernels.target import simulated
 
 from accelerator_cases import KINDS, results
+from few import slow
 from tolerance import BFLOAT16, assert_no_worse
 
 TPU = ("TPU v5 lite", pltpu.InterpretParams())
@@ -16,6 +20,10 @@ TPU = ("TPU v5 lite", pltpu.InterpretParams())
 def gpu():
     params = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params", reason="this jax cannot simulate GPUs")
     return "NVIDIA H200", params.InterpretGPUParams()
+
+
+def test_every_kind_is_here():
+    assert {"moe", "sliding", "dual chunk"} == KINDS.keys()
 
 
 def compare(kind, device, implementation, dtype, floor):
@@ -27,11 +35,11 @@ def compare(kind, device, implementation, dtype, floor):
         assert_no_worse(ours, theirs, true, floor=floor)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["moe", *slow("sliding", "dual chunk")])
 def test_tpu(kind):
     compare(kind, TPU, "tpu", jnp.float32, floor=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["dual chunk", *slow("sliding", "moe")])
 def test_gpu(kind):
     compare(kind, gpu(), "gpu", jnp.bfloat16, floor=BFLOAT16)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AbstractMesh
 
-from few import MANY
+from few import MANY, slow
 from qwen2_jax import PRESETS, model
 from qwen2_jax.model import head_padding, lora
 from qwen2_jax.weights import int8
@@ -49,7 +49,7 @@ def test_no_mesh_and_no_axis_change_nothing():
     assert head_padding.spread(PRESETS["qwen2-7b"], AbstractMesh((8,), ("fsdp",))) is None
 
 
-@settings(MANY, max_examples=50)  # each compiles
+@settings(MANY, max_examples=20)  # each compiles
 @given(keys=st.integers(1, 6), group=st.integers(1, 7), tensor=st.integers(2, 16))
 def test_every_query_meets_its_key_once(keys, group, tensor):
     """Numbers in place of weights: each query head stands once, beside a copy of its own key head; 0 is filled up."""
@@ -70,8 +70,14 @@ def test_every_query_meets_its_key_once(keys, group, tensor):
     np.testing.assert_array_equal(found._own_queries(jnp.asarray(queries)), 1 + np.arange(keys * group))
 
 
-@pytest.mark.parametrize("storage", ["plain", "int8", "adapted"])
-@pytest.mark.parametrize(("tensor", "unroll"), [(4, False), (8, True), (16, False)])
+@pytest.mark.parametrize(
+    ("storage", "tensor", "unroll"),
+    [
+        *(("plain", 4, False), ("int8", 8, True), ("adapted", 16, False)),
+        *slow(("plain", 8, True), ("plain", 16, False), ("int8", 4, False)),
+        *slow(("int8", 16, False), ("adapted", 4, False), ("adapted", 8, True)),
+    ],
+)
 def test_the_wider_model_gives_the_same(storage, tensor, unroll):
     config = CONFIGS["dense"]  # 6:2
     found = head_padding.spread(config, mesh(tensor))
@@ -92,6 +98,7 @@ def test_the_wider_model_gives_the_same(storage, tensor, unroll):
 
     wide = jax.jit(lambda params: found.widen(params, specs))(params)
     want, got = logits(config, params), logits(found.config, wide)
+    # Sums of float32 in another order: a fifth of this was seen.
     np.testing.assert_allclose(got, want, atol=2e-6 * float(jnp.abs(want).max()))
     assert jax.tree.map(jnp.shape, wide) != jax.tree.map(jnp.shape, params)
     jax.tree.map(np.testing.assert_array_equal, jax.jit(lambda wide: found.narrow(wide, specs))(wide), params)

@@ -6,16 +6,17 @@ import os
 import subprocess
 import sys
 
-import pytest
-
 SCRIPT = """
-import sys
+import itertools, sys
 import jax, jax.numpy as jnp, numpy as np
 from qwen2_jax.parallel import sharding
 from qwen2_jax.weights.int8 import Int8
 from qwen2_jax.weights.weight import take
 
-mesh = sharding.make_mesh(**{name: int(size) for name, size in (part.split("=") for part in sys.argv[1:])})
+meshes = [
+    sharding.make_mesh(**{name: int(size) for name, size in (part.split("=") for part in axes.split())})
+    for axes in sys.argv[1:]
+]
 random = np.random.default_rng(0)
 V, D = 24, 16
 table = jnp.asarray(random.standard_normal((V, D)), jnp.float32)
@@ -30,21 +31,20 @@ for B, T in ((8, 4), (8, 1), (2, 3)):  # a batch of training, a decode step, and
         return take(table, ids, jnp.float32), take(rounded, ids, jnp.float32), jax.grad(loss)(table)
 
     whole = jax.jit(results)(table, rounded, ids)
-    for rules in (sharding.RULES, sharding.SERVING):
+    for mesh, rules in itertools.product(meshes, (sharding.RULES, sharding.SERVING)):
         place = sharding.sharding(("vocab", "embed"), (V, D), mesh, rules)
         args = (jax.device_put(table, place), rounded, ids)
         split = jax.jit(sharding.on(mesh, results, rules), out_shardings=(None, None, place))(*args)
         np.testing.assert_array_equal(split[0], whole[0])
         np.testing.assert_array_equal(split[1], whole[1])
-        np.testing.assert_allclose(split[2], whole[2], rtol=1e-5, atol=1e-6)
+        # Sums in another order: 4.8e-7 of 6.7 was seen.
+        np.testing.assert_allclose(split[2], whole[2], rtol=1e-6, atol=1e-6)
 """
 
 
-@pytest.mark.parametrize(
-    "axes", ["fsdp=2 context=2 tensor=2", "data=2 fsdp=2 expert=2", "fsdp=2 expert=2 context=2", "tensor=8"]
-)
-def test_equal_to_the_whole_table(axes):
+def test_equal_to_the_whole_table():
+    meshes = ["fsdp=2 context=2 tensor=2", "data=2 fsdp=2 expert=2", "fsdp=2 expert=2 context=2", "tensor=8"]
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", SCRIPT, *axes.split()]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-c", SCRIPT, *meshes]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]

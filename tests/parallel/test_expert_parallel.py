@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 from ahead_of_time import GPU_COMPILER, TPU_COMPILER
+from few import slow
 from qwen2_jax import ops
 from qwen2_jax.errors import UserError
 from qwen2_jax.parallel import expert_exchange, sharding
@@ -19,13 +20,15 @@ from qwen2_jax.plan import hlo, machine
 
 HERE = Path(__file__).parents[1]
 
-LAYER = """
+SETUP = """
 import sys
 import jax, jax.numpy as jnp, numpy as np
 from qwen2_jax import ops
 from qwen2_jax.parallel import sharding
 
-mesh = sharding.make_mesh(**{name: int(size) for name, size in (part.split("=") for part in sys.argv[1:])})
+def mesh_of(axes):
+    return sharding.make_mesh(**{name: int(size) for name, size in (part.split("=") for part in axes.split())})
+
 random = np.random.default_rng(0)
 draw = lambda *shape: jnp.asarray(random.standard_normal(shape), jnp.float32)
 B, T, E, D, F, k = 8, 12, 16, 16, 12, 3
@@ -43,25 +46,34 @@ loads = {
 }
 args = draw(B, T, D), jnp.abs(draw(B, T, k)), draw(E, F, D) / 4, draw(E, F, D) / 4, draw(E, D, F) / 4
 wanted = draw(B, T, D)
+"""
 
+LAYER = (
+    SETUP
+    + """
 def results(how, mesh=None):
     def of(chosen, args, wanted):
         out, vjp = jax.vjp(lambda x, *rest: ops.experts(x, chosen, *rest, implementation=how), *args)
         return out, vjp(wanted)
     return jax.jit(sharding.on(mesh, of))
 
-alone, everywhere = results(None), sharding.sharding((), (), mesh)
-hows = {how: results(how, mesh) for how in ("exchange=all_to_all", "exchange=gather")}
-lowered = hows["exchange=all_to_all"].lower(*jax.device_put((even, args, wanted), everywhere))
-assert "all_to_all" in lowered.as_text()
-for load, chosen in loads.items():
-    want = alone(jnp.asarray(chosen), args, wanted)
-    for how, together in hows.items():
-        got = together(*jax.device_put((chosen, args, wanted), everywhere))
-        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-            np.testing.assert_allclose(a, b, atol=2e-5, rtol=2e-5, err_msg=f"{load} {how}")
+alone = results(None)
+want = {load: alone(jnp.asarray(chosen), args, wanted) for load, chosen in loads.items()}
+for axes in sys.argv[1:]:
+    mesh = mesh_of(axes)
+    everywhere = sharding.sharding((), (), mesh)
+    for how in ("exchange=all_to_all", "exchange=gather"):
+        lowered = results(how, mesh).lower(*jax.device_put((even, args, wanted), everywhere))
+        assert ("all_to_all" in lowered.as_text()) == (how == "exchange=all_to_all")
+        together = lowered.compile()
+        for load, chosen in loads.items():
+            got = together(*jax.device_put((chosen, args, wanted), everywhere))
+            for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want[load]), strict=True):
+                # Sums in another order; at most a third of this was seen, for results of up to 79.
+                np.testing.assert_allclose(a, b, atol=2e-5, rtol=2e-5, err_msg=f"{axes} {load} {how}")
 print("equal", len(loads))
 """
+)
 
 
 def run(program, *arguments):
@@ -72,14 +84,69 @@ def run(program, *arguments):
         "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE / "train")]),
     }
     command = [sys.executable, "-c", program, *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, cwd=HERE)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, cwd=HERE)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
-@pytest.mark.parametrize("axes", ["expert=8", "expert=4 tensor=2", "fsdp=2 expert=2 context=2"])
-def test_any_load_gives_what_one_device_gives(axes):
-    assert run(LAYER, *axes.split()) == "equal 7\n"
+def test_any_load_gives_what_one_device_gives():
+    assert run(LAYER, "expert=8", "expert=4 tensor=2", "fsdp=2 expert=2 context=2") == "equal 7\n"
+
+
+INT8 = (
+    SETUP
+    + """
+import dataclasses
+import tiny
+from qwen2_jax import model
+from qwen2_jax.infer.lm import LM
+from qwen2_jax.weights import int8
+from qwen2_jax.weights.weight import dequantize
+
+rounded = [int8._rounded(matrix, 1) for matrix in args[2:]]
+
+def results(matrices, how=None, mesh=None):
+    "The layer, and its gradients for the tokens and their weights."
+    def of(chosen, tokens, matrices, wanted):
+        layer = lambda tokens: ops.experts(tokens[0], chosen, tokens[1], *matrices, implementation=how)
+        out, vjp = jax.vjp(layer, tokens)
+        return out, vjp(wanted)
+    inputs = some, args[:2], matrices, wanted
+    if mesh is not None:
+        inputs = jax.device_put(inputs, sharding.sharding((), (), mesh))
+    return jax.jit(sharding.on(mesh, of))(*inputs)
+
+widened = results([dequantize(matrix) for matrix in rounded])
+stored = [matrix.of_experts() for matrix in rounded]
+for axes, how in ((None, None), ("expert=8", "exchange=all_to_all")):
+    got = results(stored, how, axes and mesh_of(axes))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(widened), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5, rtol=2e-5, err_msg=str(how))  # a tenth of this was seen
+
+config = dataclasses.replace(tiny.CONFIGS["moe"], num_experts=8, num_hidden_layers=1)
+params = int8.quantize(tiny.random_params(config, unroll=True), model.declare(config, unroll=True)[1])
+wide = jax.tree.map(dequantize, params, is_leaf=lambda leaf: isinstance(leaf, int8.Int8))
+prompts, answers = [list(range(2, 13)), [5, 7, 11]], []
+for weights, axes in ((wide, None), (params, None), (params, "expert=4 tensor=2")):
+    mesh = axes and mesh_of(axes)
+    if mesh is not None:
+        weights = jax.device_put(weights, sharding.sharding((), (), mesh))
+    lm = LM(config, dict(weights), dtype="float32", unroll=True, mesh=mesh)
+    answers.append(lm.generate(prompts, max_new_tokens=9, temperature=0.0, ignore_eos=True))
+assert any(leaf.dtype == np.int8 for leaf in jax.tree.leaves(lm.params)) and len(set(answers[0][0].token_ids)) > 2
+for got in answers[1:]:
+    for a, b in zip(got, answers[0], strict=True):
+        assert a.token_ids == b.token_ids
+        # On a CPU a decode step's products with int8 keep 15 bits of their inputs: 1.9e-3 of 2 was seen in five layers.
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=5e-3)
+print("equal")
+"""
+)
+
+
+def test_int8_experts_are_their_widened_matrices_on_one_device_and_on_eight():
+    """The layer with its gradients, and greedy answers of a mixture of experts whose weights are all int8."""
+    assert run(INT8) == "equal\n"
 
 
 TRAINING = """
@@ -118,15 +185,17 @@ print("equal", len(sys.argv) - 1)
 """
 
 
-def test_training_steps_are_those_of_one_device():
+@pytest.mark.parametrize(
+    "cases",
+    [
+        ["exchange=all_to_all expert=4 tensor=2", "exchange=gather data=2 expert=4"],
+        *slow(["exchange=all_to_all expert=8", "exchange=all_to_all fsdp=2 expert=2 context=2"]),
+    ],
+    ids=" and ".join,
+)
+def test_training_steps_are_those_of_one_device(cases):
     """Packed documents and padding in every row: losses, norms of gradients and updates, load and losses of routers."""
-    cases = [
-        "exchange=all_to_all expert=8",
-        "exchange=all_to_all expert=4 tensor=2",
-        "exchange=all_to_all fsdp=2 expert=2 context=2",
-        "exchange=gather data=2 expert=4",
-    ]
-    assert run(TRAINING, *cases) == "equal 4\n"
+    assert run(TRAINING, *cases) == "equal 2\n"
 
 
 def layer_of_57b(where, tokens, **changes):

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh
 from rich.console import Console
@@ -19,12 +21,13 @@ from qwen2_jax.config import ModelConfig
 from qwen2_jax.data.spec import Data, Source
 from qwen2_jax.errors import UserError
 from qwen2_jax.infer.cli import main
-from qwen2_jax.model import flops
+from qwen2_jax.model import decoder, flops
 from qwen2_jax.parallel import sharding
 from qwen2_jax.plan import architecture, command, device_work, estimate, infer, report, search, train
 from qwen2_jax.plan.machine import parse
-from qwen2_jax.plan.program import Program, refused
+from qwen2_jax.plan.program import Program, device_bytes, refused
 from qwen2_jax.plan.roofline import Seconds
+from qwen2_jax.plan.shapes import int8_shapes, shapes
 from qwen2_jax.train import Lora, Mesh, Optim, Pretrain, Start, config_file
 
 ROOT = Path(__file__).parents[2]
@@ -137,6 +140,20 @@ def test_inference_on_gpu(_, tmp_path):
     # A step of all layers counts once, although it is a loop that makes up to 16 tokens.
     sums = sum(row.times for row in decode.traffic if row.kind == "all-reduce")
     assert 2 * SMALL.num_hidden_layers <= sums <= 2 * SMALL.num_hidden_layers + 8
+
+
+@pytest.mark.parametrize("tensor", [1, 8])
+def test_int8_halves_a_mixture_of_experts(tensor):
+    """Two layers of the 57B-A14B: a byte for each number of a matrix, four for each of its outputs, no less."""
+    config = dataclasses.replace(PRESETS["qwen2-57b-a14b"], num_hidden_layers=2)
+    sizes = dict.fromkeys(sharding.AXES, 1) | {"tensor": tensor}
+    mesh, specs = AbstractMesh(tuple(sizes.values()), tuple(sizes)), decoder.declare(config, unroll=True)[1]
+    params = int8_shapes(specs, mesh, jnp.bfloat16, sharding.SERVING)
+    E, D, F = config.num_experts, config.hidden_size, config.moe_intermediate_size
+    gate_and_up, down = 2 * E * (F * D + 4 * F), E * (D * F + 4 * D * tensor)  # each device has the scales of `down`
+    assert device_bytes(infer._experts(params)) == 2 * (gate_and_up + down) / tensor
+    plain = device_bytes(shapes(specs, mesh, jnp.bfloat16, sharding.SERVING))
+    assert 0.5 < device_bytes(params) / plain < 0.51
 
 
 def test_words_of_the_compiler():
@@ -303,4 +320,5 @@ def test_rows_and_meshes_that_do_not_divide(_):
         train.prepare(small(mesh=Mesh(fsdp=3)), "8xh100")
     lora = small(model=None, tokenizer=None, start=Start(checkpoint="qwen2-0.5b"), lora=Lora(), lora_base="int8")
     asked = train.prepare(lora, "8xh100")
-    assert asked.frozen is not None and asked.trainer.abstract.params is not None
+    assert {x.dtype for x in jax.tree.leaves(asked.frozen["stacks"])} >= {jnp.dtype("int8")}
+    assert jax.tree.leaves(asked.trainer.abstract.params)
