@@ -270,9 +270,7 @@ def test_what_fails_before_the_program_is_a_refusal(request, tmp_path, monkeypat
     assert text.count("os.execve(") == 1
     (tmp_path / "jail.py").write_text(text.replace("os.execve(", "os.execve('/nowhere' + "))
     monkeypatch.setattr(execute, "JAIL", tmp_path / "jail.py")
-    with pytest.raises(
-        UserError, match=r"could not be started: \[Errno 2\] No such file[^\n]*unsandboxed"
-    ):
+    with pytest.raises(UserError, match=r"could not be started: \[Errno 2\] No such file[^\n]*unsandboxed"):
         passes("x = 1", "assert x == 1", unsandboxed=unsandboxed)
 
 

@@ -3,9 +3,9 @@
 
 The program has read-only access to the interpreter, its packages and the system's libraries, and an empty writable
 folder in memory. It has no other files, no environment, no network, no keys, sees no other process, may not make the
-system calls that namespaces.py denies, and its resources are limited. The sandbox uses Linux namespaces, which need no privileges and no installation on most machines, but which
-containers often forbid. It contains programs that a model writes during training; it is no defence against kernel
-exploits.
+system calls that namespaces.py denies, and its resources are limited. The sandbox uses Linux namespaces, which need no
+privileges and no installation on most machines, but which containers often forbid. It contains programs that a model
+writes during training; it is no defence against kernel exploits.
 """
 
 import dataclasses

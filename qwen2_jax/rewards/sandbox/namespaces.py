@@ -223,6 +223,7 @@ def execute(job: dict[str, Any], folder: str) -> NoReturn:
 def leave_session_keyring() -> None:
     """Gives this process an empty session keyring instead of that of whoever started the training."""
     number = DENIED["keyctl"][MACHINES[platform.machine()]]
+    assert number is not None
     if LIBC.syscall(ctypes.c_long(number), KEYCTL_JOIN_SESSION_KEYRING, None) >= 0:
         return
     reason = ctypes.get_errno()
