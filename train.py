@@ -49,6 +49,18 @@ def _hosts(flags: list[str]) -> tuple[hosts.Flags, list[str]]:
     return hosts.flags_of(found), flags
 
 
+def _what_continues(run: object) -> str:
+    """After a Ctrl-C: what the same command does next. run: the configuration, or None before it was read."""
+    from qwen2_jax.train.config import Run
+    from qwen2_jax.train.state.checkpoints import saved_steps
+
+    saved = saved_steps(run.out / "checkpoints") if isinstance(run, Run) else []
+    if not saved:
+        return "no checkpoint was written yet, so the same command starts from the beginning"
+    again = "the same command" if run.resume else "the same command without --no-resume"
+    return f"{again} continues after step {saved[-1]}, the last one that was saved"
+
+
 def main(arguments: list[str]) -> int:
     """Runs or plans one configuration.
 
@@ -86,8 +98,7 @@ def main(arguments: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        again = "" if run is None or run.resume else " without --no-resume"
-        print(f"stopped; the same command{again} continues from the last checkpoint", file=sys.stderr)
+        print(f"stopped; {_what_continues(run)}", file=sys.stderr)
         return 130
     return 0
 

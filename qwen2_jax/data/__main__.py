@@ -84,7 +84,10 @@ def _tokenizer(name: str):
     from qwen2_jax.tokenizer import Tokenizer
 
     folder = Path(name).expanduser()  # a tokenizer may come without a model
-    return Tokenizer.from_folder(folder if (folder / "tokenizer.json").exists() else locate(name).path)
+    if (folder / "tokenizer.json").exists():
+        return Tokenizer.from_folder(folder)
+    with locate(name).folder_of_small_files() as small_files:
+        return Tokenizer.from_folder(small_files)
 
 
 def _show(args: argparse.Namespace) -> int:

@@ -5,6 +5,7 @@ python -m qwen2_jax.observe.plots runs/sft                    # runs/sft/curves.
 python -m qwen2_jax.observe.plots runs/a runs/b --out ab.png  # side by side, over the tokens each has seen
 """
 
+import importlib.util
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -32,6 +33,7 @@ SCORES = (  # what is larger the better: name in metrics, title, unit
     ("rewards/accuracies", "Preferences", "pairs in the right order"),
     ("reward", "Reward", "mean over answers"),
 )
+MISSING = "curves need matplotlib: pip install matplotlib, or the extra 'logging'"
 SMOOTH_FROM = 40  # lines from which on a running mean is drawn over the noise
 
 
@@ -64,6 +66,11 @@ class Run:
             if not np.isnan(values).all():
                 curves[name] = (numbers(self.scored, "tokens"), values)
         return curves
+
+
+def available() -> bool:
+    """Whether matplotlib, which draws the pictures, is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 def draw(metrics: Path, png: Path) -> None:
@@ -124,10 +131,10 @@ def _number(value: Any) -> float:
 
 def _figure(panels: Sequence[Callable[[Any], None]], png: Path, title: str, tokens: float) -> None:
     """Draws each panel into a grid and writes the file; `tokens`: where the horizontal axes end."""
-    try:
-        import matplotlib
-    except ModuleNotFoundError as missing:
-        raise UserError("curves need matplotlib: pip install matplotlib") from missing
+    if not available():
+        raise UserError(MISSING)
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
     from matplotlib.ticker import FuncFormatter

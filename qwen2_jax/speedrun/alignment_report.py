@@ -160,10 +160,10 @@ def _tax(taxed: dict[str, list[Trained]], png: Path) -> None:
 
 def _figure(panels: Sequence[Callable[[Any], None]], png: Path) -> None:
     """The panels side by side."""
-    try:
-        import matplotlib
-    except ModuleNotFoundError as missing:
-        raise UserError("curves need matplotlib: pip install matplotlib") from missing
+    if not plots.available():
+        raise UserError(plots.MISSING)
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

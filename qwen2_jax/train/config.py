@@ -166,7 +166,7 @@ class Run:
     """
 
     stage: ClassVar[str | type | None] = None  # a class derived from stage.Stage, or "module:class" to import it late
-    answers: ClassVar[bool] = True  # whether the result is a chat model, whose answers end at <|im_end|>
+    answers: ClassVar[bool] = True  # whether the result is a chat model, whose texts end as its template ends answers
 
     data: Data | PromptData
     rows: int  # of one step's batch, over all devices and micro-batches

@@ -2,6 +2,7 @@
 """A run that can be started: architecture, tokenizer, data, mesh and the number of steps. prepare.py makes it."""
 
 import dataclasses
+import functools
 import json
 from typing import Any
 
@@ -12,11 +13,13 @@ from qwen2_jax.config.model_config import ModelConfig
 from qwen2_jax.data.formats.prompts import Prompts
 from qwen2_jax.data.spec import Data
 from qwen2_jax.data.tokens.loader import Loaded
+from qwen2_jax.errors import UserError
+from qwen2_jax.files.json_text import parse_json_object
 from qwen2_jax.parallel import sharding
-from qwen2_jax.tokenizer import END_OF_TEXT, IM_END, Tokenizer
+from qwen2_jax.tokenizer import END_OF_TEXT, Tokenizer
 from qwen2_jax.train.config import Run
+from qwen2_jax.train.result_folders import SMALL_FILES
 
-SMALL_FILES = "tokenizer"  # folder in the run's, with the files that travel beside the weights
 NOT_COPIED = ("config.json", "README.md")  # written anew; about another model
 
 
@@ -75,21 +78,34 @@ class Job:
         """The folder with the small files of the result."""
         return checkpoint.Source("hf", self.run.out / SMALL_FILES)
 
+    @functools.cached_property
+    def answer_end(self) -> int | None:
+        """The id of the special token that the chat template writes behind an answer; None if there is none."""
+        answer = "The answer."
+        talk = [{"role": "user", "content": "A question."}, {"role": "assistant", "content": answer}]
+        try:
+            _, found, behind = self.tokenizer.render_chat(talk, add_generation_prompt=False).rpartition(answer)
+        except UserError:  # no template, or one for other conversations
+            return None
+        first = self.tokenizer.encode(behind.lstrip())[:1] if found else []
+        return first[0] if first and first[0] in self.tokenizer.special_ids else None
+
     def write_small_files(self) -> None:
-        """Tokenizer and generation settings, as the result will have them: a chat model's answers end at <|im_end|>.
+        """Tokenizer and generation settings, as the result will have them: a chat model's texts end as its answers do.
 
         Only the run that holds the folder may: a result is made of what lies there when it is written.
         """
         folder = self.files.path
         folder.mkdir(parents=True, exist_ok=True)
-        source, end = self.tokenizer_files, self.tokenizer.token_id(IM_END)
+        source, end = self.tokenizer_files, self.answer_end
         contents = {name: source.read_bytes(name) or b"" for name in source.small_files() if name not in NOT_COPIED}
         if self.run.answers and end is not None:
-            for name, changes in (
-                ("tokenizer_config.json", {"eos_token": IM_END}),
-                ("generation_config.json", {"eos_token_id": [end, self.tokenizer.token_id(END_OF_TEXT)]}),
-            ):
-                old = json.loads(contents.get(name, b"{}"))
+            ends = dict.fromkeys(id for id in (end, self.tokenizer.token_id(END_OF_TEXT)) if id is not None)
+            changed: dict[str, dict[str, Any]] = {"generation_config.json": {"eos_token_id": [*ends]}}
+            if "eos_token" not in (self.tokenizer.chat_template or ""):  # which would render another text with it
+                changed["tokenizer_config.json"] = {"eos_token": self.tokenizer.decode([end], False)}
+            for name, changes in changed.items():
+                old = parse_json_object(contents.get(name, b"{}"), f"{source.path} {name}")
                 contents[name] = (json.dumps(old | changes, indent=2, ensure_ascii=False) + "\n").encode()
         for name, data in contents.items():
             (folder / name).parent.mkdir(exist_ok=True)

@@ -22,7 +22,9 @@ from qwen2_jax.parallel.hosts import Group
 from qwen2_jax.train import dry_run, initial_state
 from qwen2_jax.train.config import Run
 from qwen2_jax.train.job import Job
+from qwen2_jax.train.post_training_config import Online
 from qwen2_jax.train.prepare import prepare
+from qwen2_jax.train.result_folders import results
 from qwen2_jax.train.stage import Parts, stage_of
 from qwen2_jax.train.state.checkpoints import Checkpoints
 from qwen2_jax.train.state.fingerprint import digest
@@ -57,6 +59,8 @@ def _run(job: Job, trainer: Trainer, console: Console, group: Group) -> Path | N
     if jax.process_index() == 0:
         job.write_small_files()
     _print_left_out(job, console)
+    if not plots.available():
+        console.print(f"note: {plots.MISSING}; {config.out / 'curves.png'} will not be drawn", soft_wrap=True)
     cost = partial(flops.train_flops, job.config, frozen=config.lora is not None)
     recorder = Recorder(
         config.log, config.out, total=job.steps, cost=cost, about=dataclasses.asdict(config), console=console
@@ -235,21 +239,14 @@ def _check(run: Run, in_a_row: jax.Array | None, step: int, saved: Checkpoints, 
         recorder.flush()
         kept = saved.steps()
         raise UserError(
-            f"{int(in_a_row)} steps in a row were skipped, the last is step {step}: their batches had no targets, or "
-            "their loss or gradient was not finite"
+            f"{int(in_a_row)} steps in a row were skipped, the last is step {step}: their batches had no targets"
+            + (" (no answer got a reward, or none a better one than another)" if isinstance(run, Online) else "")
+            + ", or their loss or gradient was not finite"
             + (f", or lay {run.guard.spike} standard deviations above the recent ones" if run.guard.spike else "")
             + f". {run.out / 'metrics.jsonl'} has the numbers. "
             + (f"The checkpoint of step {kept[-1]} is intact" if kept else "No checkpoint was written")
             + "; lower optim.lr, look at the data of these steps, or raise guard.patience"
         )
-
-
-def results(run: Run, folder: Path) -> list[Path]:
-    """The folders that an export to `folder` makes: adapters as PEFT's files, and last the whole weights if it can."""
-    if run.lora is None:
-        return [folder]
-    adapters = folder.with_name(folder.name.replace("hf", "adapter"))
-    return [adapters] if run.lora_base == "int8" else [adapters, folder]  # merging would round the adapters away
 
 
 def export(
@@ -284,7 +281,9 @@ def export(
 
 
 def _draw(config: Run, console: Console) -> None:
+    if not plots.available():  # said before the first step
+        return
     try:
         plots.draw(config.out / "metrics.jsonl", config.out / "curves.png")
-    except UserError as missing:  # a run does not fail because its curves could not be drawn
-        console.print(f"no curves: {missing}")
+    except UserError as reason:  # a run does not fail because its curves could not be drawn
+        console.print(f"no curves: {reason}", soft_wrap=True)

@@ -19,6 +19,7 @@ from qwen2_jax.parallel import sharding
 from qwen2_jax.tokenizer import Tokenizer
 from qwen2_jax.train.config import Mesh, Run
 from qwen2_jax.train.job import Job, parts
+from qwen2_jax.train.result_folders import check_inputs_stay
 from qwen2_jax.train.stage import stage_of
 
 
@@ -31,7 +32,9 @@ def prepare(run: Run, console: Console) -> Job:
     stage.check_processes(jax.process_count())
     source = None if run.start is None else checkpoint.locate(run.start.checkpoint)
     files = _tokenizer_files(run.tokenizer) if source is None or run.tokenizer is not None else source
-    tokenizer = Tokenizer.from_folder(files.path)
+    check_inputs_stay(run, None if source is None else source.path, files.path)
+    with files.folder_of_small_files() as folder:
+        tokenizer = Tokenizer.from_folder(folder)
     config = _architecture(run, source, tokenizer)
     mesh = sampling_mesh = _mesh(run.mesh)
     if stage.sampling_mesh is not None:

@@ -5,11 +5,13 @@ from pathlib import Path
 
 from rich.console import Console
 
+from qwen2_jax import checkpoint
 from qwen2_jax.errors import UserError
 from qwen2_jax.parallel.hosts import Group
 from qwen2_jax.train import loop
 from qwen2_jax.train.config import Upcycle
 from qwen2_jax.train.config_file import Recipe
+from qwen2_jax.train.result_folders import check_stays
 from qwen2_jax.train.state.lock import alone
 from qwen2_jax.train.upcycle import upcycle
 
@@ -31,6 +33,7 @@ def run(config: Recipe, console: Console | None = None, *, group: Group | None =
 def _upcycle(config: Upcycle, console: Console) -> Path | None:
     """Writes the mixture of experts unless it exists, and reports how close its outputs are to the dense model's."""
     folder = config.out / "hf"
+    check_stays("checkpoint", checkpoint.locate(config.checkpoint).path, [folder])
     if config.dry_run:
         console.print(upcycle.sizes(config.checkpoint, config.experts))
         return None

@@ -1,11 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Programs that attack: what they reach for is not there, they end, and nothing of them is left."""
 
+import errno
 import json
 import os
+import platform
+import re
+import runpy
 import socket
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +19,7 @@ from qwen2_jax.errors import UserError
 from qwen2_jax.rewards.sandbox import execute
 from qwen2_jax.rewards.sandbox.execute import Limits, passes, run
 
+ROOT = Path(__file__).parents[2]
 QUICK, PATIENT = Limits(seconds=1.0), Limits(seconds=30.0)  # for programs without end, and for those that end
 
 
@@ -176,6 +183,104 @@ except PermissionError:
 print("alive")
 """
     assert run(program).output == "-1 -1 -1\n1 True\nalive\n"
+
+
+def test_system_calls_that_are_denied(walls):
+    """Each fails with EPERM (1), also those that would fail with another error, and a clone into new namespaces."""
+    table = runpy.run_path(str(execute.JAIL))
+    numbers = {name: row[table["MACHINES"][platform.machine()]] for name, row in table["DENIED"].items()}
+    calls = {name: number for name, number in numbers.items() if number is not None}
+    program = f"""
+import ctypes, json
+libc = ctypes.CDLL(None, use_errno=True)
+def error(number, *arguments):
+    return ctypes.get_errno() if libc.syscall(ctypes.c_long(number), *arguments) == -1 else 0
+found = {{name: error(number, 0, 0, 0, 0, 0) for name, number in {calls}.items()}}
+found["clone"] = error({table["CLONE"][platform.machine()]}, 0x10000000 | 17, 0, 0, 0, 0)
+found["clone3"] = error({table["CLONE3"]}, 0, 0)
+print(json.dumps(found))
+"""
+    ran = run(program)
+    assert json.loads(ran.output) == dict.fromkeys([*calls, "clone"], errno.EPERM) | {"clone3": errno.ENOSYS}
+
+
+def test_system_calls_of_the_machine():
+    """The numbers are those of the kernel's headers, where these are installed."""
+    headers = {
+        "x86_64": "/usr/include/x86_64-linux-gnu/asm/unistd_64.h", "aarch64": "/usr/include/asm-generic/unistd.h"
+    }  # fmt: skip
+    table = runpy.run_path(str(execute.JAIL))
+    if not all(map(os.path.exists, headers.values())):
+        pytest.skip("no headers of the kernel")
+    for machine, path in headers.items():
+        with open(path) as file:
+            known = dict(re.findall(r"#define __NR(?:3264)?_(\w+)\s+(\d+)\n", file.read()))
+        column = table["MACHINES"][machine]
+        numbers = {name: row[column] for name, row in table["DENIED"].items() if row[column] is not None}
+        numbers |= {"clone": table["CLONE"][machine], "clone3": table["CLONE3"]}
+        assert numbers == {name: int(known.get(name, number)) for name, number in numbers.items()}
+        assert len(known.keys() & numbers.keys()) > 40
+
+
+def test_no_keys_of_the_user(walls):
+    """A secret in the session keyring of the process that asks, which no namespace hides."""
+    table = runpy.run_path(str(execute.JAIL))
+    column = table["MACHINES"][platform.machine()]
+    add_key, keyctl = (table["DENIED"][name][column] for name in ("add_key", "keyctl"))
+    asks = f"""
+import ctypes
+libc = ctypes.CDLL(None)
+libc.syscall({keyctl}, 1, None)
+print("key", libc.syscall({add_key}, b"user", b"qwen2-jax-test", b"sesame", 6, -3) > 0)
+from qwen2_jax.rewards.sandbox import namespaces, run
+look = "import ctypes\\nprint(ctypes.CDLL(None).syscall({keyctl}, 10, -3, b'user', b'qwen2-jax-test', 0))"
+print(run(look).output)
+namespaces.leave_session_keyring()  # what keeps the key out where a program finds another way to ask
+print(libc.syscall({keyctl}, 10, -3, b"user", b"qwen2-jax-test", 0))
+"""
+    found = subprocess.run([sys.executable, "-c", asks], capture_output=True, text=True, cwd=ROOT)
+    if "key False" in found.stdout:
+        pytest.skip("no session keyring here")
+    assert found.stdout.split() == ["key", "True", "-1", "-1"], found.stderr
+
+
+def test_a_namespace_with_one_user(walls):
+    """Root of a user namespace in which nobody else exists: no change of user, and no rights all the same."""
+    asks = """
+from qwen2_jax.rewards.sandbox import passes, run
+print(passes("x = 1", "assert x == 1"))
+print(run("import os, ctypes\\nprint(os.getuid() >= 30000, ctypes.CDLL(None).sethostname(b'x', 1))").output)
+"""
+    command = ["unshare", "--user", "--map-root-user", sys.executable, "-c", asks]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    except FileNotFoundError:
+        pytest.skip("no program unshare")
+    if "unshare: " in found.stderr:
+        pytest.skip(found.stderr)
+    assert found.stdout.split() == ["True", "True", "-1"], found.stderr
+
+
+@pytest.mark.parametrize("unsandboxed", [False, True])
+def test_what_fails_before_the_program_is_a_refusal(request, tmp_path, monkeypatch, unsandboxed):
+    """Not the program's exit code: the reward would call every right answer wrong."""
+    if not unsandboxed:
+        request.getfixturevalue("walls")
+    text = execute.JAIL.read_text()
+    assert text.count("os.execve(") == 1
+    (tmp_path / "jail.py").write_text(text.replace("os.execve(", "os.execve('/nowhere' + "))
+    monkeypatch.setattr(execute, "JAIL", tmp_path / "jail.py")
+    with pytest.raises(UserError, match=r"could not be started: \[Errno 2\] No such file[^\n]*unsandboxed"):
+        passes("x = 1", "assert x == 1", unsandboxed=unsandboxed)
+
+
+def test_limits_above_those_of_the_machine(walls):
+    """A lower hard limit stays: it is no reason to refuse."""
+    asks = "import resource\nresource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))\n"
+    asks += "from qwen2_jax.rewards.sandbox import run\n"
+    asks += "print(run('import resource; print(resource.getrlimit(resource.RLIMIT_NOFILE))').output)"
+    found = subprocess.run([sys.executable, "-c", asks], capture_output=True, text=True, cwd=ROOT)
+    assert found.stdout.strip() == "(40, 40)", found.stderr
 
 
 def test_nothing_is_left(walls, tmp_path, monkeypatch):

@@ -28,6 +28,7 @@ from qwen2_jax.train import (
     Dpo,
     Evaluation,
     Grpo,
+    Guard,
     Lora,
     Mesh,
     OnlineDpo,
@@ -337,6 +338,20 @@ def online_settings(base, out):
 
 def broken(completions, **columns):
     return [1.0 if i else float("nan") for i in range(len(completions))]
+
+
+def silent(completions, **columns):
+    return [None] * len(completions)
+
+
+def test_a_run_without_any_reward_says_so_and_ends(base, tmp_path):
+    """Its steps are skipped: without this the result would be the model it started from, without a word."""
+    config = grpo(base, tmp_path, rewards=(Function(function=silent),), guard=Guard(patience=3), steps=12)
+    screen = io.StringIO()
+    with pytest.raises(UserError, match=r"3 steps in a row were skipped, the last is step 3.*no answer got a reward"):
+        loop.run(config, Console(file=screen, width=200))
+    assert screen.getvalue().count("no answer got a reward: all functions returned None for the 16 answers") == 1
+    assert [line["skipped"] for line in lines_of(tmp_path)] == [1, 2, 3]
 
 
 def test_a_broken_reward_ends_the_run_and_names_the_prompt(base, tmp_path):

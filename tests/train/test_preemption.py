@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SIGTERM asks for a last checkpoint: of one process, and of one of two, which then stop after the same step."""
+"""SIGTERM and Ctrl-C ask for a last checkpoint: one process, and one of two, which then stop after the same step."""
 
 import os
 import signal
@@ -18,6 +18,7 @@ import tiny
 from qwen2_jax import checkpoint
 from qwen2_jax.train.state.checkpoints import Checkpointing, Checkpoints
 from qwen2_jax.train.state.preemption import Preemption
+from small_run import config_file
 
 
 def test_sigterm_is_a_request():
@@ -36,11 +37,52 @@ def test_sigterm_is_a_request():
         signal.signal(signal.SIGTERM, before)
 
 
-def test_sigint_stays_an_interrupt(request):
+@pytest.fixture
+def ctrl_c():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, if a shell started this in background
-    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
-    with pytest.raises(KeyboardInterrupt), Preemption():
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_the_first_ctrl_c_is_a_request_and_the_second_an_interrupt(ctrl_c, capfd):
+    with Preemption() as preemption:
+        assert not preemption.requested(1)
         signal.raise_signal(signal.SIGINT)
+        assert preemption.requested(2)
+        assert capfd.readouterr().err.count("Ctrl-C again stops at once") == 1
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    with Preemption() as preemption:  # as at first
+        signal.raise_signal(signal.SIGINT)
+        assert preemption.requested(1)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_ignored_interrupts_stay_ignored(ctrl_c):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with Preemption() as preemption:
+        signal.raise_signal(signal.SIGINT)
+        assert not preemption.requested(1)
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+def test_an_interrupted_command_says_what_continues(tmp_path, monkeypatch, capsys, corpus):
+    import train
+
+    monkeypatch.setattr("qwen2_jax.train.recipes.run", lambda *_, **__: signal.default_int_handler(2, None))
+    file = str(config_file(corpus, tmp_path, "steps=9"))
+    saved = tmp_path / "out" / "checkpoints"
+    for flags, folder, said in (
+        ([], None, "no checkpoint was written yet, so the same command starts from the beginning"),
+        ([], "7.orbax-checkpoint-tmp", "no checkpoint was written yet, so the same command starts from the beginning"),
+        ([], "53", "the same command continues after step 53, the last one that was saved"),
+        (["--no-resume"], "53", "the same command without --no-resume continues after step 53, the last"),
+    ):
+        if folder:
+            (saved / folder).mkdir(parents=True, exist_ok=True)
+        assert train.main([file, *flags]) == 130
+        assert f"stopped; {said}" in capsys.readouterr().err
 
 
 PROCESS = """

@@ -2,10 +2,10 @@
 """Executes a Python program written by a model in a sandbox, which namespaces.py creates.
 
 The program has read-only access to the interpreter, its packages and the system's libraries, and an empty writable
-folder in memory. It has no other files, no environment, no network, sees no other process, and its resources are
-limited. The sandbox uses Linux namespaces, which need no privileges and no installation on most machines, but which
-containers often forbid. It contains programs that a model writes during training; it is no defence against kernel
-exploits.
+folder in memory. It has no other files, no environment, no network, no keys, sees no other process, may not make the
+system calls that namespaces.py denies, and its resources are limited. The sandbox uses Linux namespaces, which need no
+privileges and no installation on most machines, but which containers often forbid. It contains programs that a model
+writes during training; it is no defence against kernel exploits.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ class Limits:
     """Resource limits of a program."""
 
     seconds: float = 5.0  # wall time; CPU time is limited to one more
-    memory: int = 2**30  # bytes of address space, for each process
+    memory: int = 2**30  # bytes of address space, for each process: all together hold up to processes * memory
     disk: int = 2**24  # bytes of files, and of output
     processes: int = 16  # and threads
 
@@ -121,7 +121,7 @@ def _run(program: str, stdin: str, limits: Limits, folder: Path, unsandboxed: bo
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         said, out, err = (_text(file, limits.disk) for file in (report, output, errors))
-    what, _, value = said.partition(" ")
+    what, _, value = said.partition("\n")[0].partition(" ")
     if what not in ("ended", "over"):
         raise UserError(_refusal(value or f"it did not start ({err[-200:]})"))
     return Ran(int(value) if what == "ended" else None, out, err)

@@ -50,7 +50,7 @@ class Sampled:
         self.groups, self.console, self.reference = groups, console, reference
         self.bound = self.run.bound or (FLOAT32_BOUND if self.run.dtype == "float32" else None)
         self._batches = None if kept is None else episodes.decode(kept)
-        self._warned = False
+        self._warned = self._unrewarded = False
 
     def next(self, done: int, state: State, frozen: Tree | None) -> Next:
         episode, at = divmod(done, self.run.steps_per_episode)
@@ -77,10 +77,18 @@ class Sampled:
         ]
         groups_P = self.groups([answers[i : i + G] for i in range(0, len(answers), G)], rewards_PG)
         share = run.prompts // run.updates
-        self._batches = [
-            self._rows(weights, [group for some in groups_P[i : i + share] for group in some])
-            for i in range(0, run.prompts, share)
-        ]
+        self._batches = []
+        for i in range(0, run.prompts, share):
+            # Where no answer has a reward there is nothing to learn: a step without targets, which counts as skipped.
+            chosen = [] if np.isnan(rewards_PG[i : i + share]).all() else groups_P[i : i + share]
+            self._batches.append(self._rows(weights, [group for some in chosen for group in some]))
+        if np.isnan(rewards_PG).all() and not self._unrewarded:
+            self._unrewarded = True
+            self.console.print(
+                f"warning: no answer got a reward: all functions returned None for the {len(answers)} answers of "
+                f"episode {episode + 1}. The run ends after guard.patience={run.guard.patience} such steps in a row",
+                soft_wrap=True,
+            )
         metrics = {f"rollouts/{name}": value for name, value in dataclasses.asdict(stats).items()}
         metrics |= {"reward": mean(rewards.totals), "reward_std": spread(rewards_PG), **rewards.metrics}
         metrics |= {

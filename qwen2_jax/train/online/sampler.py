@@ -54,7 +54,7 @@ class Sampler:
     ) -> tuple[list[Completion], Stats]:
         """An answer to each prompt; a greedy one where there are no seeds."""
         tokenizer, sampling = self.job.tokenizer, self.run.sampling
-        ends = {id for id in (*tokenizer.eos_ids, tokenizer.token_id(IM_END)) if id is not None}
+        ends = {id for id in (*tokenizer.eos_ids, tokenizer.token_id(IM_END), self.job.answer_end) if id is not None}
         greedy = SamplingParams(max_new_tokens=sampling.max_new_tokens, eos_ids=tuple(sorted(ends)))
         settings = [greedy] * len(asked)
         if seeds is not None:

@@ -4,13 +4,12 @@
 import dataclasses
 
 from qwen2_jax.config.model_config import ModelConfig
-from qwen2_jax.tokenizer import IM_END
 from qwen2_jax.train.job import Job
 from qwen2_jax.train.stages.pretrain import PretrainStage
 
 
 class SftStage(PretrainStage):
     def result_config(self, job: Job) -> ModelConfig:
-        """Answers end at <|im_end|>, if the tokenizer has it."""
-        end = job.tokenizer.token_id(IM_END)
+        """A text ends where the chat template ends an answer."""
+        end = job.answer_end
         return job.config if end is None else dataclasses.replace(job.config, eos_token_id=end)

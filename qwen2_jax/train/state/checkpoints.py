@@ -59,6 +59,12 @@ class Checkpointing:
         validate.number(self, "checkpoints", ("verify",), bool)
 
 
+def saved_steps(folder: Path) -> list[int]:
+    """The steps of the checkpoints in a folder, from the oldest."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted(int(path.name) for path in found if path.name.isdecimal())
+
+
 class Restored(NamedTuple):
     """What a run continues from."""
 
@@ -118,8 +124,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps of the checkpoints here, from the oldest."""
-        found = self.folder.iterdir() if self.folder.is_dir() else ()
-        return sorted(int(path.name) for path in found if path.name.isdecimal())
+        return saved_steps(self.folder)
 
     # ---- restoring
 

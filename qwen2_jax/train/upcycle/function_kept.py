@@ -3,7 +3,6 @@
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -146,9 +145,8 @@ def _match(want: jax.Array, got: jax.Array) -> tuple[jax.Array, jax.Array]:
 def sample_tokens(source: checkpoint.Source, config: ModelConfig) -> np.ndarray:
     """Tokens [1, T] to measure on: a little prose, or random ids where the checkpoint has no tokenizer."""
     try:
-        if not isinstance(source.path, Path):
-            raise FileNotFoundError  # in a bucket: the tokenizers library reads local files only
-        ids = np.asarray(Tokenizer.from_folder(source.path).encode(PROSE))
+        with source.folder_of_small_files() as folder:
+            ids = np.asarray(Tokenizer.from_folder(folder).encode(PROSE))
     except FileNotFoundError:
         ids = np.random.default_rng(0).integers(config.vocab_size, size=256)
     return ids[None, : config.max_position_embeddings]
