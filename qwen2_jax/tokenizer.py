@@ -6,6 +6,7 @@ Everything is read from data files with the `tokenizers` library; no code from a
 
 import codecs
 import functools
+import json
 import operator
 import re
 import threading
