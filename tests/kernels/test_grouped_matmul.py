@@ -211,10 +211,10 @@ def test_gradients_of_the_permutations_are_those_of_plain_indexing():
     for f, plain, arguments in [(permute, plain_permute, (x,)), (unpermute, plain_unpermute, (y, weights))]:
         value, pull = jax.vjp(lambda *a, f=f: f(*a, order), *arguments)
         expected, plain_pull = jax.vjp(lambda *a, plain=plain: plain(*a, order), *arguments)
-        np.testing.assert_allclose(value, expected, rtol=1e-6, atol=1e-6)
+        assert_no_worse(value, expected, expected, floor=1e-6)  # float32: the einsum may sum in another order
         cotangent = draw(*value.shape)
         for got, want in zip(pull(cotangent), plain_pull(cotangent), strict=True):
-            np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+            assert_no_worse(got, want, want)
         text = str(jax.make_jaxpr(pull)(cotangent))
         assert "scatter" not in text
         assert "gather" in text

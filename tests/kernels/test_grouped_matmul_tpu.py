@@ -133,13 +133,13 @@ def test_the_list_of_visits_is_its_definition(cover, data):
 # ---------------------------------------------------------------------- results
 
 
-@settings(FEW, max_examples=6)
+@settings(FEW, max_examples=3)
 @given(group_sizes=GROUPS)
 def test_grouped_matmul(group_sizes):
     check(group_sizes, jnp.bfloat16, tile=16)
 
 
-@settings(FEW, max_examples=6)
+@settings(FEW, max_examples=3)
 @given(group_sizes=GROUPS)
 def test_grouped_swiglu(group_sizes):
     check(group_sizes, jnp.bfloat16, swiglu=True, tile=8)

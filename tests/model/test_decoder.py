@@ -14,7 +14,7 @@ from qwen2_jax.model.kv_cache import Cache
 from qwen2_jax.weights import params
 from tiny import random_params
 
-TOLERANCE = 2e-5  # float32 with another order of summation, logits of order 1
+TOLERANCE = 2e-5  # float32 with another order of summation: 6.4e-6 was seen, for logits of up to 8.7
 
 
 def logits_of(config, weights, ids, *, unroll=False, **arguments):
@@ -121,7 +121,7 @@ def test_recomputation_keeps_the_gradient(name):
         qwen2 = nnx.merge(graphdef, weights)
         return jnp.square(qwen2.logits(qwen2(ids, remat=remat).hidden_BTD)).mean()
 
-    plain = jax.jit(jax.grad(loss), static_argnums=1)(weights, None)
+    plain = jax.jit(jax.grad(loss), static_argnums=1)(weights, None)  # below, equal was seen: XLA may fuse otherwise
     for policy in decoder.REMAT_POLICIES:
         again = jax.jit(jax.grad(loss), static_argnums=1)(weights, policy)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4), plain, again)
@@ -145,7 +145,7 @@ def test_cache_drops_padding_and_what_does_not_fit():
 
 def test_segments_with_a_cache_are_refused():
     config = tiny.CONFIGS["dense"]
-    qwen2 = decoder.Qwen2(config, rngs=nnx.Rngs(0))
+    qwen2 = nnx.merge(decoder.declare(config)[0], random_params(config))
     ids = jnp.zeros((1, 4), jnp.int32)
     with pytest.raises(ValueError, match="one document per row"):
         qwen2(ids, cache=Cache.zeros(config, 1, 8), segments_BT=ids)

@@ -14,6 +14,7 @@ import pytest
 from flax import nnx
 
 import qwen2_jax
+from few import slow
 from qwen2_jax import PRESETS, checkpoint, model
 from qwen2_jax.checkpoint.formats import names as tensor_names
 from qwen2_jax.config import ModelConfig
@@ -22,6 +23,7 @@ from qwen2_jax.model import flops
 from qwen2_jax.model import reward as score
 from qwen2_jax.weights.params import count, leaves
 from tiny import CONFIGS, random_params
+from tolerance import BFLOAT16, assert_no_worse
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 HEADS = ("linear", "two_layers")
@@ -117,7 +119,8 @@ def test_scores_are_float32_whatever_the_weights_are(head):
     hidden_TD = np.random.default_rng(0).normal(size=(5, config.hidden_size))
     scores_T = nnx.merge(model.declare(config)[0], params).score(jnp.asarray(hidden_TD, jnp.bfloat16))
     assert (scores_T.dtype, scores_T.shape) == (jnp.float32, (5,))
-    np.testing.assert_allclose(scores_T, by_hand(exact["score_head"], hidden_TD), rtol=0.05, atol=0.1)
+    naive_T = by_hand(params["score_head"], np.asarray(jnp.asarray(hidden_TD, jnp.bfloat16), np.float64))
+    assert_no_worse(scores_T, naive_T, by_hand(exact["score_head"], hidden_TD), floor=BFLOAT16)
 
 
 def by_hand(head, hidden):
@@ -151,7 +154,7 @@ def test_scores_are_those_of_transformers(head, tmp_path):
     talks = [row[:n].tolist() for row, n in zip(recorded["tokens"], recorded["lengths"], strict=True)]
     lm = qwen2_jax.load(folder, dtype="float32")
     assert lm.config.score_head == head
-    np.testing.assert_allclose(lm.score(talks), recorded["scores"], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(lm.score(talks), recorded["scores"], rtol=0, atol=1e-4)  # 8.7e-6 of 15 was seen
     assert np.ptp(recorded["scores"]) > 0.1  # else the test would see little
     checkpoint.convert(folder, tmp_path / "orbax", "orbax")
     again = qwen2_jax.load(tmp_path / "orbax", dtype="float32")
@@ -163,9 +166,14 @@ def test_scores_are_those_of_transformers(head, tmp_path):
 # The beginning
 
 
-@pytest.mark.parametrize("unroll", [False, True])
-@pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("name", ["dense", "untied"])
+@pytest.mark.parametrize(
+    ("name", "head", "unroll"),
+    [
+        *(("dense", "linear", False), ("untied", "two_layers", True)),
+        *slow(("dense", "two_layers", False), ("untied", "linear", False), ("untied", "two_layers", False)),
+        *slow(("dense", "linear", True), ("dense", "two_layers", True), ("untied", "linear", True)),
+    ],
+)
 def test_a_chat_model_becomes_a_reward_model(name, head, unroll):
     words = random_params(CONFIGS[name], unroll=unroll, dtype=jnp.bfloat16)
     params, config = score.from_words(words, CONFIGS[name], head, seed=3)
@@ -182,7 +190,8 @@ def test_a_chat_model_becomes_a_reward_model(name, head, unroll):
         assert value.dtype == jnp.bfloat16
         assert np.asarray(value, np.float32).any() == ("bias" not in leaf)
     other = score.from_words(words, CONFIGS[name], head, seed=4)[0]
-    assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (params["score_head"], other["score_head"]))))  # noqa: B905
+    heads = map(jax.tree.leaves, (params["score_head"], other["score_head"]))
+    assert any((a != b).any() for a, b in zip(*heads, strict=True))
 
 
 def test_a_head_begins_with_scores_near_zero():
@@ -231,6 +240,7 @@ from qwen2_jax.model import decoder as model, reward as score
 from qwen2_jax.parallel import sharding
 from qwen2_jax.infer.lm import LM
 from tiny import CONFIGS, random_params
+from tolerance import BFLOAT16, assert_no_worse
 
 mesh = sharding.make_mesh(fsdp=4, tensor=2)
 talks = [np.random.default_rng(n).integers(0, 96, n).tolist() for n in (70, 1, 9)]
