@@ -124,13 +124,14 @@ class Generator:
 
         Raises UserError for what `check` refuses, and for a cache that does not fit.
         """
-        batch = self.start([self.check(request, long_context) for request in requests], long_context)
+        checked = [self.check(request, long_context) for request in requests]
+        batch = self.start(checked, long_context)
         answers: list[tuple[list, list]] = [([], []) for _ in requests]
         while not batch.finished.all():
             for (tokens, logprobs), new in zip(answers, batch.advance(), strict=True):
                 tokens.extend(token for token, _ in new)
                 logprobs.extend(value for _, value in new)
-        return [(*a, finish_reason(r.sampling_params, a[0])) for a, r in zip(answers, requests, strict=True)]
+        return [(*a, finish_reason(r.sampling_params, a[0])) for a, r in zip(answers, checked, strict=True)]
 
     def logprobs(self, sequences: Sequence[Sequence[int]], long_context: rope.LongContext = "auto") -> list[np.ndarray]:
         """log p(token t+1 | tokens up to t) of each sequence, float32 [len - 1], prefilled in chunks."""
