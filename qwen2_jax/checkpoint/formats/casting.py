@@ -11,11 +11,9 @@ BLOCK = 1 << 16  # elements; the temporaries stay in the processor's cache
 
 
 def cast_into(out: np.ndarray, x: np.ndarray) -> None:
-    """out[...] = x, rounded to nearest even; shapes are equal. As `x.astype(out.dtype)` bit for bit; NaNs stay NaNs."""
+    """out[...] = x, rounded to nearest even; shapes are equal. Same bits as `x.astype(out.dtype)`; NaNs stay NaNs."""
     if out.dtype == x.dtype:
-        raw = np.dtype(
-            f"u{out.dtype.itemsize}"
-        )  # whole words: numpy holds the interpreter lock while it copies bfloat16
+        raw = np.dtype(f"u{out.dtype.itemsize}")  # as integers: numpy holds the interpreter lock to copy bfloat16
         np.copyto(out.view(raw), x.view(raw))
     elif BFLOAT16 not in (out.dtype, x.dtype):
         np.copyto(out, x, casting="unsafe")
@@ -31,7 +29,7 @@ def cast_into(out: np.ndarray, x: np.ndarray) -> None:
 
 
 def as_dtype(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """The array itself, or a cast copy."""
+    """The array in `dtype`: itself where it has it, else a cast copy."""
     if array.dtype == dtype:
         return array
     out = np.empty(array.shape, dtype)

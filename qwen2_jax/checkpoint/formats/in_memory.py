@@ -41,8 +41,8 @@ class TreeTensors:
     def stream(self, wanted: Sequence[str], mine: Container[str] | None = None) -> Iterator[tuple[str, np.ndarray]]:
         """See Tensors in protocol.py.
 
-        Of arrays with parts on several hosts, a process is given as many together as there are processes: when it gets
-        its one to write, the others have theirs, and all of them write at the same time.
+        Arrays with parts on several hosts are collected in groups of as many as there are processes, so that each
+        process has one of the group to write and all of them write at the same time.
         """
         at: tuple | None = None
         held: list[list[tuple[str, np.ndarray]]] = []  # per layer of a parameter: experts of one layer come together
@@ -72,7 +72,7 @@ class TreeTensors:
 
 
 def _emptied(held: list[list[tuple[str, np.ndarray]]]) -> Iterator[tuple[str, np.ndarray]]:
-    """What is in the lists, each of which is forgotten when it was yielded."""
+    """The items of the lists; a list is freed when its last item was taken."""
     while held:
         yield from held.pop(0)
 

@@ -28,9 +28,10 @@ Unit = tuple[str, ...]  # names of tensors that stay together
 
 
 def shares(table: Mapping[str, Slot], infos: Mapping[str, TensorInfo], count: int) -> list[list[Unit]]:
-    """The units of each of `count` processes, about equal in bytes: largest first, each to whoever has fewest bytes.
+    """The units that each of `count` processes writes, about equal in bytes.
 
-    One process has them in the order of `table`.
+    Units are assigned largest first, each to the process with the fewest bytes so far. A single process gets all units
+    in the order of `table`.
     """
     names: dict[tuple, list[str]] = {}
     for name, slot in table.items():
@@ -49,7 +50,7 @@ def shares(table: Mapping[str, Slot], infos: Mapping[str, TensorInfo], count: in
 
 
 def in_turns(dealt: Sequence[Sequence[Unit]]) -> list[str]:
-    """All names in the order in which all processes go through them: one unit of each process, then the next ones."""
+    """All names in the order that every process follows: one unit of each process, then the next unit of each."""
     turns = itertools.chain.from_iterable(itertools.zip_longest(*dealt, fillvalue=()))
     return [name for unit in turns for name in unit]
 
@@ -74,14 +75,14 @@ def cut_by_hosts(shape: Sequence[int], count: int) -> list[str | None]:
 
 @contextlib.contextmanager
 def together(doing: str) -> Iterator[None]:
-    """A barrier: ends when the block has ended in every process. An error in one of them is raised in all."""
+    """A barrier: the block ends when it has ended in every process. An error in one process is raised in all."""
     if jax.process_count() == 1:
         yield
         return
     problem = None
     try:
         yield
-    except Exception as why:  # any kind: the others must not wait for this process for ever
+    except Exception as why:  # any kind: the others must not wait for this process forever
         problem = why
         print(f"process {jax.process_index()}: {doing}: {why}; the other processes will stop too", file=sys.stderr)
     failed = multihost_utils.process_allgather(np.array(problem is not None)).reshape(-1)
@@ -94,7 +95,7 @@ def together(doing: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def shared_folder(path: str | os.PathLike, nbytes: int, *, replace: bool = False) -> Iterator[Path]:
-    """`new_folder` for all processes that run: the first makes it and names it, all of them write into it.
+    """`new_folder` for several processes: process 0 makes the folder and renames it, all processes write into it.
 
     Raises CheckpointError where a process does not see what the first one made: the folder must be on a shared disk.
     """
