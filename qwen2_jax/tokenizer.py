@@ -238,6 +238,10 @@ class Tokenizer:
         """
         messages, tools = checked_messages(messages), checked_tools(tools)
         self.chat_templates.check_nothing_left_out(messages, tools)
+        return self.checked_chat_ids(messages, tools, add_generation_prompt)
+
+    def checked_chat_ids(self, messages: Any, tools: Any, add_generation_prompt: bool) -> list[int]:
+        """`chat_ids` of messages and tools that are in the form of the checks, and of which the template writes all."""
         # A private-use character that occurs nowhere else is put inside every spelling of a special token, and taken
         # out again once the template's own special tokens have been found.
         texts = [self.chat_templates.source(tools)]

@@ -267,7 +267,7 @@ class Encoder:
                 "messages[0] is the assistant's, but this chat template does not show where it begins; let a user begin"
             )
         whole = self._bytes(tokens)
-        part = self._bytes(self.tokenizer.chat_ids(chat.messages[:i], add_generation_prompt=prompt, tools=chat.tools))
+        part = self._bytes(self.tokenizer.checked_chat_ids(chat.messages[:i], chat.tools, prompt))
         if not whole.startswith(part):
             what = "its generation prompt is not how an answer begins" if prompt else "it changes them when more follow"
             raise UserError(
