@@ -26,7 +26,7 @@ import numpy as np
 from qwen2_jax.config.model_config import FULL, DualChunk, ModelConfig, RopeScaling
 from qwen2_jax.errors import UserError
 
-# A rotations  B batch (1 serves every row)  T query  N heads  H head width  Q = H / 2 frequencies
+# A rotations  B batch (1 serves every row)  T query  N heads  H head width  f = H / 2 frequencies
 LongContext = Literal["auto", "off", "yarn", "dca"]
 MODES: tuple[LongContext, ...] = ("auto", "off", "yarn", "dca")
 
@@ -36,7 +36,7 @@ MODES: tuple[LongContext, ...] = ("auto", "off", "yarn", "dca")
 class Rope:
     """How positions enter attention, one entry per row of the batch or one for all rows.
 
-    inv_freq_BQ: float32 [B, H/2], radians per token.
+    inv_freq_Bf: float32 [B, H/2], radians per token.
     amplitude_B: float32 [B], factor on the attention logits (the square of YaRN's factor on cos and sin; 1 without).
         It multiplies logits and not cached keys, so that a cache does not depend on it.
     chunk_len_B: int32 [B], s of Dual Chunk Attention; FULL is one endless chunk, ordinary attention.
@@ -46,7 +46,7 @@ class Rope:
         multiplies the logits of longer contexts by a factor that grows with their length. 0: no such factor.
     """
 
-    inv_freq_BQ: jax.Array
+    inv_freq_Bf: jax.Array
     amplitude_B: jax.Array
     chunk_len_B: jax.Array | None
     chunk_size_B: jax.Array
@@ -70,8 +70,8 @@ class Rope:
             own_BT = positions_BT % s_B1
             inter_BT = jnp.broadcast_to(jnp.minimum(2 * s_B1 - 1, c_B1), own_BT.shape)
             index_ABT = jnp.stack([own_BT, jnp.minimum(own_BT + s_B1, c_B1), inter_BT])
-        angle_ABTQ = index_ABT.astype(jnp.float32)[..., None] * self.inv_freq_BQ[:, None, :]
-        return Angles(jnp.cos(angle_ABTQ), jnp.sin(angle_ABTQ))
+        angle_ABTf = index_ABT.astype(jnp.float32)[..., None] * self.inv_freq_Bf[:, None, :]
+        return Angles(jnp.cos(angle_ABTf), jnp.sin(angle_ABTf))
 
 
 @jax.tree_util.register_dataclass
@@ -79,16 +79,16 @@ class Rope:
 class Angles:
     """cos and sin of the rotations, float32 [A, B, T, H/2]: A = 1, or 3 with chunks (own, one before, older)."""
 
-    cos_ABTQ: jax.Array
-    sin_ABTQ: jax.Array
+    cos_ABTf: jax.Array
+    sin_ABTf: jax.Array
 
     def queries(self, q_BTNH: jax.Array) -> tuple[jax.Array, ...]:
         """The query in all A rotations."""
-        return tuple(_rotate(q_BTNH, self.cos_ABTQ, self.sin_ABTQ))
+        return tuple(_rotate(q_BTNH, self.cos_ABTf, self.sin_ABTf))
 
     def keys(self, k_BTKH: jax.Array) -> jax.Array:
         """The key in the one rotation it has, that of its position in its own chunk."""
-        return _rotate(k_BTKH, self.cos_ABTQ[0], self.sin_ABTQ[0])
+        return _rotate(k_BTKH, self.cos_ABTf[0], self.sin_ABTf[0])
 
 
 def _rotate(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
@@ -234,7 +234,7 @@ def _yarn_row(config: ModelConfig, scaling: RopeScaling) -> tuple:
 def _stack(rows: list[tuple]) -> Rope:
     inv_freq, amplitude, chunk_len, chunk_size, original = zip(*rows, strict=True)
     return Rope(
-        inv_freq_BQ=jnp.asarray(np.stack(inv_freq)),
+        inv_freq_Bf=jnp.asarray(np.stack(inv_freq)),
         amplitude_B=jnp.asarray(amplitude, jnp.float32),
         chunk_len_B=jnp.asarray(chunk_len, jnp.int32),
         chunk_size_B=jnp.asarray(chunk_size, jnp.int32),

@@ -24,7 +24,7 @@ def read(path: Path) -> list[Line]:
     return lines
 
 
-class Lines:
+class MetricsFile:
     """Appends to a metrics.jsonl. Every line is strict JSON (NaN becomes null) and is flushed immediately."""
 
     def __init__(self, path: Path):

@@ -37,7 +37,7 @@ MISSING = "curves need matplotlib: pip install matplotlib, or the extra 'logging
 SMOOTH_FROM = 40  # lines from which on a running mean is drawn over the noise
 
 
-class Run:
+class History:
     """Columns of a metrics.jsonl. Numbers that were not finite are NaN, which leaves a gap in a curve."""
 
     def __init__(self, path: Path):
@@ -78,7 +78,7 @@ def draw(metrics: Path, png: Path) -> None:
 
     Raises UserError where there is nothing to draw, or no matplotlib to draw it with.
     """
-    run = Run(metrics)
+    run = History(metrics)
     panels = [partial(_losses, run=run)]
     for name, title, unit in SCORES:
         if run.held_out(name) or (name in run and name != "accuracy"):
@@ -100,7 +100,7 @@ def overlay(runs: Sequence[tuple[str, Path]], png: Path, *, title: str = "") -> 
 
     runs: (label, metrics.jsonl) of each.
     """
-    read_runs = [(label, Run(path)) for label, path in runs]
+    read_runs = [(label, History(path)) for label, path in runs]
     sources = dict.fromkeys(name for _, run in read_runs for name in run.held_out("loss"))
 
     def training(axes):
@@ -159,7 +159,7 @@ def _figure(panels: Sequence[Callable[[Any], None]], png: Path, title: str, toke
         pyplot.close(figure)
 
 
-def _losses(axes, run: Run) -> None:
+def _losses(axes, run: History) -> None:
     _noisy(axes, run.tokens, run.column("loss"), COLOURS[0], "-", "training")
     for i, (name, (tokens, values)) in enumerate(run.held_out("loss").items(), 1):
         _points(axes, tokens, values, i, f"held out: {name}")
@@ -169,7 +169,7 @@ def _losses(axes, run: Run) -> None:
     _legend(axes)
 
 
-def _scores(axes, run: Run, name: str, title: str, unit: str) -> None:
+def _scores(axes, run: History, name: str, title: str, unit: str) -> None:
     if name in run:
         _noisy(axes, run.tokens, run.column(name), COLOURS[0], "-", "training")
     for i, (source, (tokens, values)) in enumerate(run.held_out(name).items(), 1):
@@ -181,7 +181,7 @@ def _scores(axes, run: Run, name: str, title: str, unit: str) -> None:
     _legend(axes)
 
 
-def _one(axes, run: Run, name: str, title: str, unit: str, scale: str) -> None:
+def _one(axes, run: History, name: str, title: str, unit: str, scale: str) -> None:
     axes.plot(run.tokens, run.column(name), color=COLOURS[0], linewidth=1)
     if not (run.column(name) > 0).any():
         scale = "linear"
@@ -194,7 +194,7 @@ def _one(axes, run: Run, name: str, title: str, unit: str, scale: str) -> None:
             axes.yaxis.set_major_formatter("{x:,g}")
 
 
-def _load(axes, run: Run) -> None:
+def _load(axes, run: History) -> None:
     """The busiest and the idlest expert, as multiples of an even share."""
     lines = [line for line in run.steps if line.get("moe/load")]
     load = np.array([line["moe/load"] for line in lines], float)

@@ -17,7 +17,7 @@ from qwen2_jax.model import flops
 from qwen2_jax.observe.config import Logging
 from qwen2_jax.observe.display import Display
 from qwen2_jax.observe.goodput import Goodput, programs_compiled
-from qwen2_jax.observe.lines import Line, Lines
+from qwen2_jax.observe.lines import Line, MetricsFile
 from qwen2_jax.observe.memory_use import memory
 from qwen2_jax.observe.sinks import Sink, TensorBoard, WeightsAndBiases, check_installed
 from qwen2_jax.parallel import chips
@@ -68,7 +68,7 @@ class Recorder:
         self.newest: jax.Array | None = None  # a result of the newest step: ready when the step is done
         self.tokens = 0  # that the lines so far are about
         self.console = console or Console(stderr=True)
-        self._lines = Lines(out / "metrics.jsonl")
+        self._lines = MetricsFile(out / "metrics.jsonl")
         self._display = Display(self.console, total)
         self._sinks: list[Sink] = []
         self._waiting: list[dict[str, Any]] = []  # metrics of the steps since the last line

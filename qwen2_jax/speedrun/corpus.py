@@ -37,7 +37,7 @@ Record = dict[str, object]
 
 
 @dataclasses.dataclass(frozen=True)
-class Size:
+class CorpusSize:
     """Sizes of the corpus. The defaults are the speedrun's; tests use less."""
 
     vocabulary: int = 2000  # learned tokens; three special ones follow
@@ -48,7 +48,13 @@ class Size:
     held_out: int = 200  # of each kind
 
 
-def write(out: Path, size: Size = Size(), *, seed: int = 0, documents: Mapping[str, tuple[str, bool]] | None = None):
+def write(
+    out: Path,
+    size: CorpusSize = CorpusSize(),
+    *,
+    seed: int = 0,
+    documents: Mapping[str, tuple[str, bool]] | None = None,
+):
     """Makes the corpus in the folder `out`, which appears whole or not at all.
 
     documents: name -> (text, is_prose), by default the standard library's (stdlib_text.py).
@@ -173,7 +179,7 @@ def pieces(vocabulary: Iterable[str]) -> list[str]:
     return sorted(t for t in tokens if t.isascii() and t.isalpha() and t.islower() and len(t) > 1)
 
 
-def main(out: tyro.conf.Positional[Path], *, seed: int = 0, size: Size = Size()) -> int:
+def main(out: tyro.conf.Positional[Path], *, seed: int = 0, size: CorpusSize = CorpusSize()) -> int:
     """Writes the speedrun's corpus to a new folder."""
     write(out, size, seed=seed)
     print(f"wrote {out}", file=sys.stderr)

@@ -32,7 +32,7 @@ NEAR = ((1, 2), (10, 20), (30, 40))  # how far the second, third and fourth resp
 
 
 @dataclasses.dataclass(frozen=True)
-class Size:
+class DataSize:
     """Sizes of the data."""
 
     train: int = 3000  # questions
@@ -71,7 +71,7 @@ def responses(rng: np.random.Generator, total: int) -> list[str]:
     return [str(total), *(str(total - x if x <= total and rng.random() < 0.5 else total + x) for x in off)]
 
 
-def write(out: Path, size: Size = Size(), *, seed: int = 0) -> None:
+def write(out: Path, size: DataSize = DataSize(), *, seed: int = 0) -> None:
     """Writes the data to the folder `out`, atomically."""
     if out.exists():
         raise UserError(f"{out} exists already; choose a new folder or remove that one first")
@@ -96,7 +96,7 @@ def write(out: Path, size: Size = Size(), *, seed: int = 0) -> None:
     work.rename(out)
 
 
-def main(out: tyro.conf.Positional[Path], *, seed: int = 0, size: Size = Size()) -> int:
+def main(out: tyro.conf.Positional[Path], *, seed: int = 0, size: DataSize = DataSize()) -> int:
     """Writes the data of the stages after fine-tuning to a new folder."""
     write(out, size, seed=seed)
     print(f"wrote {out}", file=sys.stderr)

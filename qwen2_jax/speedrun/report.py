@@ -51,7 +51,7 @@ COMPARED = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Stage:
+class ReportedStage:
     """The results of one stage."""
 
     name: str
@@ -60,7 +60,7 @@ class Stage:
     skills: dict[str, float]  # share of held-out questions answered word for word
 
     @classmethod
-    def of(cls, folder: Path) -> "Stage":
+    def of(cls, folder: Path) -> "ReportedStage":
         metrics, answers = folder / "metrics.jsonl", folder / "skills.jsonl"
         asked = [json.loads(line) for line in answers.read_text("utf-8").splitlines()] if answers.exists() else []
         return cls(
@@ -94,7 +94,7 @@ def _cell(values: dict[str, float], name: str, form: str) -> str:
     return format(values[name], form) if name in values else "-"
 
 
-def costs(stages: Sequence[Stage]) -> str:
+def costs(stages: Sequence[ReportedStage]) -> str:
     """Sizes, tokens and time of each stage."""
     rows = [
         [
@@ -110,7 +110,7 @@ def costs(stages: Sequence[Stage]) -> str:
     return table(["stage", "parameters", "active", "tokens", "minutes"], [*rows, ["**together**", "", "", *total]])
 
 
-def losses(stages: Sequence[Stage]) -> str:
+def losses(stages: Sequence[ReportedStage]) -> str:
     """Held-out losses at the end of every stage, and before the first step of those that measured it."""
     sources = list(dict.fromkeys(name for stage in stages for name in stage.held_out(-1)))
     rows = []
@@ -122,7 +122,7 @@ def losses(stages: Sequence[Stage]) -> str:
     return table(["nats per target", *sources], rows)
 
 
-def answers(stages: Sequence[Stage]) -> str:
+def answers(stages: Sequence[ReportedStage]) -> str:
     """Accuracy of greedy answers after every stage."""
     return table(
         ["after", *SKILLS.values()],
@@ -130,10 +130,12 @@ def answers(stages: Sequence[Stage]) -> str:
     )
 
 
-def effects(stages: dict[str, Stage]) -> list[str]:
+def effects(stages: dict[str, ReportedStage]) -> list[str]:
     """The goal of each stage, with the numbers that show whether it was reached."""
 
-    def compare(what: str, after: str, before: str, values: Callable[[Stage], dict[str, float]], form: str) -> str:
+    def compare(
+        what: str, after: str, before: str, values: Callable[[ReportedStage], dict[str, float]], form: str
+    ) -> str:
         a, b = values(stages[after]), values(stages[before])
         numbers = [f"{name} {b[name]:{form}} to {a[name]:{form}}" for name in a if name in b]
         return f"- {what}: {', '.join(numbers)}."
@@ -162,7 +164,7 @@ def write(runs: Path, out: Path) -> Path:
     """Writes the reports of the stages found in `runs` into the folder `out`: report.md, and post-training.md for those
     after fine-tuning. Returns the first that there is."""
     written = f"Written by `python -m qwen2_jax.speedrun.report` from the runs themselves. {date.today()}, {machine()}."
-    stages = {name: Stage.of(runs / name) for name in STAGES if (runs / name / "hf").is_dir()}
+    stages = {name: ReportedStage.of(runs / name) for name in STAGES if (runs / name / "hf").is_dir()}
     later = alignment_report.write(runs, out, written)
     if not stages:
         if later is None:

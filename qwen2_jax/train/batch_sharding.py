@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A batch on its way to the devices: which rows a process reads, and in which order a row's tokens lie on a mesh."""
+"""Puts batches on the devices: which rows each process reads, and the order of a row's tokens on a mesh."""
 
 from typing import Any, cast
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a loop's batches come from: packed rows of a data set, or answers of the model itself (sampled_batches.py)."""
+"""The sources of a loop's batches: packed rows of a data set, or the model's own answers (sampled_batches.py)."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -7,14 +7,14 @@ from typing import Any, NamedTuple, Protocol
 
 from qwen2_jax.data.tokens.loader import Loaded
 from qwen2_jax.data.tokens.packing import Batch
-from qwen2_jax.train.job import Job
+from qwen2_jax.train.job import TrainingJob
 from qwen2_jax.train.step import State, Trainer
 from qwen2_jax.weights.params import Tree
 
 
 class Next(NamedTuple):
-    """What the next step takes. batch: this process's rows, numpy arrays on the host; the loop puts them on devices.
-    metrics: finite values that the step itself does not know."""
+    """The input of the next step. batch: this process's rows, numpy arrays on the host; the loop puts them on devices.
+    metrics: finite values that are logged with the step's own."""
 
     batch: Batch
     metrics: Mapping[str, float] = MappingProxyType({})
@@ -40,7 +40,7 @@ class Corpus:
 
     phase = "data"
 
-    def __init__(self, job: Job, trainer: Trainer, done: int):
+    def __init__(self, job: TrainingJob, trainer: Trainer, done: int):
         assert isinstance(job.data, Loaded)
         self._batches = job.data.batches(job.run.rows, start=done, host=trainer.place.host)
 

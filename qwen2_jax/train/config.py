@@ -114,7 +114,7 @@ class Moe:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mesh:
-    """How many parts the devices' axes have; their product is the number of devices. -1 takes what is left.
+    """Sizes of the device mesh's axes; their product is the number of devices. -1: whatever the others leave.
 
     The order is that of sharding.AXES: the first go across slices or nodes, the last are neighbours.
     """
@@ -132,7 +132,7 @@ class Mesh:
             raise UserError(f"{self}: one axis at most may be -1 (what is left), and none 0")
 
     def sizes(self, devices: int) -> dict[str, int]:
-        """Sizes of the axes on so many devices. Raises UserError where nothing whole is left for -1."""
+        """Sizes of the axes for a number of devices. Raises UserError if the sizes do not divide it."""
         sizes = dataclasses.asdict(self)
         known = 1
         for size in sizes.values():
@@ -160,7 +160,7 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """What every stage of training has in common. Use Pretrain, Sft, or one of post_training_config.py's.
+    """The fields that all stages of training share. Use Pretrain, Sft, or one of post_training_config.py's.
 
     A dataclass derived from this names its stage: what starts, feeds and evaluates its runs (stage.py).
     """
@@ -178,13 +178,13 @@ class Run:
     steps: int | None = None  # give this or `epochs`
     epochs: float | None = None  # passes over the data
     accumulate: int = 1  # micro-batches that a step's rows are cut into, to save memory
-    dtype: str = "bfloat16"  # of activations and the weights' copy they meet (master: float32); with lora, the base's
-    remat: str | None = "full"  # activations made again in the backward pass: "full", "dots" (fewer), None (none)
+    dtype: str = "bfloat16"  # of activations and the weights in a step (master weights: float32); with lora: the base's
+    remat: str | None = "full"  # activations recomputed in the backward pass: "full", "dots" (fewer), None (none)
     long_context: Literal["off", "yarn", "dca"] = "off"  # rotary positions to train with
     z_loss: float = 0.0  # keeps the logits' scale from drifting; PaLM uses 1e-4
     moe: Moe = Moe()
-    lora: Lora | None = None  # trains adapters and leaves the weights alone
-    lora_base: Literal["bfloat16", "float32", "int8"] = "bfloat16"  # of the weights that lora leaves alone
+    lora: Lora | None = None  # trains adapters; the weights stay as they are
+    lora_base: Literal["bfloat16", "float32", "int8"] = "bfloat16"  # dtype of the weights under the adapters
     ema: float | None = None  # decay of an average of the weights, which is evaluated and exported; less at the start
     guard: Guard = Guard()
     mesh: Mesh = Mesh()
@@ -192,7 +192,9 @@ class Run:
     evaluation: Evaluation = Evaluation()
     checkpoints: Checkpointing = Checkpointing()
     log: Logging = Logging()
-    implementation: str | None = None  # of the kernels: "xla", "attention=splash", ...; None: the best that serves
+    implementation: str | None = (
+        None  # of the kernels: "xla", "attention=splash", ...; None: the first that supports the inputs
+    )
     seed: int = 0
     out: Path = Path("runs/run")  # run folder: checkpoints, metrics, plots; out/hf is the result
     resume: bool = True  # continue the run found in `out`; False starts over
@@ -205,11 +207,11 @@ class Run:
         }
 
     def unfilled(self) -> Self:
-        """This without numbers that were computed from others, so that flags may change those others."""
+        """This without values that were derived from others, so that flags may change those others."""
         return self
 
     def check_data(self) -> None:
-        """Raises UserError for data of the other kind."""
+        """Raises UserError if `data` is not of the type that the run takes."""
         wanted: Any = next(field.type for field in dataclasses.fields(self) if field.name == "data")
         if not isinstance(self.data, wanted):
             example = "PromptData(sources=(PATH,))" if wanted is PromptData else "Data(sources=(Source(path=PATH),))"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run would do, before it does it: sizes, bytes, tokens, operations, and the first batch for eyes to check."""
+"""The report of --dry-run: parameters, memory, tokens, FLOPs, and the first row of the first batch as text."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ from qwen2_jax.tokenizer import Tokenizer
 
 
 class Bytes(NamedTuple):
-    """What arrays take: all of them, and on the device that has the most to hold."""
+    """Bytes of arrays: of all, and on the device that holds the most of them."""
 
     total: float
     device: float
@@ -54,7 +54,7 @@ def report(
     shown: int = 600,
     ranks: int = 1,
 ) -> None:
-    """Prints what a run with these numbers would be, and its first row.
+    """Prints sizes, memory and data of a run, and its first row.
 
     trained, optimizer, ema, frozen: trees of arrays or jax.ShapeDtypeStruct (with shardings, where there is a mesh);
     frozen: the weights below adapters. batch: the first one, whole or this host's part. rows: of a whole batch, cut
@@ -83,7 +83,7 @@ def report(
     numbers.add_row("tokens in all", f"{steps * rows * length:,}")
     for name, count in epochs:
         numbers.add_row(f"epochs of {name}", f"{count:.2f}")
-    numbers.add_row("FLOPs per step", f"{cost:.3g}{_at_best(cost)}")
+    numbers.add_row("FLOPs per step", f"{cost:.3g}{_time_at_peak(cost)}")
     console.print(Rule("dry run", align="left"), numbers)
     if sources:
         console.print(Rule("data", align="left"), _table(sources))
@@ -110,7 +110,7 @@ def memory_by_kind(
     tokens: int,
     row_parts: int = 1,
 ) -> dict[str, Bytes]:
-    """Bytes of everything a step holds, by name; activations are an estimate. tokens: of one micro-batch."""
+    """Bytes of everything that a step holds, by name; activations are estimated. tokens: of one micro-batch."""
     master = size(trained)
     kinds = {"weights, float32": master}
     for name, leaves in named_leaves(optimizer).items():
@@ -132,28 +132,29 @@ def memory_by_kind(
 
 
 def kept_per_token(config: ModelConfig, remat: str | None) -> int:
-    """Numbers per token that the forward pass of all layers keeps for the backward pass: the large ones, by hand.
+    """Activations per token that the forward pass of all layers stores for the backward pass; only the large ones.
 
-    "full" keeps a layer's input, "dots" also what its projections give, None nearly everything. One layer at a time
-    needs as much as None keeps of it.
+    remat "full" stores each layer's input, "dots" also the outputs of its projections, None nearly everything. The
+    layer whose backward pass runs needs what None stores of it.
     """
-    D, K = config.hidden_size, config.num_key_value_heads * config.head_dim
-    N = config.num_attention_heads * config.head_dim
+    width, keys = config.hidden_size, config.num_key_value_heads * config.head_dim
+    queries = config.num_attention_heads * config.head_dim
     dots, everything = [], []
     for layer in range(config.num_hidden_layers):
         shared = config.shared_expert_intermediate_size if config.is_sparse(layer) else config.intermediate_size
         routed = config.num_experts_per_tok * config.moe_intermediate_size if config.is_sparse(layer) else 0
-        dots.append(N + 2 * K + D + 2 * shared + D)
+        dots.append(queries + 2 * keys + width + 2 * shared + width)
         # Also: both norms' outputs and the sum between them, rotated queries and keys, attention's result, the
         # activation and its product; and all that of the routed experts, whose inputs are copies.
-        everything.append(dots[-1] + 3 * D + 2 * N + K + 2 * shared + 4 * routed + 2 * D * bool(routed))
-    inputs = config.num_hidden_layers * D
+        rest = 3 * width + 2 * queries + keys + 2 * shared + 4 * routed + 2 * width * bool(routed)
+        everything.append(dots[-1] + rest)
+    inputs = config.num_hidden_layers * width
     working = max(everything)
     return inputs + {"full": working, "dots": sum(dots) + working, None: sum(everything)}[remat]
 
 
 def size(tree: Any) -> Bytes:
-    """Bytes of a tree of arrays or their shapes. What has no sharding is on every device."""
+    """Bytes of a tree of arrays or their shapes. Leaves without a sharding are whole on every device."""
     total = device = 0.0
     for leaf in jax.tree.leaves(tree):
         sharding = getattr(leaf, "sharding", None)
@@ -176,9 +177,9 @@ def named_leaves(optimizer: Any) -> dict[str, list[Any]]:
 def first_row(
     batch: Batch, tokenizer: Tokenizer, *, shown: int = 600, marks: tuple[str, str] = ("", ""), ranks: int = 1
 ) -> Text:
-    """The documents of a batch's first row as they are trained on: targets stand out, special tokens are spelled.
+    """The documents of a batch's first row: targets are marked, special tokens are written out.
 
-    A document ends in its last target, which is no input of the row any more. marks: put around targets. ranks: of
+    The last token of a document is its last target, which is not an input. marks: put around targets. ranks: of
     groups, whose sequences are shown one by one and end in an input.
     """
     tokens, targets, weights, segments, _ = (np.asarray(field).reshape(-1, field.shape[-1])[0] for field in batch[:5])
@@ -204,8 +205,8 @@ def first_row(
     return text
 
 
-def _at_best(cost: float) -> str:
-    """How long the devices at hand would take at their peak, where that is known."""
+def _time_at_peak(cost: float) -> str:
+    """The time of this many FLOPs on this machine's devices at their peak rate, if that is known."""
     kind, count = jax.devices()[0].device_kind, jax.device_count()
     peak = chips.peak_of(kind)
     return "" if peak is None else f", {cost / (peak.tflops * 1e12 * count):.3g} s at the peak of {count} x {kind}"

@@ -10,7 +10,7 @@ import jax
 from qwen2_jax.checkpoint import peft
 from qwen2_jax.errors import UserError
 from qwen2_jax.model import lora
-from qwen2_jax.train.job import Job
+from qwen2_jax.train.job import TrainingJob
 from qwen2_jax.train.optim import online_merging
 from qwen2_jax.train.stage import stage_of
 from qwen2_jax.train.step import State, Trainer
@@ -18,8 +18,8 @@ from qwen2_jax.weights import int8
 from qwen2_jax.weights.params import Tree
 
 
-def weights(job: Job, trainer: Trainer) -> tuple[Callable[[], State], Tree | None]:
-    """(function that makes the first state, frozen weights or None)."""
+def weights(job: TrainingJob, trainer: Trainer) -> tuple[Callable[[], State], Tree | None]:
+    """(function that creates the first state, frozen weights under adapters or None)."""
     run = job.run
     if job.source is None:
         return trainer.init, None
@@ -32,20 +32,20 @@ def weights(job: Job, trainer: Trainer) -> tuple[Callable[[], State], Tree | Non
     made = adapters(job)
     frozen = load()
     if run.lora_base == "int8":
-        # The layers' matrices, as in QLoRA: embedding and head stay, they are what the loss goes through.
+        # The layers' matrices, as in QLoRA; embedding and LM head are not rounded, because the loss uses them directly.
         frozen["stacks"] = int8.quantize(frozen["stacks"], trainer.model_specs["stacks"])
     return lambda: trainer.init(made()), frozen
 
 
-def merging_from(job: Job, trainer: Trainer, first: Tree) -> State:
-    """The first state of a run with online merging: these weights, given away, and the task vector."""
+def merging_from(job: TrainingJob, trainer: Trainer, first: Tree) -> State:
+    """The first state of a run with online merging: these weights, which are donated, and the task vector."""
     assert job.run.optim.merging is not None
     tau = online_merging.load_tau(job.run.optim.merging, trainer.specs, job.config, first, job.mesh, seed=job.run.seed)
     return online_merging.with_tau(trainer.init(first), tau)
 
 
-def adapters(job: Job) -> Callable[[], Tree]:
-    """The function that gives the adapters to train: new ones, or those of the folder the run starts from."""
+def adapters(job: TrainingJob) -> Callable[[], Tree]:
+    """A function that returns the adapters to train: new ones, or those of start.adapter."""
     run = job.run
     assert run.lora is not None
     assert run.start is not None
@@ -53,7 +53,7 @@ def adapters(job: Job) -> Callable[[], Tree]:
         make = jax.jit(partial(lora.init, job.config, run.lora))
         return lambda: make(jax.random.key(run.seed))
     settings, found = peft.load_peft(run.start.adapter, job.config, mesh=job.mesh)
-    # A folder may name its modules in full or in part: what they mean is compared.
+    # A folder may name its modules in full or in part, so the modules are compared, not the names.
     meant = [dataclasses.replace(s, targets=lora.all_modules(job.config, s)) for s in (settings, run.lora)]
     if meant[0] != meant[1]:
         raise UserError(f"start.adapter {run.start.adapter} is of {settings}, and the run asks for {run.lora}")

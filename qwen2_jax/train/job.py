@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run that can be started: architecture, tokenizer, data, mesh and the number of steps. prepare.py makes it."""
+"""A run that is ready to start: architecture, tokenizer, data, mesh and number of steps. prepare.py creates it."""
 
 import dataclasses
 import functools
@@ -20,12 +20,12 @@ from qwen2_jax.tokenizer import END_OF_TEXT, Tokenizer
 from qwen2_jax.train.config import Run
 from qwen2_jax.train.result_folders import SMALL_FILES
 
-NOT_COPIED = ("config.json", "README.md")  # written anew; about another model
+NOT_COPIED = ("config.json", "README.md")  # one is written anew, the other describes another model
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
-    """A run that can be started. source: the checkpoint it starts from, or None. Nothing but tokens is written yet."""
+class TrainingJob:
+    """A run that is ready to start. source: the checkpoint it starts from, or None. Only tokens have been written."""
 
     run: Run
     config: ModelConfig
@@ -40,9 +40,9 @@ class Job:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint must agree on to be continued by this run, as JSON."""
+        """What must be equal in a checkpoint for this run to continue it, as JSON."""
         optim: dict[str, Any] = {"algorithm": self.run.optim.algorithm, "muon": self.run.optim.muon is not None}
-        if (merging := self.run.optim.merging) is not None:  # what its task vector was made for lies in the state
+        if (merging := self.run.optim.merging) is not None:  # the state holds the task vector, which depends on these
             optim["merging"] = {n: getattr(merging, n) for n in ("method", "variant", "keep", "every", "rescale")}
         data: dict[str, Any] = {"tokens": self.data.identity}
         if isinstance(self.run.data, Data):
@@ -113,7 +113,7 @@ class Job:
 
 
 def parts(name: str, mesh: jax.sharding.Mesh | None) -> int:
-    """Into how many parts a mesh cuts the dimension called `name`."""
+    """The number of parts that a mesh divides the dimension called `name` into."""
     return 1 if mesh is None else sharding.parts(sharding.axes_of(name, mesh), mesh)
 
 

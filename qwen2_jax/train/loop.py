@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training loop: batches in, steps done, metrics, checkpoints, evaluation, and the result as a folder."""
+"""The training loop: steps, metrics, checkpoints, evaluation, and the export of the result."""
 
 import dataclasses
 from functools import partial
@@ -21,11 +21,11 @@ from qwen2_jax.observe import Recorder, plots
 from qwen2_jax.parallel.hosts import Group
 from qwen2_jax.train import dry_run, initial_state
 from qwen2_jax.train.config import Run
-from qwen2_jax.train.job import Job
+from qwen2_jax.train.job import TrainingJob
 from qwen2_jax.train.post_training_config import Online
 from qwen2_jax.train.prepare import prepare
 from qwen2_jax.train.result_folders import results
-from qwen2_jax.train.stage import Parts, stage_of
+from qwen2_jax.train.stage import OpenedStage, stage_of
 from qwen2_jax.train.state.checkpoints import Checkpoints
 from qwen2_jax.train.state.fingerprint import digest
 from qwen2_jax.train.state.lock import alone
@@ -36,7 +36,7 @@ from qwen2_jax.weights.params import Tree, count
 
 
 def run(config: Run, console: Console | None = None, *, group: Group | None = None) -> Path | None:
-    """Trains what a configuration describes, from the beginning or from the last checkpoint in its folder.
+    """Trains as a configuration says, from the beginning or from the last checkpoint in its folder.
 
     group: the processes that train together, default this one alone; all of them call this, on one shared folder.
     Returns the folder with the result: config.out / "hf", or "adapter" where that is all. None when a signal asked to
@@ -53,7 +53,7 @@ def run(config: Run, console: Console | None = None, *, group: Group | None = No
         return _run(job, trainer, console, group)
 
 
-def _run(job: Job, trainer: Trainer, console: Console, group: Group) -> Path | None:
+def _run(job: TrainingJob, trainer: Trainer, console: Console, group: Group) -> Path | None:
     config = job.run
     group.at("loading weights or a checkpoint")
     if jax.process_index() == 0:
@@ -75,7 +75,8 @@ def _run(job: Job, trainer: Trainer, console: Console, group: Group) -> Path | N
         + f", {job.steps} steps of {config.rows} x {config.length} tokens, run folder {config.out}",
         soft_wrap=True,
     )
-    # Adapters depend on the weights below them. Without adapters the state has all weights: another start is reported.
+    # Adapters belong to the weights below them. Without adapters the state has all weights, and another start is only
+    # reported.
     identity = job.identity if frozen is None else job.identity | {"base": digest(frozen)}
     saved = Checkpoints(
         config.out / "checkpoints",
@@ -116,7 +117,7 @@ def _run(job: Job, trainer: Trainer, console: Console, group: Group) -> Path | N
     return folder
 
 
-def _where_it_goes_on(job: Job, done: int) -> str:
+def _where_it_goes_on(job: TrainingJob, done: int) -> str:
     """The line that says where the run continues. Raises UserError if it ends before the checkpoint's step, `done`."""
     more = "--steps" if job.run.epochs is None else "--epochs"
     if done > job.steps:
@@ -130,13 +131,13 @@ def _where_it_goes_on(job: Job, done: int) -> str:
 
 
 def _lost(config: Run, step: int) -> bool:
-    """Whether the export of this step, which comes after its checkpoint, may have been prevented by a kill."""
-    # Several processes may see a shared folder differently, and must all do the same: they write it again.
+    """Whether a kill may have prevented the export of this step, which follows its checkpoint."""
+    # Several processes may see a shared folder differently but must all do the same: they always write it again.
     return jax.process_count() > 1 or not all(path.exists() for path in results(config, config.out / f"hf-{step}"))
 
 
-def _print_dry_run(job: Job, trainer: Trainer, console: Console) -> None:
-    """Prints what the run would do, and its first row."""
+def _print_dry_run(job: TrainingJob, trainer: Trainer, console: Console) -> None:
+    """Prints the report of --dry-run."""
     run = job.run
     batch = stage_of(run).first_batch(job, trainer.place.host)
     data, epochs = job.data, list[tuple[str, float]]()
@@ -177,7 +178,7 @@ def _print_dry_run(job: Job, trainer: Trainer, console: Console) -> None:
     )
 
 
-def _print_left_out(job: Job, console: Console) -> None:
+def _print_left_out(job: TrainingJob, console: Console) -> None:
     """Prints a line for each source, of training or held-out data, with records that are left out or cut."""
     for data in (job.data, *job.held_out.values()):
         for line in left_out.lines(data.report()):
@@ -185,9 +186,18 @@ def _print_left_out(job: Job, console: Console) -> None:
 
 
 def _train(
-    job: Job, trainer: Trainer, parts: Parts, state: State, done: int, frozen, saved: Checkpoints, recorder, stop, group
+    job: TrainingJob,
+    trainer: Trainer,
+    parts: OpenedStage,
+    state: State,
+    done: int,
+    frozen,
+    saved: Checkpoints,
+    recorder,
+    stop,
+    group,
 ):
-    """Steps until the end or a request to stop; returns the state and the number of steps done, which is saved."""
+    """Trains until the end or a request to stop; returns the state, which is saved, and the number of steps done."""
     run, feed = job.run, parts.feed
     health = None
 
@@ -210,7 +220,7 @@ def _train(
         done += 1
         ratios = metrics["ratios"] | {name: (value, 1.0) for name, value in more.items()}
         recorder.step(done, metrics | {"ratios": ratios}, batch)
-        # Checks the step before, whose values have been computed already: nothing waits for them.
+        # Checks the step before: its values have been computed already, so the device does not wait.
         _check(run, health, done - 1, saved, recorder)
         health = metrics["skipped_in_a_row"]
         last, leave = done == job.steps, stop.requested(done)
@@ -221,7 +231,7 @@ def _train(
             group.at(f"saving step {done}")
             with recorder.goodput("save"):
                 saved.save(done, state, {"recorder": recorder.state(), "feed": feed.kept(done)})
-        if leave:  # a request to stop waits for the save, and for nothing else
+        if leave:  # a request to stop waits only for the save
             break
         if not last and saved.export_due(done):
             recorder.flush()
@@ -234,7 +244,7 @@ def _train(
 
 
 def _check(run: Run, in_a_row: jax.Array | None, step: int, saved: Checkpoints, recorder: Recorder) -> None:
-    """Stops a run that skips one step after the other."""
+    """Raises UserError after `guard.patience` skipped steps in a row."""
     if in_a_row is not None and int(in_a_row) >= run.guard.patience:
         recorder.flush()
         kept = saved.steps()
@@ -250,7 +260,7 @@ def _check(run: Run, in_a_row: jax.Array | None, step: int, saved: Checkpoints, 
 
 
 def export(
-    job: Job, trainer: Trainer, state: State, frozen: Tree | None, folder: Path, console: Console | None = None
+    job: TrainingJob, trainer: Trainer, state: State, frozen: Tree | None, folder: Path, console: Console | None = None
 ) -> Path:
     """Writes the trained weights as a Hugging Face folder in place of an earlier one, and adapters as PEFT's files.
 

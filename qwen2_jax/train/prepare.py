@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a run's configuration to a Job: architecture, tokenizer, data, mesh and the number of steps."""
+"""From a run's configuration to a TrainingJob: architecture, tokenizer, data, mesh and the number of steps."""
 
 import dataclasses
 import math
@@ -18,15 +18,15 @@ from qwen2_jax.model import rope
 from qwen2_jax.parallel import sharding
 from qwen2_jax.tokenizer import Tokenizer
 from qwen2_jax.train.config import Mesh, Run
-from qwen2_jax.train.job import Job, parts
+from qwen2_jax.train.job import TrainingJob, parts
 from qwen2_jax.train.result_folders import check_inputs_stay
 from qwen2_jax.train.stage import stage_of
 
 
-def prepare(run: Run, console: Console) -> Job:
-    """Reads and checks everything that can be known before the first step; writes nothing but the cache of tokens.
+def prepare(run: Run, console: Console) -> TrainingJob:
+    """Reads and checks everything that is known before the first step; writes only the cache of tokens.
 
-    Raises UserError for what contradicts itself, before anything is computed.
+    Raises UserError for contradicting settings, before anything is computed.
     """
     stage = stage_of(run)
     stage.check_processes(jax.process_count())
@@ -65,7 +65,7 @@ def prepare(run: Run, console: Console) -> Job:
         name = Path(one.path).name.split(".")[0]
         held_out[one.path if name in held_out else name] = opened(_alone(run.data, one))
     data, held_out = stage.check_data(data, held_out)
-    return Job(run, config, source, tokenizer, files, data, held_out, steps, mesh, sampling_mesh)
+    return TrainingJob(run, config, source, tokenizer, files, data, held_out, steps, mesh, sampling_mesh)
 
 
 def _alone(data: Data | PromptData, source: Source) -> Data | PromptData:
@@ -84,7 +84,7 @@ def _architecture(run: Run, source: checkpoint.Source | None, tokenizer: Tokeniz
         changes = {n: getattr(run.start, n) for n in ("rope_theta", "max_position_embeddings")}
         config = dataclasses.replace(config, **{n: v for n, v in changes.items() if v is not None})
     config = stage_of(run).architecture(config, str(source.path) if source else "model")
-    if run.long_context == "yarn":  # what the weights get used to belongs to the result
+    if run.long_context == "yarn":  # the result's config names the positions that the weights were trained with
         config = dataclasses.replace(config, rope_scaling=rope.yarn_scaling(config, run.length))
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
@@ -100,14 +100,14 @@ def _architecture(run: Run, source: checkpoint.Source | None, tokenizer: Tokeniz
 
 
 def _mesh(wanted: Mesh) -> jax.sharding.Mesh | None:
-    """None on one device, where nothing is to be divided."""
+    """The mesh; None for one device."""
     sizes = wanted.sizes(len(jax.devices()))
     return None if math.prod(sizes.values()) == len(jax.devices()) == 1 else sharding.make_mesh(**sizes)
 
 
 def _tokenizer_files(name: str | None) -> checkpoint.Source:
-    """A checkpoint, or a folder that holds nothing but a tokenizer."""
-    if name is None:  # the configuration has refused that already
+    """The source of a tokenizer: a checkpoint, or a folder that has only a tokenizer."""
+    if name is None:  # already refused by the configuration
         raise UserError("a model from random weights needs a tokenizer")
     folder = Path(name).expanduser()
     if (folder / "tokenizer.json").exists():

@@ -17,9 +17,9 @@ from qwen2_jax.train.upcycle import upcycle
 
 
 def run(config: Recipe, console: Console | None = None, *, group: Group | None = None) -> Path | None:
-    """Carries a configuration out; returns the folder with the result, None if there is none (yet).
+    """Runs a configuration; returns the folder with the result, None if there is none (yet).
 
-    group: the processes that run it together, default this one alone. All call this; process 0 logs and writes.
+    group: the processes that run it together, default this one only. All of them call this; process 0 logs and writes.
     """
     group = group or Group()
     console = console or Console(stderr=True, quiet=not group.first)

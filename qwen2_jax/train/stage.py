@@ -23,7 +23,7 @@ from qwen2_jax.errors import UserError
 from qwen2_jax.train.batch_sources import Corpus, Feed
 from qwen2_jax.train.config import Mesh, Run
 from qwen2_jax.train.evaluator import Evaluator, HeldOutRows
-from qwen2_jax.train.job import Job
+from qwen2_jax.train.job import TrainingJob
 from qwen2_jax.train.objectives.batch_losses import Objective
 from qwen2_jax.train.post_training_config import Online
 from qwen2_jax.train.step import Trainer
@@ -36,7 +36,7 @@ def unchanged(batch: Batch) -> Batch:
 
 
 @dataclasses.dataclass(frozen=True)
-class Parts:
+class OpenedStage:
     """What the loop works with. feed: batches on the host. evaluator: scores on held-out data.
 
     complete: adds to a batch on the devices what only a model can compute, such as a reference's log-probabilities.
@@ -79,12 +79,12 @@ class Stage:
             )
         return config
 
-    def load(self, job: Job, dtype: str) -> Tree:
+    def load(self, job: TrainingJob, dtype: str) -> Tree:
         """The weights that the run starts from, on the job's mesh."""
         assert job.source is not None
         return checkpoint.load_params(job.source, job.config, dtype=dtype, mesh=job.mesh)
 
-    def result_config(self, job: Job) -> ModelConfig:
+    def result_config(self, job: TrainingJob) -> ModelConfig:
         """The configuration that is written beside the trained weights."""
         return job.config
 
@@ -101,15 +101,15 @@ class Stage:
             )
         return data, held_out
 
-    def first_batch(self, job: Job, host: tuple[int, int]) -> Batch:
+    def first_batch(self, job: TrainingJob, host: tuple[int, int]) -> Batch:
         """The batch that a dry run shows. host: as in data.tokens.loader.Loaded.batches."""
         assert isinstance(job.data, Loaded)
         return next(job.data.batches(self.run.rows, host=host))
 
     @contextlib.contextmanager
     def open(
-        self, job: Job, trainer: Trainer, done: int, frozen: Tree | None, kept: dict[str, Any], console: Console
-    ) -> Iterator[Parts]:
+        self, job: TrainingJob, trainer: Trainer, done: int, frozen: Tree | None, kept: dict[str, Any], console: Console
+    ) -> Iterator[OpenedStage]:
         """Feed and evaluator for the steps after `done`. kept: what the checkpoint of that step holds of the feed."""
         yield on_rows(job, trainer, done)
 
@@ -119,7 +119,7 @@ class Stage:
         """groups, ranks: the most groups that a row holds, and the most sequences of a group, in data with groups."""
         raise NotImplementedError(f"{type(self).__name__} gives no objective")
 
-    def objective_of(self, job: Job) -> Objective:
+    def objective_of(self, job: TrainingJob) -> Objective:
         """The objective on the job's data."""
         rows = [data for data in (job.data, *job.held_out.values()) if isinstance(data, Loaded)]
         groups, ranks = (max((getattr(x, n) for x in rows), default=1) for n in ("groups_per_row", "ranks"))
@@ -143,9 +143,11 @@ class Stage:
         return None
 
 
-def on_rows(job: Job, trainer: Trainer, done: int, complete: Callable[[Batch], Batch] = unchanged) -> Parts:
-    """Training and evaluation on packed rows of data sets. complete: as in Parts."""
-    return Parts(Corpus(job, trainer, done), HeldOutRows(job, trainer, complete), complete)
+def on_rows(
+    job: TrainingJob, trainer: Trainer, done: int, complete: Callable[[Batch], Batch] = unchanged
+) -> OpenedStage:
+    """Training and evaluation on packed rows of data sets. complete: see OpenedStage."""
+    return OpenedStage(Corpus(job, trainer, done), HeldOutRows(job, trainer, complete), complete)
 
 
 def stage_of(run: Run) -> Stage:

@@ -31,7 +31,7 @@ from qwen2_jax.weights.params import ParamSpec, Tree, leaves
 if TYPE_CHECKING:
     from qwen2_jax.train.config import Guard, Run
 
-# B batch  A micro-batches of a step  T query  E experts
+# B batch  T query  E experts
 Metrics = dict[str, Any]  # arrays, and under "ratios" pairs of them: see docs/metrics.md
 
 SPIKES_FROM = 20  # applied steps before a loss can be called a spike: the mean must have settled
@@ -91,7 +91,7 @@ class Trainer:
         self.balancing = config.router_aux_loss_coef if run.moe.load_balancing is None else run.moe.load_balancing
         self.abstract = jax.eval_shape(self._begin, abstract(self.specs))
         self.shardings = None if mesh is None else self._shardings(mesh)
-        # Also on one device: a checkpoint that says nothing is restored to the devices it was written on.
+        # Also on one device: without shardings Orbax restores to the devices that wrote the checkpoint.
         single = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         places = self.shardings or jax.tree.map(lambda _: single, self.abstract)
         self.abstract = jax.tree.map(
@@ -115,7 +115,7 @@ class Trainer:
         if params is None:
             params = self.random_params(self.run.seed)
         if self.shardings is not None:
-            params = jax.device_put(params, self.shardings.params)  # where they are already, unless a test made them
+            params = jax.device_put(params, self.shardings.params)  # no copy if they are there already
         return self.begin(params)
 
     def weights(self, state: State, frozen: Tree | None = None) -> Tree:
@@ -137,7 +137,7 @@ class Trainer:
         return State(none, params, self.tx.init(params), ema, Health(zero, zero, none, none, none))
 
     def _shardings(self, mesh) -> State:
-        """Parameters by their declarations; whatever mirrors a parameter like it; everything else on every device."""
+        """Of a State: parameters by their declarations, their moments likewise, everything else replicated."""
         whole = NamedSharding(mesh, PartitionSpec())
         places = dict(leaves(places_of(self.specs, mesh)))
         by_path = {path: (spec.shape, places[path]) for path, spec in leaves(self.specs)}
@@ -156,7 +156,7 @@ class Trainer:
         return None if self.mesh is None else (self.shardings, NamedSharding(self.mesh, PartitionSpec()))
 
     def compute(self, params: Tree, frozen: Tree | None) -> Tree:
-        """The weights that activations meet: a copy in the run's dtype, routers excepted."""
+        """The weights of a forward pass: a copy in the run's dtype, with routers in float32."""
         dtype = jnp.dtype(self.run.dtype)
         cast = lambda spec, p: p if is_router(spec) else p.astype(dtype)  # noqa: E731
         if self.run.lora is None or frozen is None:
@@ -205,8 +205,8 @@ class Trainer:
         if self.run.accumulate == 1:
             grads, (sums, router) = gradient(weights, batch)
             return sums, router, to32(grads)
-        A = self.run.accumulate
-        parts = jax.tree.map(lambda x: x.reshape(x.shape[0] // A, A, *x.shape[1:]).swapaxes(0, 1), batch)
+        count = self.run.accumulate
+        parts = jax.tree.map(lambda x: x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1), batch)
 
         def one(carry, part):
             grads, aux = gradient(weights, part)
@@ -239,7 +239,7 @@ class Trainer:
             zeros = jax.tree.map(jnp.zeros_like, _norms(grads, self.specs))
             return state.params, state.optimizer, state.ema, zeros
 
-        # A branch and not a select: what is not finite never touches the state, and nothing is computed for it.
+        # A branch and not a select: values that are not finite never reach the state, and no update is computed.
         params, opt, ema, updated = jax.lax.cond(good, apply, skip)
         health = _next(state.health, loss, good)
         metrics = {
@@ -263,7 +263,7 @@ class Trainer:
         return self._sums(self.compute(params, frozen), batch, self.objective.counts(batch))[0]
 
     def _policy(self, state: State, frozen: Tree | None = None) -> Tree:
-        """The model's weights as a step meets them: the copy in the run's dtype, adapters attached."""
+        """The model's weights as a step uses them: the copy in the run's dtype, adapters attached."""
         return self.compute(state.params, frozen)
 
     def _logprobs(self, weights: Tree, batch: Batch) -> jax.Array:
@@ -278,12 +278,12 @@ def abstract(specs: Tree) -> Tree:
 
 
 def places_of(specs: Tree, mesh: jax.sharding.Mesh, rules: Mapping = sharding.RULES) -> Tree:
-    """Where each declared parameter lives on the mesh."""
+    """The sharding of each declared parameter on the mesh."""
     return jax.tree.map(lambda s: sharding.sharding(s.axes, s.shape, mesh, rules), specs, is_leaf=_is_spec)
 
 
 def is_router(spec: ParamSpec) -> bool:
-    """The router's weights stay in float32: rounding its logits changes which expert is chosen."""
+    """Whether this is a router's weight, which stays in float32: rounded logits would choose other experts."""
     return spec.hf == "mlp.gate.weight"
 
 

@@ -246,10 +246,10 @@ def test_yarn_frequencies():
             rope_theta=theta, rope_scaling=scaling,
         )  # fmt: skip
         long, short = (rope.choose(config, original + more) for more in (1, 0))
-        np.testing.assert_allclose(long.inv_freq_BQ[0], inv_freq, rtol=1e-6)
+        np.testing.assert_allclose(long.inv_freq_Bf[0], inv_freq, rtol=1e-6)
         np.testing.assert_allclose(long.amplitude_B, attention_factor**2, rtol=1e-6)
         plain = theta ** (-np.arange(0, head_dim, 2) / head_dim)
-        np.testing.assert_allclose(short.inv_freq_BQ[0], plain, rtol=1e-6)
+        np.testing.assert_allclose(short.inv_freq_Bf[0], plain, rtol=1e-6)
         np.testing.assert_array_equal(short.amplitude_B, 1)
 
 

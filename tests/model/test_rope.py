@@ -24,7 +24,7 @@ YARN = dataclasses.replace(
 
 def test_auto_leaves_short_requests_alone():
     short = rope.choose(YARN, 32)
-    np.testing.assert_array_equal(short.inv_freq_BQ, rope.choose(DENSE, 32, "off").inv_freq_BQ)
+    np.testing.assert_array_equal(short.inv_freq_Bf, rope.choose(DENSE, 32, "off").inv_freq_Bf)
     assert short.chunk_len_B[0] == FULL
     assert short.amplitude_B[0] == 1
 
@@ -33,7 +33,7 @@ def test_auto_follows_the_config_beyond_the_trained_length():
     long = rope.choose(YARN, 33)
     assert long.chunk_len_B[0] == FULL
     assert long.amplitude_B[0] == pytest.approx((0.1 * math.log(4) + 1) ** 2)
-    assert not np.array_equal(long.inv_freq_BQ, rope.choose(YARN, 32).inv_freq_BQ)
+    assert not np.array_equal(long.inv_freq_Bf, rope.choose(YARN, 32).inv_freq_Bf)
 
 
 def test_auto_is_dual_chunk_for_qwen2_which_says_nothing():
@@ -64,16 +64,16 @@ def test_small_models_get_chunks_in_proportion():
 
 def test_yarn_without_a_config_stretches_as_far_as_needed():
     config = dataclasses.replace(DENSE, max_position_embeddings=64)
-    plain = rope.choose(config, 64, "off").inv_freq_BQ
-    np.testing.assert_array_equal(rope.choose(config, 40, "yarn").inv_freq_BQ, plain)
-    doubled = np.asarray(rope.choose(config, 128, "yarn").inv_freq_BQ)
+    plain = rope.choose(config, 64, "off").inv_freq_Bf
+    np.testing.assert_array_equal(rope.choose(config, 40, "yarn").inv_freq_Bf, plain)
+    doubled = np.asarray(rope.choose(config, 128, "yarn").inv_freq_Bf)
     assert doubled[0, -1] == pytest.approx(plain[0, -1] / 2)
 
 
 def test_rows_carry_their_own():
     both = rope.choose(YARN, [16, 100])
-    np.testing.assert_array_equal(both.inv_freq_BQ[0], rope.choose(YARN, 16).inv_freq_BQ[0])
-    np.testing.assert_array_equal(both.inv_freq_BQ[1], rope.choose(YARN, 100).inv_freq_BQ[0])
+    np.testing.assert_array_equal(both.inv_freq_Bf[0], rope.choose(YARN, 16).inv_freq_Bf[0])
+    np.testing.assert_array_equal(both.inv_freq_Bf[1], rope.choose(YARN, 100).inv_freq_Bf[0])
 
 
 def test_unknown_mode_names_the_choices():

@@ -11,7 +11,7 @@ from qwen2_jax.errors import UserError
 from qwen2_jax.speedrun import post_training_data, skills
 from qwen2_jax.speedrun.stdlib_text import is_held_out
 
-SIZE = post_training_data.Size(train=300, held_out=40)
+SIZE = post_training_data.DataSize(train=300, held_out=40)
 
 
 def records(folder, name):

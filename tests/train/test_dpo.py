@@ -185,7 +185,7 @@ def test_bradley_terry_of_pairs(options, expected):
 def test_right_answers_before_wrong_ones_makes_every_pair_of_a_right_and_a_wrong_one():
     """2 right ones of 6: 2 * 4 pairs, none of two right ones or two wrong ones (Qwen2.5-Math)."""
     scores = np.array([[[0.0, -0.1, -0.7, -0.8, -1.4, -2.1]]])
-    sums = bradley_terry(scores, np.ones_like(scores, bool), ranks_BGK=jnp.asarray([0, 0, 1, 1, 1, 1]))
+    sums = bradley_terry(scores, np.ones_like(scores, bool), ranks_BPQ=jnp.asarray([0, 0, 1, 1, 1, 1]))
     assert float(sums.loss) == pytest.approx(0.2898542640223437, **EXACT)
     assert float(sums.metrics["accuracy"].weight) == 8
 

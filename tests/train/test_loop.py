@@ -288,7 +288,7 @@ def test_fine_tuning_makes_a_chat_model(corpus, straight, tmp_path):
     lm = qwen2_jax.load(folder, dtype="float32")
     assert lm.is_chat
     assert lm.config.eos_ids == (lm.tokenizer.token_id("<|im_end|>"),)
-    assert lm.chat([{"role": "user", "content": "after 3"}], max_new_tokens=4) is not None
+    assert 1 <= len(lm.chat([{"role": "user", "content": "after 3"}], max_new_tokens=4).token_ids) <= 4
 
 
 @pytest.mark.parametrize("base", ["bfloat16", *slow("int8")])
@@ -368,10 +368,11 @@ def test_evaluation_takes_no_more_rows_at_once_than_training(straight, corpus, t
     monkeypatch.setattr(
         Placing, "__call__", lambda self, batch: shapes.add(batch.tokens_BT.shape) or place(self, batch)
     )
-    run(pretrain(corpus, tmp_path, accumulate=2, steps=4))
+    run(pretrain(corpus, tmp_path, accumulate=2))
     assert shapes == {(4, 32), (2, 32)}
     held_out = lambda out: next(line["held_out"]["text"] for line in read(out / "metrics.jsonl") if "held_out" in line)
-    assert held_out(tmp_path)["loss"] == pytest.approx(held_out(straight[0])["loss"], abs=0.02)  # steps 1 to 4 agree
+    # After four steps whose gradients were float32 sums in another order.
+    assert held_out(tmp_path)["loss"] == pytest.approx(held_out(straight[0])["loss"], rel=1e-5)
 
 
 def test_who_asks_to_stop_waits_for_the_save_only(corpus, tmp_path, monkeypatch):
@@ -531,7 +532,7 @@ for mesh in (None, sharding.make_mesh(data=2, fsdp=2, tensor=2, expert=1)):
         state, metrics = trainer.step(state, trainer.place(random_batch(rows=8, seed=seed)))
         values.append(float(metrics["loss"]))
     losses.append(values)
-np.testing.assert_allclose(losses[1], losses[0], rtol=2e-5)
+np.testing.assert_allclose(losses[1], losses[0], rtol=2e-5)  # float32 sums in another order, for three steps
 leaf = state.params["embed_VD"]
 assert leaf.sharding.shard_shape(leaf.shape) == (64, 24), leaf.sharding
 moments = [x for path, x in jax.tree.leaves_with_path(state.optimizer) if "embed_VD" in str(path)]

@@ -187,3 +187,33 @@ def test_other_templates(own, template, ends):
         assert json.loads((folder / name).read_text()) == json.loads((model / name).read_text())
     else:
         assert found == (Tokenizer.from_folder(folder).token_id(ends),)
+
+
+class OneFile(checkpoint.Source):
+    """A checkpoint whose small files are inside one file, as in formats that have everything in one."""
+
+    def small_files(self):
+        return checkpoint.locate("demo").small_files()
+
+    def read_bytes(self, name):
+        return checkpoint.locate("demo").read_bytes(name)
+
+
+def test_the_tokenizer_of_a_single_file_format(own, monkeypatch):
+    """Training, data and upcycling read it from a folder of its small files: the path is no folder."""
+    from qwen2_jax.checkpoint import sources
+    from qwen2_jax.data import __main__ as data
+    from qwen2_jax.train.upcycle.function_kept import sample_tokens
+
+    Path("model.one").write_bytes(b"one file")
+    source, locate = OneFile("hf", Path("model.one").absolute()), checkpoint.locate
+    demo, config = Tokenizer.from_folder(DEMO), checkpoint.read_config(locate("demo"))
+    found = lambda name: source if str(name) == "model.one" else locate(name)
+    monkeypatch.setattr(sources, "locate", found)
+    monkeypatch.setattr(checkpoint, "locate", found)
+    assert data._tokenizer("model.one").vocabulary == demo.vocabulary
+    assert sample_tokens(source, config).tolist() == sample_tokens(locate("demo"), config).tolist()
+    job = prepared(sft("demo", Path("out"), "chats.jsonl", tokenizer="model.one"))
+    assert job.tokenizer.vocabulary == demo.vocabulary
+    job.write_small_files()
+    assert (job.files.path / "tokenizer.json").read_bytes() == (DEMO / "tokenizer.json").read_bytes()

@@ -97,6 +97,7 @@ def test_a_shuffled_copy_computes_the_same():
 def test_a_wider_shared_expert_computes_the_same():
     for options in (OPTIONS, dataclasses.replace(PRESERVE, scale="none")):
         mlp, moe = made(options)
+        # Float32 weights, split and added up in float64: half a unit in the last place of each.
         np.testing.assert_allclose(ffn(moe["shared"], X), ffn(mlp, X), rtol=1e-6, atol=1e-6)
         assert not moe["shared_gate_D"].any()
     assert moe["shared"]["gate_FD"][64:].tolist() == mlp["gate_FD"][:16].tolist()
@@ -119,7 +120,7 @@ def test_exactly_half_of_each_experts_neurons_is_drawn():
     fresh = np.concatenate([new["gate_EFD"][~kept], new["up_EFD"][~kept], new["down_EDF"].swapaxes(1, 2)[~kept]])
     assert fresh.std() == pytest.approx(0.5, rel=5 / np.sqrt(2 * fresh.size))
     assert len(np.unique(fresh)) > 0.99 * fresh.size  # experts and matrices draw different numbers
-    assert new["router_ED"].std() == pytest.approx(0.5, rel=0.2)
+    assert new["router_ED"].std() == pytest.approx(0.5, rel=5 / np.sqrt(2 * new["router_ED"].size))
 
 
 def test_single_weights_can_be_drawn():
@@ -137,7 +138,7 @@ def test_preserve_is_exact_on_average_over_all_choices_of_experts():
         outputs = experts(moe, X)
         chosen = [weight * (outputs[a] + outputs[b]) for a, b in itertools.combinations(range(8), 2)]
         got = np.mean(chosen, axis=0) + ffn(moe["shared"], X) / 2
-        np.testing.assert_allclose(got, ffn(mlp, X), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(got, ffn(mlp, X), rtol=1e-5, atol=1e-5)  # weights scaled and rounded in float32
 
 
 def test_preserve_counts_the_weight_a_random_router_gives():

@@ -2,7 +2,7 @@
 """What a stage minimises: from the hidden states of packed rows to sums over them.
 
 A row holds sequences, kept apart by their segments. A group of sequences (a pair, or ranked responses) lies in one row,
-and the segment of a sequence is its group's number in the row times K plus its rank, 0 for the best.
+and the segment of a sequence is its group's number in the row times Q plus its rank, 0 for the best.
 """
 
 from typing import Any, Protocol, cast
@@ -16,7 +16,7 @@ from qwen2_jax.model.decoder import Qwen2
 from qwen2_jax.train.objectives import dpo, grpo
 from qwen2_jax.train.objectives.loss_sums import Ratio, Sums, sequence_sums
 
-# B batch  T query  G groups of a row  K sequences of a group
+# B batch  T query  P groups of a row  Q sequences of a group  Z = P * Q sequences of a row
 
 
 class Objective(Protocol):
@@ -34,7 +34,7 @@ class Objective(Protocol):
 
 
 class NextToken:
-    """Cross-entropy of the next token, a mean over targets. z_loss: see logprob.cross_entropy."""
+    """Cross-entropy of the next token, a mean over targets. z_loss: as in model/cross_entropy.py."""
 
     temperature = 1.0
 
@@ -45,7 +45,7 @@ class NextToken:
         return batch.weights_BT.sum()
 
     def sums(self, model: Qwen2, hidden_BTD: jax.Array, batch: Batch, counts: jax.Array) -> Sums:
-        head_VD = cast(jax.Array, model.head_weight())  # words and their head are neither adapted nor int8 in training
+        head_VD = cast(jax.Array, model.head_weight())  # embedding and LM head are neither adapted nor int8 in training
         sums = cross_entropy(hidden_BTD, head_VD, batch.targets_BT, batch.weights_BT, z_loss=self.z_loss)
         loss = Ratio(sums.nll, sums.weight)
         return Sums(sums.loss / jnp.maximum(counts, 1e-9), loss, {"accuracy": Ratio(sums.correct, sums.weight)})
@@ -75,7 +75,7 @@ class Pairs:
 
 
 class Ranked:
-    """A reward model's Bradley-Terry loss over ranked responses, the best first (preference.bradley_terry).
+    """A reward model's Bradley-Terry loss over ranked responses, the best first (dpo.bradley_terry).
 
     groups, ranks: the most groups that a row may hold, and the most responses that a group has.
     """
@@ -92,24 +92,24 @@ class Ranked:
         # Picked before the head, which has work at one position of each sequence. A mesh may lay tokens out in another
         # order, so the last one is where the position is the sequence's length.
         sequences = jnp.arange(self.groups * self.ranks)
-        lengths_BS = sequence_sums(jnp.ones_like(batch.segments_BT), batch.segments_BT, len(sequences))
-        last_BTS = (batch.segments_BT[..., None] == sequences) & (
-            batch.positions_BT[..., None] + 1 == lengths_BS[:, None]
+        lengths_BZ = sequence_sums(jnp.ones_like(batch.segments_BT), batch.segments_BT, len(sequences))
+        last_BTZ = (batch.segments_BT[..., None] == sequences) & (
+            batch.positions_BT[..., None] + 1 == lengths_BZ[:, None]
         )
-        hidden_BSD = jnp.einsum("bts,btd->bsd", last_BTS.astype(hidden_BTD.dtype), hidden_BTD, precision="highest")
-        scores_BGK = model.score(hidden_BSD).reshape(-1, self.groups, self.ranks)
-        present_BGK = self._present(batch)
-        sums = dpo.bradley_terry(scores_BGK, present_BGK, self.margin, self.centring)
+        hidden_BZD = jnp.einsum("bts,btd->bsd", last_BTZ.astype(hidden_BTD.dtype), hidden_BTD, precision="highest")
+        scores_BPQ = model.score(hidden_BZD).reshape(-1, self.groups, self.ranks)
+        present_BPQ = self._present(batch)
+        sums = dpo.bradley_terry(scores_BPQ, present_BPQ, self.margin, self.centring)
         groups = sums.groups.astype(jnp.float32)
         return Sums(sums.loss / jnp.maximum(counts, 1.0), Ratio(sums.loss, groups), sums.metrics)
 
     def _present(self, batch: Batch) -> jax.Array:
         ones_BT = jnp.ones(batch.segments_BT.shape, jnp.float32)
-        tokens_BS = sequence_sums(ones_BT, batch.segments_BT, self.groups * self.ranks)
-        return tokens_BS.reshape(-1, self.groups, self.ranks) > 0
+        tokens_BZ = sequence_sums(ones_BT, batch.segments_BT, self.groups * self.ranks)
+        return tokens_BZ.reshape(-1, self.groups, self.ranks) > 0
 
 
-class Grpo:
+class PolicyGradient:
     """GRPO's clipped loss of sampled answers (grpo.py). Rows carry advantages_BT, and what the settings need.
 
     sequences: the most answers that a row may hold. temperature: that the answers were sampled with.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Preference losses: pairs of answers for a policy (DPO, IPO, SLiC), ranked answers for a reward model.
 
-    per token [B, T] -> sequence_sums -> per answer [B, G, K] -> loss per pair -> sums over pairs
+    per token [B, T] -> sequence_sums -> per answer [B, P, Q] -> loss per pair -> sums over pairs
 
 Sums add up over micro-batches and are divided by counts of the whole step.
 """
@@ -16,7 +16,8 @@ from qwen2_jax import validate
 from qwen2_jax.errors import UserError
 from qwen2_jax.train.objectives.loss_sums import Ratios, counted
 
-# B batch  G groups of a row  K answers of a group, the best first; of a pair: 0 chosen, 1 rejected
+# B batch  P groups of a row, each of the answers to one prompt  Q answers of a group, the best first; of a pair: 0
+# chosen, 1 rejected
 
 LOSSES = ("sigmoid", "sigmoid_norm", "ipo", "hinge")
 
@@ -103,16 +104,16 @@ def pair_losses(
     return (1 - e) * right + e * wrong
 
 
-def pair_counts(tokens_BG2: jax.Array) -> PairCounts:
+def pair_counts(tokens_BP2: jax.Array) -> PairCounts:
     """Pairs, and tokens of their chosen answers. tokens: per answer, those that count; 0 for answers that are absent.
 
     A pair counts if both of its answers do.
     """
-    pairs_BG = (tokens_BG2 > 0).all(-1)
-    return PairCounts(jnp.sum(pairs_BG, dtype=float), jnp.sum(jnp.where(pairs_BG, tokens_BG2[..., 0], 0), dtype=float))
+    pairs_BP = (tokens_BP2 > 0).all(-1)
+    return PairCounts(jnp.sum(pairs_BP, dtype=float), jnp.sum(jnp.where(pairs_BP, tokens_BP2[..., 0], 0), dtype=float))
 
 
-def pair_sums(config: Preference, logps_BG2: jax.Array, reference_BG2: jax.Array, tokens_BG2: jax.Array) -> PairSums:
+def pair_sums(config: Preference, logps_BP2: jax.Array, reference_BP2: jax.Array, tokens_BP2: jax.Array) -> PairSums:
     """Losses and metrics of the pairs in a micro-batch.
 
     logps, reference: log-probabilities summed over an answer's tokens, under the policy and the reference.
@@ -122,27 +123,27 @@ def pair_sums(config: Preference, logps_BG2: jax.Array, reference_BG2: jax.Array
     lengths), rewards/margins, rewards/accuracies (the chosen reward is strictly larger, so 0 before the first step),
     logps/chosen, logps/rejected.
     """
-    pairs_BG = (tokens_BG2 > 0).all(-1)
-    present = pairs_BG[..., None]
+    pairs_BP = (tokens_BP2 > 0).all(-1)
+    present = pairs_BP[..., None]
     # Values of absent pairs are replaced before the loss, not masked after it: their gradient may not be finite.
-    logps_BG2, reference_BG2 = (jnp.where(present, x, 0) for x in (logps_BG2, reference_BG2))
-    tokens_BG2 = jnp.where(present, tokens_BG2, 1)
-    both = [x[..., rank] for x in (logps_BG2, reference_BG2, tokens_BG2) for rank in (0, 1)]
-    losses_BG = pair_losses(config, *both)
-    rewards_BG2 = jax.lax.stop_gradient(config.beta * (logps_BG2 - reference_BG2))
-    margins_BG = rewards_BG2[..., 0] - rewards_BG2[..., 1]
+    logps_BP2, reference_BP2 = (jnp.where(present, x, 0) for x in (logps_BP2, reference_BP2))
+    tokens_BP2 = jnp.where(present, tokens_BP2, 1)
+    both = [x[..., rank] for x in (logps_BP2, reference_BP2, tokens_BP2) for rank in (0, 1)]
+    losses_BP = pair_losses(config, *both)
+    rewards_BP2 = jax.lax.stop_gradient(config.beta * (logps_BP2 - reference_BP2))
+    margins_BP = rewards_BP2[..., 0] - rewards_BP2[..., 1]
     metrics = {
-        "rewards/chosen": rewards_BG2[..., 0],
-        "rewards/rejected": rewards_BG2[..., 1],
-        "rewards/accuracies": margins_BG > 0,
-        "rewards/margins": margins_BG,
-        "logps/chosen": jax.lax.stop_gradient(logps_BG2[..., 0]),
-        "logps/rejected": jax.lax.stop_gradient(logps_BG2[..., 1]),
+        "rewards/chosen": rewards_BP2[..., 0],
+        "rewards/rejected": rewards_BP2[..., 1],
+        "rewards/accuracies": margins_BP > 0,
+        "rewards/margins": margins_BP,
+        "logps/chosen": jax.lax.stop_gradient(logps_BP2[..., 0]),
+        "logps/rejected": jax.lax.stop_gradient(logps_BP2[..., 1]),
     }
     return PairSums(
-        loss=jnp.sum(jnp.where(pairs_BG, losses_BG, 0)),
-        nll=-jnp.sum(logps_BG2[..., 0]),
-        metrics={name: counted(values, pairs_BG) for name, values in metrics.items()},
+        loss=jnp.sum(jnp.where(pairs_BP, losses_BP, 0)),
+        nll=-jnp.sum(logps_BP2[..., 0]),
+        metrics={name: counted(values, pairs_BP) for name, values in metrics.items()},
     )
 
 
@@ -166,11 +167,11 @@ class RankingSums(NamedTuple):
 
 
 def bradley_terry(
-    scores_BGK: jax.Array,
-    present_BGK: jax.Array,
+    scores_BPQ: jax.Array,
+    present_BPQ: jax.Array,
     margin: jax.Array | float = 0.0,
     centring: float = 0.0,
-    ranks_BGK: jax.Array | None = None,
+    ranks_BPQ: jax.Array | None = None,
 ) -> RankingSums:
     """A reward model's loss over all pairs of ranked answers, the better one first in each pair (i, j):
 
@@ -181,37 +182,36 @@ def bradley_terry(
     groups, every prompt weighs the same, however many answers it has; TRL knows pairs only.
 
     present: bool; absent answers may have any score, and a group with fewer than two answers counts for nothing.
-    margin: a number, or an array that broadcasts to [B, G, K, K], read where i is better than j.
+    margin: a number, or an array that broadcasts to [B, P, Q, Q], read where i is better than j.
     ranks: smaller is better, and equals are not compared (Qwen2.5-Math: correct answers before wrong ones); by
     default each answer is better than those after it.
 
     Metrics: accuracy (share of the pairs with r_i > r_j) and margin (their mean r_i - r_j) over pairs; min_reward,
     mean_reward and max_reward, of each group, averaged over groups.
     """
-    K = scores_BGK.shape[-1]
-    ranks_BGK = jnp.arange(K) if ranks_BGK is None else ranks_BGK
-    scores_BGK = jnp.where(present_BGK, scores_BGK, 0)
-    better_BGKK = ranks_BGK[..., :, None] < ranks_BGK[..., None, :]
-    pairs_BGKK = better_BGKK & present_BGK[..., :, None] & present_BGK[..., None, :]
-    ahead_BGKK = scores_BGK[..., :, None] - scores_BGK[..., None, :]
-    losses_BGKK = jax.nn.softplus(margin - ahead_BGKK)  # -log sigmoid
+    ranks_BPQ = jnp.arange(scores_BPQ.shape[-1]) if ranks_BPQ is None else ranks_BPQ
+    scores_BPQ = jnp.where(present_BPQ, scores_BPQ, 0)
+    better_BPQQ = ranks_BPQ[..., :, None] < ranks_BPQ[..., None, :]
+    pairs_BPQQ = better_BPQQ & present_BPQ[..., :, None] & present_BPQ[..., None, :]
+    ahead_BPQQ = scores_BPQ[..., :, None] - scores_BPQ[..., None, :]
+    losses_BPQQ = jax.nn.softplus(margin - ahead_BPQQ)  # -log sigmoid
     if centring:
-        losses_BGKK += centring * (scores_BGK[..., :, None] + scores_BGK[..., None, :]) ** 2
-    n_BG = pairs_BGKK.sum((-2, -1))
-    means_BG = jnp.where(pairs_BGKK, losses_BGKK, 0).sum((-2, -1)) / jnp.maximum(n_BG, 1)
+        losses_BPQQ += centring * (scores_BPQ[..., :, None] + scores_BPQ[..., None, :]) ** 2
+    n_BP = pairs_BPQQ.sum((-2, -1))
+    means_BP = jnp.where(pairs_BPQQ, losses_BPQQ, 0).sum((-2, -1)) / jnp.maximum(n_BP, 1)
 
-    groups_BG = n_BG > 0
-    scores_BGK, ahead_BGKK = jax.lax.stop_gradient((scores_BGK, ahead_BGKK))
+    groups_BP = n_BP > 0
+    scores_BPQ, ahead_BPQQ = jax.lax.stop_gradient((scores_BPQ, ahead_BPQQ))
     metrics = {
-        "accuracy": counted(ahead_BGKK > 0, pairs_BGKK),
-        "margin": counted(ahead_BGKK, pairs_BGKK),
-        "min_reward": counted(jnp.where(present_BGK, scores_BGK, jnp.inf).min(-1), groups_BG),
-        "mean_reward": counted(scores_BGK.sum(-1) / jnp.maximum(present_BGK.sum(-1), 1), groups_BG),
-        "max_reward": counted(jnp.where(present_BGK, scores_BGK, -jnp.inf).max(-1), groups_BG),
+        "accuracy": counted(ahead_BPQQ > 0, pairs_BPQQ),
+        "margin": counted(ahead_BPQQ, pairs_BPQQ),
+        "min_reward": counted(jnp.where(present_BPQ, scores_BPQ, jnp.inf).min(-1), groups_BP),
+        "mean_reward": counted(scores_BPQ.sum(-1) / jnp.maximum(present_BPQ.sum(-1), 1), groups_BP),
+        "max_reward": counted(jnp.where(present_BPQ, scores_BPQ, -jnp.inf).max(-1), groups_BP),
     }
-    return RankingSums(jnp.sum(means_BG), jnp.sum(groups_BG, dtype=float), metrics)
+    return RankingSums(jnp.sum(means_BP), jnp.sum(groups_BP, dtype=float), metrics)
 
 
-def ranking_groups(present_BGK: jax.Array, ranks_BGK: jax.Array | None = None) -> jax.Array:
+def ranking_groups(present_BPQ: jax.Array, ranks_BPQ: jax.Array | None = None) -> jax.Array:
     """Number of groups that `bradley_terry` counts, known before any score is."""
-    return bradley_terry(jnp.zeros(present_BGK.shape), present_BGK, ranks_BGK=ranks_BGK).groups
+    return bradley_terry(jnp.zeros(present_BPQ.shape), present_BPQ, ranks_BPQ=ranks_BPQ).groups

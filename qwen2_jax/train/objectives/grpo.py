@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """GRPO: advantages of a group's answers against each other, and the clipped loss of their tokens.
 
-    rewards [P, G] -> advantages (host, float64) -> one per token [B, T] -> sum of losses / count of the whole step
+    rewards [P, Q] -> advantages (host, float64) -> one per token [B, T] -> sum of losses / count of the whole step
 
 (Shao et al. 2024, DeepSeekMath, arXiv:2402.03300, eq. 3; clip_high and "dapo": Yu et al. 2025, arXiv:2503.14476;
 "dr_grpo": Liu et al. 2025, arXiv:2503.20783; ratio "sequence": Zheng et al. 2025, GSPO, arXiv:2507.18071.)
@@ -17,7 +17,7 @@ from qwen2_jax import validate
 from qwen2_jax.errors import UserError
 from qwen2_jax.train.objectives.loss_sums import Ratios, counted, sequence_sums
 
-# P prompts  G answers to a prompt  B batch  T query  S sequences of a row
+# P prompts  Q answers to a prompt  B batch  T query  Z sequences of a row
 
 AGGREGATIONS = ("grpo", "dr_grpo", "dapo")
 KL_ESTIMATORS = ("k1", "k2", "k3")
@@ -59,8 +59,8 @@ class Policy:
         return self.scale or ("none" if self.aggregation == "dr_grpo" else "group")
 
 
-def advantages(rewards_PG: np.ndarray, config: Policy) -> np.ndarray:
-    """(reward - mean of its group) / (standard deviation + eps), float64 [P, G], on the host.
+def advantages(rewards_PQ: np.ndarray, config: Policy) -> np.ndarray:
+    """(reward - mean of its group) / (standard deviation + eps), float64 [P, Q], on the host.
 
     The deviation is the sample's (divided by n - 1), of the group or, with scale "batch", of all rewards given. An
     answer without a reward (NaN) is in no mean and has advantage 0, as do the answers of a group whose rewards are
@@ -68,43 +68,43 @@ def advantages(rewards_PG: np.ndarray, config: Policy) -> np.ndarray:
 
     Raises UserError for a reward that is infinite.
     """
-    rewards_PG = np.asarray(rewards_PG, np.float64)
-    if np.isinf(rewards_PG).any():
-        prompt, answer = np.argwhere(np.isinf(rewards_PG))[0]
+    rewards_PQ = np.asarray(rewards_PQ, np.float64)
+    if np.isinf(rewards_PQ).any():
+        prompt, answer = np.argwhere(np.isinf(rewards_PQ))[0]
         raise UserError(
-            f"the reward of answer {answer} to prompt {prompt} is {rewards_PG[prompt, answer]}; rewards are finite, "
+            f"the reward of answer {answer} to prompt {prompt} is {rewards_PQ[prompt, answer]}; rewards are finite, "
             "or NaN (None) for an answer without one"
         )
-    given_PG = ~np.isnan(rewards_PG)
-    n_P1 = given_PG.sum(1, keepdims=True)
-    mean_P1 = np.where(given_PG, rewards_PG, 0).sum(1, keepdims=True) / np.maximum(n_P1, 1)
-    most_P1 = np.where(given_PG, rewards_PG, -np.inf).max(1, keepdims=True)
+    given_PQ = ~np.isnan(rewards_PQ)
+    n_P1 = given_PQ.sum(1, keepdims=True)
+    mean_P1 = np.where(given_PQ, rewards_PQ, 0).sum(1, keepdims=True) / np.maximum(n_P1, 1)
+    most_P1 = np.where(given_PQ, rewards_PQ, -np.inf).max(1, keepdims=True)
     # Equal rewards have advantage 0 exactly, and not what rounding their mean leaves, over eps.
-    differ_P1 = (given_PG & (rewards_PG < most_P1)).any(1, keepdims=True)
-    ahead_PG = np.where(given_PG & differ_P1, rewards_PG - mean_P1, 0)
+    differ_P1 = (given_PQ & (rewards_PQ < most_P1)).any(1, keepdims=True)
+    ahead_PQ = np.where(given_PQ & differ_P1, rewards_PQ - mean_P1, 0)
     if config.scaling == "none":
-        return ahead_PG
+        return ahead_PQ
     if config.scaling == "batch":
-        given = rewards_PG[given_PG]
+        given = rewards_PQ[given_PQ]
         deviation = np.std(given, ddof=1) if given.size > 1 else 0.0
     else:
-        deviation = np.sqrt((ahead_PG**2).sum(1, keepdims=True) / np.maximum(n_P1 - 1, 1))
-    return np.divide(ahead_PG, deviation + config.eps, out=np.zeros_like(ahead_PG), where=ahead_PG != 0)
+        deviation = np.sqrt((ahead_PQ**2).sum(1, keepdims=True) / np.maximum(n_P1 - 1, 1))
+    return np.divide(ahead_PQ, deviation + config.eps, out=np.zeros_like(ahead_PQ), where=ahead_PQ != 0)
 
 
 def policy_count(config: Policy, weights_BT: jax.Array, segments_BT: jax.Array, sequences: int) -> jax.Array:
     """What the sums of `policy_sums` are divided by, a scalar; counts of micro-batches add up to the step's.
 
-    "grpo": the number of sequences, each being the mean of its tokens (the paper's 1/G sum 1/|o|). A sequence without
-    a counted token, such as a truncated one that is masked, adds nothing to the sum and still counts, as in TRL;
-    verl and Tunix leave it out. "dapo": the number of counted tokens of the whole step, not of one device or
+    "grpo": the number of sequences, each being the mean of its tokens (the paper's 1/G sum 1/|o|; its G is Q here). A
+    sequence without a counted token, such as a truncated one that is masked, adds nothing to the sum and still counts,
+    as in TRL; verl and Tunix leave it out. "dapo": the number of counted tokens of the whole step, not of one device or
     micro-batch (TRL's "bnpo"). "dr_grpo": sequences times `max_completion`, so that a long answer's tokens weigh no
     less than a short one's.
     """
     if config.aggregation == "dapo":
         return jnp.sum(weights_BT)
-    here_BS = sequence_sums(jnp.ones_like(weights_BT), segments_BT, sequences) > 0
-    number = jnp.sum(here_BS, dtype=float)
+    here_BZ = sequence_sums(jnp.ones_like(weights_BT), segments_BT, sequences) > 0
+    number = jnp.sum(here_BZ, dtype=float)
     if config.aggregation == "grpo":
         return number
     assert config.max_completion is not None  # Policy has checked
@@ -181,13 +181,13 @@ def policy_sums(
     losses_BT = jnp.where(counts, losses_BT, 0) * weights_BT
     if config.aggregation != "grpo":
         return jnp.sum(losses_BT), ratios
-    totals_BS, tokens_BS = (sequence_sums(x, segments_BT, sequences) for x in (losses_BT, weights_BT))
-    return jnp.sum(totals_BS / jnp.where(tokens_BS > 0, tokens_BS, 1)), ratios
+    totals_BZ, tokens_BZ = (sequence_sums(x, segments_BT, sequences) for x in (losses_BT, weights_BT))
+    return jnp.sum(totals_BZ / jnp.where(tokens_BZ > 0, tokens_BZ, 1)), ratios
 
 
 def _sequence_means(x_BT, weights_BT, segments_BT, sequences: int):
     """At each token the weighted mean of x over its sequence, 0 outside of sequences."""
-    totals_BS, tokens_BS = (sequence_sums(x, segments_BT, sequences) for x in (x_BT * weights_BT, weights_BT))
-    means_BS = totals_BS / jnp.where(tokens_BS > 0, tokens_BS, 1)
-    mine_BTS = segments_BT[..., None] == jnp.arange(sequences)
-    return jnp.sum(jnp.where(mine_BTS, means_BS[:, None], 0), axis=-1)
+    totals_BZ, tokens_BZ = (sequence_sums(x, segments_BT, sequences) for x in (x_BT * weights_BT, weights_BT))
+    means_BZ = totals_BZ / jnp.where(tokens_BZ > 0, tokens_BZ, 1)
+    mine_BTZ = segments_BT[..., None] == jnp.arange(sequences)
+    return jnp.sum(jnp.where(mine_BTZ, means_BZ[:, None], 0), axis=-1)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-# B batch  T query  S sequences of a row
+# B batch  T query  Z sequences of a row
 
 
 class Ratio(NamedTuple):
@@ -41,12 +41,12 @@ def counted(values: jax.Array, weights: jax.Array) -> Ratio:
 
 
 def sequence_sums(x_BT: jax.Array, segments_BT: jax.Array, sequences: int) -> jax.Array:
-    """Sums over the sequences packed in each row: [B, T] -> [B, S], S = `sequences`, in the dtype of x.
+    """Sums over the sequences packed in each row: [B, T] -> [B, Z], Z = `sequences`, in the dtype of x.
 
-    Entry s adds up the positions of segment s, 0 if there are none; segments outside 0..S-1 (padding is -1) are left
+    Entry s adds up the positions of segment s, 0 if there are none; segments outside 0..Z-1 (padding is -1) are left
     out. A masked reduction and not a scatter or a product with a one-hot matrix: on TPUs and GPUs XLA fuses the mask
-    into it (nothing of size [B, T, S] is stored, forward or backward), it adds in full float32, and it is divided over
+    into it (nothing of size [B, T, Z] is stored, forward or backward), it adds in full float32, and it is divided over
     rows and positions of a mesh like any sum.
     """
-    mine_BTS = segments_BT[..., None] == jnp.arange(sequences)
-    return jnp.sum(jnp.where(mine_BTS, x_BT[..., None], 0), axis=1)
+    mine_BTZ = segments_BT[..., None] == jnp.arange(sequences)
+    return jnp.sum(jnp.where(mine_BTZ, x_BT[..., None], 0), axis=1)

@@ -37,10 +37,10 @@ class Answer:
         return len(self.prompt) + len(self.completion) - 1
 
 
-Group = Sequence[Answer]  # answers that lie in one row, the best first
+AnswerGroup = Sequence[Answer]  # answers that lie in one row, the best first
 
 
-def pack(groups: Sequence[Group], *, rows: int, length: int, pad: int, piece: int = 1) -> Batch:
+def pack(groups: Sequence[AnswerGroup], *, rows: int, length: int, pad: int, piece: int = 1) -> Batch:
     """Rows [B, length] that hold all groups, with advantages_BT and sampled_BT; each group whole in one row.
 
     rows: the most that are needed, one per group. B is the smallest of rows, rows / 2, rows / 4 ... that has room and

@@ -2,7 +2,7 @@
 """Scores of greedy answers to held-out prompts."""
 
 from qwen2_jax.data.formats.prompts import Prompts
-from qwen2_jax.train.evaluator import Scores
+from qwen2_jax.train.evaluator import HeldOutScores
 from qwen2_jax.train.online.sampler import Sampler, lengths, mean
 from qwen2_jax.train.step import State
 from qwen2_jax.weights.params import Tree
@@ -14,7 +14,7 @@ class GreedyAnswers:
     def __init__(self, sampler: Sampler):
         self.sampler = sampler
 
-    def __call__(self, state: State, frozen: Tree | None) -> Scores:
+    def __call__(self, state: State, frozen: Tree | None) -> HeldOutScores:
         scores, run = {}, self.sampler.run
         weights = self.sampler.trainer.policy(state, frozen)
         for name, prompts in self.sampler.job.held_out.items():

@@ -16,7 +16,7 @@ from qwen2_jax.data.formats.prompts import Prompt, Prompts
 from qwen2_jax.errors import UserError
 from qwen2_jax.train.post_training_config import Online
 
-# P prompts  G answers to a prompt
+# P prompts  Q answers to a prompt
 
 
 def selected(
@@ -24,7 +24,7 @@ def selected(
 ) -> Prompts:
     """The prompts that `run.keep` leaves, in the order that `run.order` says.
 
-    rewards: (prompts, number of this call) -> rewards [P, G], NaN for an answer without one. file: keeps what was
+    rewards: (prompts, number of this call) -> rewards [P, Q], NaN for an answer without one. file: keeps what was
     measured, so that a run that continues does not measure again. Raises UserError where nothing is left.
     """
     about = {"prompts": prompts.identity, "sampling": str(run.sampling), "seed": run.seed}
@@ -48,11 +48,11 @@ def selected(
     return prompts.subset(numbers, as_given=run.order == "variance")
 
 
-def chosen(rewards_PG: np.ndarray, order: str, keep: tuple[float, float] | None) -> list[int]:
+def chosen(rewards_PQ: np.ndarray, order: str, keep: tuple[float, float] | None) -> list[int]:
     """Numbers of the prompts to take. A prompt none of whose answers has a reward is left out."""
-    known_P = ~np.isnan(rewards_PG).all(1)
-    mean_P, spread_P = np.zeros(len(rewards_PG)), np.zeros(len(rewards_PG))
-    mean_P[known_P], spread_P[known_P] = np.nanmean(rewards_PG[known_P], 1), np.nanstd(rewards_PG[known_P], 1)
+    known_P = ~np.isnan(rewards_PQ).all(1)
+    mean_P, spread_P = np.zeros(len(rewards_PQ)), np.zeros(len(rewards_PQ))
+    mean_P[known_P], spread_P[known_P] = np.nanmean(rewards_PQ[known_P], 1), np.nanstd(rewards_PQ[known_P], 1)
     if keep is not None:
         known_P &= (mean_P >= keep[0]) & (mean_P <= keep[1])
     (numbers,) = np.nonzero(known_P)

@@ -17,7 +17,7 @@ from qwen2_jax.data.tokens.packing_plan import Rows
 from qwen2_jax.errors import UserError
 from qwen2_jax.model import lora
 from qwen2_jax.train import initial_state
-from qwen2_jax.train.job import Job
+from qwen2_jax.train.job import TrainingJob
 from qwen2_jax.train.stage import stage_of
 from qwen2_jax.train.state.fingerprint import digest
 from qwen2_jax.train.step import Trainer
@@ -26,7 +26,7 @@ from qwen2_jax.weights.params import Tree
 ABOUT = "about.json"
 
 
-def weights(job: Job, trainer: Trainer, frozen: Tree | None) -> Tree:
+def weights(job: TrainingJob, trainer: Trainer, frozen: Tree | None) -> Tree:
     """The weights that the run starts from, in the step's dtype. With adapters, the frozen weights are not copied."""
     run = job.run
     if frozen is None:
@@ -36,7 +36,7 @@ def weights(job: Job, trainer: Trainer, frozen: Tree | None) -> Tree:
     return lora.attach(frozen, initial_state.adapters(job)(), run.lora)
 
 
-def cached(job: Job, trainer: Trainer, done: int, frozen: Tree | None, console: Console) -> Job:
+def cached(job: TrainingJob, trainer: Trainer, done: int, frozen: Tree | None, console: Console) -> TrainingJob:
     """The job with rows that carry reference_BT: computed once for all of them, and kept in the run's folder.
 
     Existing files are used again if they are of the same rows, weights and settings; a run that continues (done > 0)
@@ -65,7 +65,13 @@ def cached(job: Job, trainer: Trainer, done: int, frozen: Tree | None, console: 
 
 
 def _write(
-    place: Path, plans: list[Rows], trainer: Trainer, reference: Tree, job: Job, console: Console, about: dict[str, Any]
+    place: Path,
+    plans: list[Rows],
+    trainer: Trainer,
+    reference: Tree,
+    job: TrainingJob,
+    console: Console,
+    about: dict[str, Any],
 ) -> None:
     place.mkdir(parents=True, exist_ok=True)
     (place / ABOUT).unlink(missing_ok=True)

@@ -16,19 +16,19 @@ from qwen2_jax.data.formats.prompts import Prompts
 from qwen2_jax.data.tokens.packing import Batch
 from qwen2_jax.train.batch_sources import Next
 from qwen2_jax.train.online import episodes
-from qwen2_jax.train.online.episodes import Answer, Group
+from qwen2_jax.train.online.episodes import Answer, AnswerGroup
 from qwen2_jax.train.online.sampler import Sampler, all_equal, as_array, lengths, mean, spread
 from qwen2_jax.train.step import State
 from qwen2_jax.weights.params import Tree
 
-# P prompts  G answers to a prompt  B rows  T tokens of a row
+# P prompts  Q answers to a prompt  B rows  T tokens of a row
 FLOAT32_BOUND = 1e-5  # nats: of the sampler against the trainer, where only the order of sums differs
 
 
 class Sampled:
     """A feed of episodes.
 
-    groups: (answers_PG, rewards_PG) -> of each prompt, the groups of answers to train on. reference: weights that the
+    groups: (answers_PQ, rewards_PQ) -> of each prompt, the groups of answers to train on. reference: weights that the
     policy is compared with, None where the objective needs none. kept: what the checkpoint that the run continues from
     holds of its episode.
     """
@@ -38,7 +38,7 @@ class Sampled:
     def __init__(
         self,
         sampler: Sampler,
-        groups: Callable[[Sequence[Sequence[Answer]], np.ndarray], list[list[Group]]],
+        groups: Callable[[Sequence[Sequence[Answer]], np.ndarray], list[list[AnswerGroup]]],
         console: Console,
         *,
         reference: Tree | None = None,
@@ -65,24 +65,24 @@ class Sampled:
 
     def _begin(self, episode: int, state: State, frozen: Tree | None) -> dict[str, float]:
         """Samples an episode; returns its metrics."""
-        run, G = self.run, self.run.sampling.samples
+        run, samples = self.run, self.run.sampling.samples
         weights = self.trainer.policy(state, frozen)
-        asked = [prompt for prompt in self.prompts.batch(episode, run.prompts) for _ in range(G)]
+        asked = [prompt for prompt in self.prompts.batch(episode, run.prompts) for _ in range(samples)]
         completions, stats = self.sampler.answers(weights, asked, episodes.seeds(run.seed, episode, len(asked)))
         rewards = self.sampler.scored(asked, completions)
-        rewards_PG = as_array(rewards).reshape(-1, G)
+        rewards_PQ = as_array(rewards).reshape(-1, samples)
         answers = [
             Answer(prompt.ids, c.tokens, c.logprobs, truncated=c.finish_reason == "length")
             for prompt, c in zip(asked, completions, strict=True)
         ]
-        groups_P = self.groups([answers[i : i + G] for i in range(0, len(answers), G)], rewards_PG)
+        groups_P = self.groups([answers[i : i + samples] for i in range(0, len(answers), samples)], rewards_PQ)
         share = run.prompts // run.updates
         self._batches = []
         for i in range(0, run.prompts, share):
             # Where no answer has a reward there is nothing to learn: a step without targets, which counts as skipped.
-            chosen = [] if np.isnan(rewards_PG[i : i + share]).all() else groups_P[i : i + share]
+            chosen = [] if np.isnan(rewards_PQ[i : i + share]).all() else groups_P[i : i + share]
             self._batches.append(self._rows(weights, [group for some in chosen for group in some]))
-        if np.isnan(rewards_PG).all() and not self._unrewarded:
+        if np.isnan(rewards_PQ).all() and not self._unrewarded:
             self._unrewarded = True
             self.console.print(
                 f"warning: no answer got a reward: all functions returned None for the {len(answers)} answers of "
@@ -90,15 +90,15 @@ class Sampled:
                 soft_wrap=True,
             )
         metrics = {f"rollouts/{name}": value for name, value in dataclasses.asdict(stats).items()}
-        metrics |= {"reward": mean(rewards.totals), "reward_std": spread(rewards_PG), **rewards.metrics}
+        metrics |= {"reward": mean(rewards.totals), "reward_std": spread(rewards_PQ), **rewards.metrics}
         metrics |= {
-            "frac_reward_zero_std": float(np.mean([all_equal(row) for row in rewards_PG])),
+            "frac_reward_zero_std": float(np.mean([all_equal(row) for row in rewards_PQ])),
             **lengths(completions),
         }
         metrics |= self._compared(self._batches)
         return {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
 
-    def _rows(self, weights: Tree, chosen: Sequence[Group]) -> Batch:
+    def _rows(self, weights: Tree, chosen: Sequence[AnswerGroup]) -> Batch:
         """The groups as rows, with the log-probabilities that their steps need."""
         run, trainer = self.run, self.trainer
         piece, pad = run.accumulate * self.job.row_parts, self.job.tokenizer.fill_id
@@ -119,7 +119,7 @@ class Sampled:
             self._warned = True
             self.console.print(
                 f"warning: log-probabilities of the sampler and the trainer differ by up to {largest:.2g} nats; the "
-                f"bound is {self.bound:g}: what is sampled is not quite what is trained",
+                f"bound is {self.bound:g}: the sampled distribution is not quite the trained one",
                 soft_wrap=True,
             )
         mean, high = float(differences.mean()), float(np.quantile(differences, 0.99))

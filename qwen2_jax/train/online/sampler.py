@@ -16,13 +16,13 @@ from qwen2_jax.infer.engine.sampling_params import SamplingParams
 from qwen2_jax.model import decoder
 from qwen2_jax.rewards import Scores as Rewards
 from qwen2_jax.tokenizer import IM_END
-from qwen2_jax.train.job import Job
+from qwen2_jax.train.job import TrainingJob
 from qwen2_jax.train.online import episodes
 from qwen2_jax.train.post_training_config import Online
 from qwen2_jax.train.step import Trainer
 from qwen2_jax.weights.params import Tree
 
-# P prompts  G answers to a prompt
+# P prompts  Q answers to a prompt
 
 
 class Sampler:
@@ -31,9 +31,9 @@ class Sampler:
     score: (prompts, completions, **columns) -> Rewards, each argument a list with one value per answer.
     """
 
-    def __init__(self, run: Online, job: Job, trainer: Trainer, score: Callable[..., Rewards]):
+    def __init__(self, run: Online, job: TrainingJob, trainer: Trainer, score: Callable[..., Rewards]):
         self.run, self.job, self.trainer, self.score = run, job, trainer, score
-        # On a CPU a scan over the layers would copy each one's cache at every token; a copy of the weights costs less.
+        # On a CPU a scan over layers copies each layer's cache at every token; unrolled weights, a copy, cost less.
         self._unroll = jax.default_backend() == "cpu" and job.mesh is None
         self._served = jax.jit(lambda weights: decoder.unroll(weights, job.config) if self._unroll else weights)
         self._rollouts = Rollouts.of(
@@ -71,21 +71,21 @@ class Sampler:
         return self.score([prompt.messages for prompt in asked], texts, completion_ids=ids, **columns)
 
     def measure(self, weights: Tree, prompts: Sequence[Prompt], number: int) -> np.ndarray:
-        """Rewards [P, G] of answers that train nothing, NaN where there is none. number: of this call, for seeds."""
+        """Rewards [P, Q] of answers that train nothing, NaN where there is none. number: of this call, for seeds."""
         asked = [prompt for prompt in prompts for _ in range(self.run.sampling.samples)]
         completions, _ = self.answers(weights, asked, episodes.seeds(self.run.seed + 1, number, len(asked)))
         return as_array(self.scored(asked, completions)).reshape(len(prompts), -1)
 
 
-def all_equal(rewards_G: np.ndarray) -> bool:
-    """Whether there is nothing to choose between these."""
-    known = rewards_G[~np.isnan(rewards_G)]
+def all_equal(rewards_Q: np.ndarray) -> bool:
+    """Whether fewer than two answers have a reward, or all rewards are equal."""
+    known = rewards_Q[~np.isnan(rewards_Q)]
     return len(known) < 2 or bool((known == known[0]).all())
 
 
-def spread(rewards_PG: np.ndarray) -> float:
+def spread(rewards_PQ: np.ndarray) -> float:
     """Mean over the prompts of the standard deviation of their answers' rewards (divided by n - 1)."""
-    known = [row[~np.isnan(row)] for row in rewards_PG]
+    known = [row[~np.isnan(row)] for row in rewards_PQ]
     return mean([float(row.std(ddof=1)) for row in known if len(row) > 1])
 
 

@@ -11,11 +11,11 @@ from qwen2_jax.data.formats.prompts import Prompts
 from qwen2_jax.data.tokens.loader import Loaded
 from qwen2_jax.data.tokens.packing import Batch
 from qwen2_jax.errors import UserError
-from qwen2_jax.train.job import Job
+from qwen2_jax.train.job import TrainingJob
 from qwen2_jax.train.objectives.batch_losses import Pairs
 from qwen2_jax.train.online import reference
 from qwen2_jax.train.post_training_config import Dpo
-from qwen2_jax.train.stage import Parts, Stage, on_rows
+from qwen2_jax.train.stage import OpenedStage, Stage, on_rows
 from qwen2_jax.train.stages.reward import with_equal_ranks
 from qwen2_jax.train.step import Trainer
 from qwen2_jax.weights.params import Tree
@@ -40,8 +40,8 @@ class DpoStage(Stage):
 
     @contextlib.contextmanager
     def open(
-        self, job: Job, trainer: Trainer, done: int, frozen: Tree | None, kept: dict[str, Any], console: Console
-    ) -> Iterator[Parts]:
+        self, job: TrainingJob, trainer: Trainer, done: int, frozen: Tree | None, kept: dict[str, Any], console: Console
+    ) -> Iterator[OpenedStage]:
         if self.run.reference == "cached":
             yield on_rows(reference.cached(job, trainer, done, frozen, console), trainer, done)
             return

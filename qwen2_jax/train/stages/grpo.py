@@ -8,7 +8,7 @@ import numpy as np
 
 from qwen2_jax.train.objectives import batch_losses, grpo
 from qwen2_jax.train.online import episodes
-from qwen2_jax.train.online.episodes import Answer, Group
+from qwen2_jax.train.online.episodes import Answer, AnswerGroup
 from qwen2_jax.train.post_training_config import Grpo
 from qwen2_jax.train.stages.on_answers import OnlineStage
 
@@ -20,16 +20,16 @@ class GrpoStage(OnlineStage):
     def needs_reference(self) -> bool:
         return self.run.policy.kl > 0
 
-    def objective(self, *, groups: int = 1, ranks: int = 1) -> batch_losses.Grpo:
+    def objective(self, *, groups: int = 1, ranks: int = 1) -> batch_losses.PolicyGradient:
         answers = self.run.prompts // self.run.updates * self.run.sampling.samples
-        return batch_losses.Grpo(self.run.policy, min(episodes.MOST, answers), self.run.sampling.temperature)
+        return batch_losses.PolicyGradient(self.run.policy, min(episodes.MOST, answers), self.run.sampling.temperature)
 
-    def groups(self, answers_PG: Sequence[Sequence[Answer]], rewards_PG: np.ndarray) -> list[list[Group]]:
+    def groups(self, answers_PQ: Sequence[Sequence[Answer]], rewards_PQ: np.ndarray) -> list[list[AnswerGroup]]:
         """Every answer by itself, with its advantage over the others to its prompt."""
-        advantages_PG = grpo.advantages(rewards_PG, self.run.policy)
+        advantages_PQ = grpo.advantages(rewards_PQ, self.run.policy)
         return [
             [[self._weighed(answer, float(a))] for answer, a in zip(answers, advantages, strict=True)]
-            for answers, advantages in zip(answers_PG, advantages_PG, strict=True)
+            for answers, advantages in zip(answers_PQ, advantages_PQ, strict=True)
         ]
 
     def _weighed(self, answer: Answer, advantage: float) -> Answer:

@@ -13,14 +13,14 @@ from qwen2_jax.data.formats.prompts import Prompts
 from qwen2_jax.data.tokens.packing import Batch
 from qwen2_jax.errors import UserError
 from qwen2_jax.train.config import Mesh
-from qwen2_jax.train.job import Job
+from qwen2_jax.train.job import TrainingJob
 from qwen2_jax.train.online import episodes, prompt_selection, reference, scoring
-from qwen2_jax.train.online.episodes import Answer, Group
+from qwen2_jax.train.online.episodes import Answer, AnswerGroup
 from qwen2_jax.train.online.greedy_answers import GreedyAnswers
 from qwen2_jax.train.online.sampled_batches import Sampled
 from qwen2_jax.train.online.sampler import Sampler
 from qwen2_jax.train.post_training_config import Online
-from qwen2_jax.train.stage import Parts, Stage
+from qwen2_jax.train.stage import OpenedStage, Stage
 from qwen2_jax.train.step import Trainer
 from qwen2_jax.weights.params import Tree
 
@@ -46,11 +46,11 @@ class OnlineStage(Stage):
     def sampling_mesh(self) -> Mesh | None:
         return self.run.sampling.mesh
 
-    def groups(self, answers_PG: Sequence[Sequence[Answer]], rewards_PG: np.ndarray) -> list[list[Group]]:
+    def groups(self, answers_PQ: Sequence[Sequence[Answer]], rewards_PQ: np.ndarray) -> list[list[AnswerGroup]]:
         """Of each prompt, the groups of answers to train on. rewards: NaN for an answer without one."""
         raise NotImplementedError(f"{type(self).__name__} makes no groups")
 
-    def first_batch(self, job: Job, host: tuple[int, int]) -> Batch:
+    def first_batch(self, job: TrainingJob, host: tuple[int, int]) -> Batch:
         """The first prompts: their answers are not sampled yet."""
         assert isinstance(job.data, Prompts)
         zero = np.zeros(1, np.float32)  # an answer has a token at least: the prompt's last one stands for it
@@ -62,8 +62,8 @@ class OnlineStage(Stage):
 
     @contextlib.contextmanager
     def open(
-        self, job: Job, trainer: Trainer, done: int, frozen: Tree | None, kept: dict[str, Any], console: Console
-    ) -> Iterator[Parts]:
+        self, job: TrainingJob, trainer: Trainer, done: int, frozen: Tree | None, kept: dict[str, Any], console: Console
+    ) -> Iterator[OpenedStage]:
         run = self.run
         compared = reference.weights(job, trainer, frozen) if self.needs_reference else None
         with contextlib.ExitStack() as stack:
@@ -73,7 +73,7 @@ class OnlineStage(Stage):
                 first = reference.weights(job, trainer, frozen) if compared is None else compared
                 measure = partial(sampler.measure, first)
                 feed.prompts = prompt_selection.selected(run, feed.prompts, measure, run.out / "difficulty.json")
-            yield Parts(feed, GreedyAnswers(sampler))
+            yield OpenedStage(feed, GreedyAnswers(sampler))
 
     @property
     def extra_columns(self) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from qwen2_jax.config.model_config import ModelConfig
 from qwen2_jax.data.formats.prompts import Prompts
 from qwen2_jax.data.tokens.loader import Loaded
 from qwen2_jax.model import reward
-from qwen2_jax.train.job import Job
+from qwen2_jax.train.job import TrainingJob
 from qwen2_jax.train.objectives.batch_losses import Ranked
 from qwen2_jax.train.post_training_config import Reward
 from qwen2_jax.train.stage import Stage
@@ -22,7 +22,7 @@ class RewardStage(Stage):
         """With a score head: the checkpoint's, or a new one."""
         return config if config.scores else dataclasses.replace(config, score_head=self.run.head)
 
-    def load(self, job: Job, dtype: str) -> Tree:
+    def load(self, job: TrainingJob, dtype: str) -> Tree:
         assert job.source is not None
         if checkpoint.read_config(job.source).scores:
             return super().load(job, dtype)

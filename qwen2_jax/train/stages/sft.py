@@ -4,12 +4,12 @@
 import dataclasses
 
 from qwen2_jax.config.model_config import ModelConfig
-from qwen2_jax.train.job import Job
+from qwen2_jax.train.job import TrainingJob
 from qwen2_jax.train.stages.pretrain import PretrainStage
 
 
 class SftStage(PretrainStage):
-    def result_config(self, job: Job) -> ModelConfig:
+    def result_config(self, job: TrainingJob) -> ModelConfig:
         """A text ends where the chat template ends an answer."""
         end = job.answer_end
         return job.config if end is None else dataclasses.replace(job.config, eos_token_id=end)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The checkpoints of a run: written in the background, whole or not at all, and believed only after a check.
+"""The checkpoints of a run: written atomically in the background, and verified when they are read.
 
     checkpoints/500/about/data.json    step, identity and settings of the run, extras, shapes and fingerprints of arrays
     checkpoints/500/state/             the arrays as Orbax stores them: each host writes what its devices hold
 
 A folder gets its name, the step, when everything in it is on the disk. While it is written it is called
-500.orbax-checkpoint-tmp, while it is removed 500.deleting; what a killed run leaves under these names is swept away.
-One that was found damaged is called 500.damaged and is left for you to look at.
+500.orbax-checkpoint-tmp, while it is removed 500.deleting; leftovers of a killed run under these names are removed.
+A checkpoint that was found damaged is renamed to 500.damaged and kept.
 
 The fingerprints (qwen2_jax/train/state/fingerprint.py) were computed from the arrays in memory, on the devices, and are
 computed again from what was read back.
@@ -36,7 +36,7 @@ from qwen2_jax.train.state.resume_check import as_read, changed, describe, refus
 
 VERSION, READ = 2, (1, 2)  # of about/data.json; 1 has no settings and does not say its version
 UNWRITTEN, DELETING, DAMAGED, PROBE = ".orbax-checkpoint-tmp", ".deleting", ".damaged", ".probe"
-CLOCK_STEPS = 10  # where several hosts train, they agree on the time only every so often: it makes them wait
+CLOCK_STEPS = 10  # several hosts compare clocks every so many steps only, because all of them wait for it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ def saved_steps(folder: Path) -> list[int]:
 
 
 class Restored(NamedTuple):
-    """What a run continues from."""
+    """A restored checkpoint."""
 
     step: int
     state: Any
@@ -129,7 +129,7 @@ class Checkpoints:
     # ---- restoring
 
     def restore(self, abstract_state: Any) -> Restored | None:
-        """The newest checkpoint that is whole; None if there is none at all.
+        """The newest checkpoint that is not damaged; None if there are no checkpoints.
 
         abstract_state: a pytree of jax.ShapeDtypeStruct with shardings, which need not be those that were saved.
         Warns of damaged checkpoints, and falls back to older ones, and of settings that were changed. Raises UserError

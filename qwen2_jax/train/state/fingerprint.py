@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fingerprints of arrays where they live: 64 bits per array, computed on the devices, equal however it is sharded.
+"""Fingerprints of device arrays: 64 bits per array, computed on the devices, the same for every sharding.
 
 A checkpoint keeps the fingerprints of the state in memory. What is restored must have the same ones, so a bit that
 changed anywhere (in memory, on its way, on the disk) is seen, on any mesh, without reading the files again.

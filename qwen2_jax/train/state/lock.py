@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One run at a time in a run folder: a second one would write over the first one's lines and checkpoints."""
+"""A lock on a run folder: a second run would overwrite the first one's metrics and checkpoints."""
 
 import os
 import platform

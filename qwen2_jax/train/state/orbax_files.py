@@ -30,7 +30,7 @@ def start_saving(folder: Path, state: Any, about: dict[str, Any]) -> Any:
 
 
 def load(folder: Path, abstract_state: Any) -> Any:
-    """The state, in the places that abstract_state names. Raises Damaged."""
+    """The state, with the shardings of abstract_state. Raises Damaged."""
     problem = None
     with _orbax(), _silent():
         try:
@@ -48,7 +48,7 @@ def load(folder: Path, abstract_state: Any) -> Any:
 
 
 def reason(error: BaseException) -> str:
-    """The innermost cause in one line."""
+    """The message of the innermost cause, in one line."""
     while (inner := error.__cause__ or (None if error.__suppress_context__ else error.__context__)) is not None:
         error = inner
     text = " ".join(str(error).split()).partition(" [tensorstore_spec")[0] or type(error).__name__

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compares a checkpoint's settings with those of the run that continues it, and words the differences."""
+"""Compares a checkpoint's settings with those of the run that continues it, and describes the differences."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -7,11 +7,11 @@ from typing import Any
 
 from qwen2_jax import validate
 
-UNTOLD = ("out", "resume", "dry_run", "log")  # settings of the one start, not of what is trained
+NOT_COMPARED = ("out", "resume", "dry_run", "log")  # settings of the one start, not of what is trained
 
 
 def as_read(value: Any) -> Any:
-    """What JSON makes of a value: tuples become lists, and keys strings."""
+    """A value as it is after JSON: tuples become lists, and keys strings."""
     return json.loads(json.dumps(value))
 
 
@@ -21,15 +21,15 @@ def describe(leaf: Any) -> str:
 
 
 def refused(old: Any, new: Any, meanings: Mapping[str, str]) -> list[str]:
-    """Every field that differs, as "model.hidden_size: 48 -> 64", or what `meanings` has to say of it."""
+    """Every field that differs, as "model.hidden_size: 48 -> 64", or its message in `meanings`."""
     return [
         meanings.get(name, f"{name}: {validate.short(a)} -> {validate.short(b)}") for name, a, b in _fields(old, new)
     ]
 
 
 def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """A line for every setting that is another than the checkpoint's."""
-    before, now = ({name: x for name, x in settings.items() if name not in UNTOLD} for settings in (old, new))
+    """A line for every setting that differs from the checkpoint's."""
+    before, now = ({name: x for name, x in settings.items() if name not in NOT_COMPARED} for settings in (old, new))
     found = _fields(before, now)
     return [f"changed since the checkpoint: {name} {validate.short(a)} -> {validate.short(b)}" for name, a, b in found]
 
