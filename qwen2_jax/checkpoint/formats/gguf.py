@@ -26,7 +26,7 @@ from qwen2_jax.errors import CheckpointError
 
 PART = re.compile(r"(.+)-00001-of-(\d{5})\.gguf")
 LATER_PART = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$")
-CHUNK = 1 << 8  # blocks that are dequantised at a time: what they need stays in the processor's cache
+CHUNK = 1 << 17  # weights that are dequantised at a time: what they need stays in the processor's cache
 
 # Hugging Face's names and ours for what llama.cpp calls otherwise; {L} is a layer.
 OUTSIDE = {
@@ -79,8 +79,9 @@ class Blocks:
         with parts["blocks"].mapped() as raw:
             blocks = raw[rows].reshape(-1, self.type.nbytes)
             out = np.empty((len(blocks), self.type.weights), np.float32)
-            for start in range(0, len(blocks), CHUNK):
-                out[start : start + CHUNK] = self.type.dequantize(blocks[start : start + CHUNK])
+            step = CHUNK // self.type.weights
+            for start in range(0, len(blocks), step):
+                out[start : start + step] = self.type.dequantize(blocks[start : start + step])
         return out.reshape(rows.stop - rows.start, -1)
 
 
