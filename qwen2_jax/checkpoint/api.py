@@ -145,7 +145,7 @@ def convert(
         raise CheckpointError(f"to is {to!r}; choose from {', '.join((*WRITERS, 'gguf'))}")
     dtypes = gguf_write.KINDS if to == "gguf" else DTYPES
     if dtype is not None and dtype not in dtypes:
-        raise CheckpointError(f"dtype is {dtype!r}; --to {to} writes {', '.join(dtypes)}")
+        raise CheckpointError(f"dtype is {dtype!r}; choose from {', '.join(dtypes)}")
     if to == "gguf":
         return _convert_to_gguf(src, dst, dtype, progress)
     with multihost.together(f"opening {src}"):
@@ -173,9 +173,7 @@ def _convert_to_gguf(src: str | Path | Source, dst: str | Path, dtype: str | Non
     with opened.source.folder_of_small_files() as folder:
         tokenizer = Tokenizer.from_folder(folder)
     table, kind = names.table(opened.specs), dtype or opened.config.dtype
-    return gguf_write.write_gguf(
-        Path(dst).expanduser(), opened.config, opened.tensors, table, tokenizer, kind, progress
-    )
+    return gguf_write.write_gguf(dst, opened.config, opened.tensors, table, tokenizer, kind, progress)
 
 
 def verify(name: str | Path | Source, *, progress: Progress | None = None) -> Report:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A folder appears complete or not at all: it is made under another name and renamed when all of it is on the disk."""
+"""A folder or a file appears complete or not at all: it has another name until all of it is on the disk."""
 
 import contextlib
 import errno
@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO, Any, BinaryIO
 
 try:
     import fcntl
@@ -29,9 +30,7 @@ def new_folder(path: str | os.PathLike, nbytes: int, *, replace: bool = False) -
     two renames and is removed then; a kill between the renames is repaired by the next call. Raises CheckpointError if
     `path` holds something that may not be replaced, OSError if the disk is too small.
     """
-    if str(path).startswith("gs://"):
-        raise CheckpointError(f"{path}: write to a local folder first, then copy it whole with `gcloud storage cp -r`")
-    target = Path(path).expanduser().absolute()
+    target = _local(path)
     if target.exists() and (not target.is_dir() or (not replace and any(target.iterdir()))):
         raise CheckpointError(f"{path} exists already; choose a new folder or remove that one first")
     folder = unfinished(path)
@@ -40,11 +39,7 @@ def new_folder(path: str | os.PathLike, nbytes: int, *, replace: bool = False) -
         raise CheckpointError(f"{work} is in the way and was not made by a conversion; move it elsewhere")
     work.mkdir(parents=True, exist_ok=True)
     with open(work / MARKER, "w") as marker:
-        try:
-            if fcntl is not None:
-                fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CheckpointError(f"{path} is being written by another process") from None
+        _lock(marker, path)
         try:
             _put_back(work, target)
             for left in work.iterdir():  # of a run that was killed
@@ -60,15 +55,61 @@ def new_folder(path: str | os.PathLike, nbytes: int, *, replace: bool = False) -
             os.replace(folder, target)
             _sync(target.parent)
         except OSError as why:
-            if why.errno == errno.ENOSPC:
-                raise OSError(
-                    errno.ENOSPC,
-                    f"the disk became full; nothing was left behind. Free some space and run again: {path}",
-                ) from None
-            raise
+            raise _explained(why, path) from None
         finally:
             _put_back(work, target)
             shutil.rmtree(work, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def new_file(path: str | os.PathLike, nbytes: int) -> Iterator[BinaryIO]:
+    """Yields an empty file of `nbytes` bytes that becomes `path` when the block ends, and is removed when it fails.
+
+    What an earlier run left when it was killed is written over. Raises CheckpointError if `path` exists or another
+    process writes it, OSError if the disk is too small.
+    """
+    target = _local(path)
+    if target.exists():
+        raise CheckpointError(f"{path} exists already; choose another name or remove it first")
+    part = target.with_name(target.name + UNFINISHED)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(part, "ab") as file:  # not emptied before it is ours
+        _lock(file, path)
+        try:
+            _need_space(target.parent, nbytes)
+            with open(part, "r+b") as content:
+                content.truncate(0)
+                content.truncate(nbytes)
+                yield content
+                content.flush()
+                os.fsync(content.fileno())
+            os.replace(part, target)
+            _sync(target.parent)
+        except OSError as why:
+            raise _explained(why, path) from None
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def _local(path: str | os.PathLike) -> Path:
+    if str(path).startswith("gs://"):
+        raise CheckpointError(f"{path}: write to a local folder first, then copy it whole with `gcloud storage cp -r`")
+    return Path(path).expanduser().absolute()
+
+
+def _lock(file: IO[Any], path: str | os.PathLike) -> None:
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise CheckpointError(f"{path} is being written by another process") from None
+
+
+def _explained(why: OSError, path: str | os.PathLike) -> OSError:
+    if why.errno != errno.ENOSPC:
+        return why
+    text = f"the disk became full; nothing was left behind. Free some space and run again: {path}"
+    return OSError(errno.ENOSPC, text)
 
 
 def unfinished(path: str | os.PathLike) -> Path:

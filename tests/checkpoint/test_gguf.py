@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """GGUF files: every block type to the bit, whole models with config and tokenizer, damage, and what is written."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -183,12 +184,29 @@ def test_a_folder_with_one_model_is_that_model(tmp_path):
 def test_what_cannot_be_written(tmp_path):
     folder, _ = folder_of(tmp_path / "hf", TINY)
     (tmp_path / "there.gguf").write_bytes(b"")
-    with pytest.raises(FileExistsError, match="exists; choose another name"):
+    with pytest.raises(UserError, match="exists already; choose another name"):
         checkpoint.convert(folder, tmp_path / "there.gguf", "gguf")
-    with pytest.raises(UserError, match="--to hf writes bfloat16, float16, float32"):
-        checkpoint.convert(folder, tmp_path / "new", "hf", dtype="q8_0")
+    with pytest.raises(UserError, match="gcloud storage cp"):
+        checkpoint.convert(folder, "gs://bucket/new.gguf", "gguf")
     tokenizer_files(folder, pre_tokenizers.ByteLevel(add_prefix_space=False))
     with pytest.raises(UserError, match="does not split text as Qwen2's"):
+        checkpoint.convert(folder, tmp_path / "new.gguf", "gguf")
+    tokenizer_files(folder)
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.truncate(file.seek(0, 2) - 4)
+    with pytest.raises(UserError, match="truncated"):
+        checkpoint.convert(folder, tmp_path / "new.gguf", "gguf")
+    assert not list(tmp_path.glob("new*"))
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    folder, _ = folder_of(tmp_path / "hf", TINY)
+
+    def full(array, type_id):
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(gguf_write, "_encoded", full)
+    with pytest.raises(OSError, match="the disk became full; nothing was left behind"):
         checkpoint.convert(folder, tmp_path / "new.gguf", "gguf")
     assert not list(tmp_path.glob("new*"))
 

@@ -219,7 +219,7 @@ def test_two_writers(tmp_path, dense):
         checkpoint.convert(dense, tmp_path / "out", "hf")
 
 
-@pytest.mark.parametrize(("to", "dtype"), [("gguf", None), ("hf", "int8")])
+@pytest.mark.parametrize(("to", "dtype"), [("exl2", None), ("hf", "int8"), ("hf", "q8_0"), ("gguf", "q4_k")])
 def test_wrong_arguments(tmp_path, dense, to, dtype):
     with pytest.raises(checkpoint.CheckpointError, match="choose from"):
         checkpoint.convert(dense, tmp_path / "out", to, dtype=dtype)

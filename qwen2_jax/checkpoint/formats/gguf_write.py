@@ -2,7 +2,6 @@
 """Writes a model as one GGUF file that llama.cpp loads: F32, F16, BF16 or Q8_0, with tokenizer and chat template."""
 
 import json
-import os
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from qwen2_jax.checkpoint.formats.protocol import Progress, Tensors
 from qwen2_jax.checkpoint.formats.safetensors import DTYPES
 from qwen2_jax.config.model_config import ModelConfig
 from qwen2_jax.errors import CheckpointError
+from qwen2_jax.files.atomic_folder import new_file
 from qwen2_jax.tokenizer import Tokenizer
 
 ALIGNMENT = 32
@@ -29,7 +29,7 @@ NUMPY = {0: DTYPES["F32"], 1: DTYPES["F16"], 30: DTYPES["BF16"]}
 
 
 def write_gguf(
-    path: Path,
+    path: str | Path,
     config: ModelConfig,
     tensors: Tensors,
     table: Mapping[str, Slot],
@@ -43,33 +43,22 @@ def write_gguf(
     are rows of a matrix that are no whole blocks of Q8_0.
 
     Raises:
-        CheckpointError: the model has something that GGUF cannot say, or its tokenizer is not Qwen2's.
-        FileExistsError: path exists.
+        CheckpointError: the model has something that GGUF cannot say, its tokenizer is not Qwen2's, or path exists.
     """
-    if path.exists():
-        raise FileExistsError(f"{path} exists; choose another name")
     stored = _stored(table, kind)
     header, starts, size = _lay_out(_model(config, kind) | _vocabulary(tokenizer, config.vocab_size), stored)
     total, done = sum(tensors.infos[name].nbytes for name in table), 0
-    part = path.with_name(f"{path.name}.part-{os.getpid()}")
-    try:
-        with open(part, "xb") as file:
-            file.write(header)
-            file.truncate(size)
-            for name, array in tensors.stream(list(table)):
-                there, expert = gguf_name(name)
-                content = _encoded(array, stored[there][0])
-                file.seek(starts[there] + (expert or 0) * len(content))
-                file.write(content)
-                done += tensors.infos[name].nbytes
-                if progress is not None:
-                    progress(done, total)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-    return path
+    with new_file(path, size) as file:
+        file.write(header)
+        for name, array in tensors.stream(list(table)):
+            there, expert = gguf_name(name)
+            content = _encoded(array, stored[there][0])
+            file.seek(starts[there] + (expert or 0) * len(content))
+            file.write(content)
+            done += tensors.infos[name].nbytes
+            if progress is not None:
+                progress(done, total)
+    return Path(path)
 
 
 Stored = dict[str, tuple[int, tuple[int, ...]]]  # name: (type, shape as in numpy)
