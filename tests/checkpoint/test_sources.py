@@ -108,7 +108,7 @@ def test_folders_without_checkpoint(tmp_path, dense):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
         checkpoint.locate(tmp_path / "empty")
-    with pytest.raises(checkpoint.CheckpointError, match=f"give the folder that holds it: {dense}"):
+    with pytest.raises(checkpoint.CheckpointError, match=f"no .gguf file; of another format, give the folder: {dense}"):
         checkpoint.locate(dense / "config.json")
     (dense / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"has no config\.json"):

@@ -51,7 +51,7 @@ def used(content: bytes) -> ModelConfig:
         limit = context_limit(config, mode)
         assert config.max_position_embeddings <= limit <= FULL
         tables = rope.choose(config, [1, config.trained_length, limit], mode)
-        for array in (tables.inv_freq_BF, tables.amplitude_B, tables.logit_scale(np.array([1, 2, limit], np.int32))):
+        for array in (tables.inv_freq_Bf, tables.amplitude_B, tables.logit_scale(np.array([1, 2, limit], np.int32))):
             assert np.isfinite(array).all()
     specs = declare(config)[1]
     assert count(specs) == sum(math.prod(spec.shape) for _, spec in leaves(specs)) > 0

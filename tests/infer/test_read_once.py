@@ -9,6 +9,7 @@ import jax
 import pytest
 
 import qwen2_jax
+from qwen2_jax.chat_template import ChatTemplate
 from qwen2_jax.checkpoint import Source
 from qwen2_jax.infer.cli import main
 from qwen2_jax.infer.engine.programs import Generator
@@ -35,7 +36,7 @@ def calls(monkeypatch):
     count(Source, "read_json")  # under the file's name
     count(SamplingParams, "__post_init__", "sampling parameters")
     count(Generator, "check", "prompts checked")
-    count(Tokenizer, "_render", "templates")
+    count(ChatTemplate, "render", "templates")
     count(Tokenizer, "encode", "encoded")
     return counted
 
