@@ -456,11 +456,10 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(corpus, tmp_path):
     """
     file = config_file(corpus, tmp_path, "steps=100000")
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "train.py", str(file)]
-    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # ignored, if these tests are in background
-    with subprocess.Popen(
-        command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=heard
-    ) as process:
+    # Where these tests run in the background, Ctrl-C is ignored, and so it would be in the process.
+    heard = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    command = [sys.executable, "-c", heard + "runpy.run_path('train.py', run_name='__main__')", str(file)]
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as process:
         for line in process.stderr:
             if line.startswith("step 5/"):
                 process.send_signal(signal.SIGINT)
