@@ -13,12 +13,10 @@ that computes logits, samples tokens and decides when a row is done, and a prefi
 Rows of padding have position -1, are done from the start, and their tokens are never read.
 """
 
-import concurrent.futures
-import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import jax
@@ -73,7 +71,6 @@ class Generator:
         self.buckets = buckets or Buckets.of(config)
         self.programs: list[str] = []
         self._by_cache: dict[tuple[int, int], Programs] = {}
-        self._decode_loops: set[Any] = set()  # those that have been compiled
         self._forward = jax.jit(self.shardings.traced(self._all_logits))
 
     @property
@@ -112,8 +109,7 @@ class Generator:
         rotary = self.rotary_tables(totals, rows, length, long_context)
         rotary, row_params = jax.device_put((rotary, row_params), self.shardings.replicated)
         decode = self.for_cache(rows, length).decode
-        with self._compiled_meanwhile(rows, length, row_params, rotary):
-            cache = self.prefill([p[:-1] for p in prompts], rows, length, totals, long_context, progress)
+        cache = self.prefill([p[:-1] for p in prompts], rows, length, totals, long_context, progress)
         state = self._state(cache, prompts, rows, row_params)
         return DecodeBatch(
             lambda state, *call: decode(self.params, state, row_params, rotary, *call), len(requests), state
@@ -201,36 +197,6 @@ class Generator:
                 decode=jit(traced(self._decode_steps), out_shardings=(state, small, small)),
             )
         return self._by_cache[rows, length]
-
-    @contextlib.contextmanager
-    def _compiled_meanwhile(self, rows: int, length: int, row_params: RowParams, rotary: rope.Rope) -> Iterator[None]:
-        """Compiles the decode loop in a thread while the block compiles the prefill, if it has not been compiled yet.
-
-        The call then finds it. Not with several processes, whose compilers may wait for each other.
-        """
-        leaves, structure = jax.tree.flatten((row_params, rotary))
-        key = (rows, length, structure, *((leaf.shape, leaf.dtype) for leaf in leaves))
-        if key in self._decode_loops or jax.process_count() > 1:
-            yield
-            return
-        with concurrent.futures.ThreadPoolExecutor(1) as thread:
-            compiling = thread.submit(lambda: self.lower_decode(rows, length, row_params, rotary).compile())
-            yield
-            compiling.result()
-        self._decode_loops.add(key)
-
-    def lower_decode(self, rows: int, length: int, row_params: RowParams, rotary: rope.Rope) -> jax.stages.Lowered:
-        """The decode loop, lowered for these arguments (arrays or their shapes) and caches of this shape."""
-        place = self.shardings.replicated
-        ints_B = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=place)
-        done_B = jax.ShapeDtypeStruct((rows,), jnp.bool, sharding=place)
-        seen_BV = jax.ShapeDtypeStruct((rows, self.config.vocab_size), jnp.bool, sharding=place)
-        tokens_BS = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=place)
-        small: Any = [ints_B, ints_B, ints_B, done_B]
-        small += [seen_BV if row_params.penalised else None, tokens_BS if row_params.reads_history else None]
-        state = DecodeState(self.cache_shapes(rows, length), *small)
-        cancel_B, steps = np.zeros(rows, bool), np.int32(STEPS)
-        return self.for_cache(rows, length).decode.lower(self.params, state, row_params, rotary, cancel_B, steps)
 
     def cache_shapes(self, rows: int, length: int) -> Cache:
         """The shapes and shardings of `new_cache`."""
