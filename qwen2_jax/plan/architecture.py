@@ -3,12 +3,12 @@
 
 import dataclasses
 import difflib
-import json
 import runpy
 from pathlib import Path
 
 from qwen2_jax.config.model_config import HUB_IDS, PRESETS, ModelConfig
 from qwen2_jax.errors import UserError
+from qwen2_jax.files.json_text import parse_json_object
 from qwen2_jax.train.config import Run, Upcycle
 from qwen2_jax.train.stage import stage_of
 from qwen2_jax.train.upcycle.upcycle import sparse_config
@@ -29,7 +29,7 @@ def named(name: str) -> ModelConfig:
         return checkpoint.read_config(checkpoint.locate(DEMO))
     file = Path(text).expanduser() / "config.json"
     if file.is_file():
-        return ModelConfig.from_hf(json.loads(file.read_text(encoding="utf-8")))
+        return ModelConfig.from_hf(parse_json_object(file.read_bytes(), str(file)))
     near = difflib.get_close_matches(text.lower(), PRESETS, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     raise UserError(

@@ -160,11 +160,15 @@ def test_tensors_that_contradict_each_other_are_named(tmp_path):
     del tensors[f"{q}.scales"]
     tensors[f"{o}.qzeros"] = tensors[f"{o}.qzeros"][:1]
     tensors[f"{o}.bias"] = np.ones(32, np.float16)
+    k, v = (f"model.layers.0.self_attn.{name}_proj" for name in "kv")
+    tensors[f"{k}.g_idx"] = tensors[f"{k}.g_idx"].astype(np.float32)
+    tensors[f"{v}.weight"] = np.ones((16, 32), np.float16)
     save_file(tensors, file)
     with pytest.raises(UserError) as refused:
         checkpoint.open_checkpoint(tmp_path / "packed")
     text = str(refused.value)
     assert f"{q}: has no scales" in text and f"{o}: qzeros is [1, 4]" in text and f"{o}.bias" in text
+    assert f"{k}: g_idx is float32" in text and f"{v}: weight is float16; packed tensors take its place" in text
 
 
 def test_mutated_settings(tmp_path, mutations):

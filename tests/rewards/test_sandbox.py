@@ -245,7 +245,7 @@ print(libc.syscall({keyctl}, 10, -3, b"user", b"qwen2-jax-test", 0))
 
 
 def test_a_namespace_with_one_user(walls):
-    """Root of a user namespace in which nobody else exists: no change of user, and no rights all the same."""
+    """Root of a user namespace with no other user: the user stays the same, and the program still has no rights."""
     asks = """
 from qwen2_jax.rewards.sandbox import passes, run
 print(passes("x = 1", "assert x == 1"))

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from qwen2_jax.checkpoint.formats.gptq_awq import dimensions, setting, shape_of
+from qwen2_jax.checkpoint.formats.gptq_awq import FLOATS, dimensions, of_dtype, setting, shape_of
 from qwen2_jax.checkpoint.formats.safetensors import TensorInFile
 from qwen2_jax.checkpoint.formats.stored_tensor import PLAIN, DecodedTensor, StoredTensor
 from qwen2_jax.errors import CheckpointError
@@ -45,8 +45,7 @@ class BitsAndBytes:
         if self.eight:
             F, K = dimensions(parts, "weight")
             shape_of(parts, "SCB", (F,), f"{F} outputs")
-            if parts["weight"].dtype != np.int8:
-                raise CheckpointError(f"weight is {parts['weight'].dtype}; it must be int8")
+            of_dtype(parts, {"weight": ("int8",), "SCB": FLOATS})
             return DecodedTensor(FLOAT32, (F, K), dict(parts), _Int8())
         return self._four_bits(module, parts)
 
@@ -54,6 +53,8 @@ class BitsAndBytes:
         name = next((name for name in STATES if name in parts), None)
         if name is None or "weight" not in parts:
             raise CheckpointError(f"has no {'weight' if name else STATES[0]}")
+        of_dtype(parts, {"weight": ("uint8",), name: ("uint8",), "weight.absmax": ("uint8", *FLOATS)})
+        of_dtype(parts, {f"weight.{part}": FLOATS for part in ("quant_map", "nested_quant_map", "nested_absmax")})
         with parts[name].mapped() as raw:
             state = parse_json_object(raw.tobytes(), f"{module}.{name}", CheckpointError)
         shape, block = state.get("shape"), setting(state, "blocksize", int)

@@ -12,12 +12,29 @@ from typing import Any, Self
 
 import numpy as np
 
-from qwen2_jax.checkpoint.formats.gptq_awq import dimensions, one_of, setting, shape_of, unpack
+from qwen2_jax.checkpoint.formats.gptq_awq import (
+    FLOATS,
+    INDICES,
+    dimensions,
+    of_dtype,
+    one_of,
+    setting,
+    shape_of,
+    unpack,
+)
 from qwen2_jax.checkpoint.formats.safetensors import TensorInFile
 from qwen2_jax.checkpoint.formats.stored_tensor import PLAIN, DecodedTensor, StoredTensor
 from qwen2_jax.errors import CheckpointError
 
 FLOAT32 = np.dtype(np.float32)
+DTYPES = {
+    "weight_packed": ("int32",),
+    "weight_scale": FLOATS,
+    "weight_zero_point": ("int32",),
+    "weight": (),
+    "weight_shape": INDICES,
+    "weight_g_idx": INDICES,
+}
 FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
 
 
@@ -59,6 +76,7 @@ class CompressedTensors:
             return _scaled(parts, "weight_scale", self.block)
         n = 32 // self.bits
         F, words = dimensions(parts, "weight_packed")
+        of_dtype(parts, DTYPES)
         shape_of(parts, "weight_shape", (2,), "compressed-tensors")
         with parts["weight_shape"].mapped() as stored:
             shape = tuple(map(int, stored))
@@ -139,6 +157,7 @@ def _block(value: Any) -> tuple[int, int]:
 def _scaled(parts: Mapping[str, TensorInFile], scale: str, block: tuple[int, int] | None) -> DecodedTensor:
     """A weight of int8 or float8 numbers, with one scale, one for each output, or one for each block."""
     F, K = dimensions(parts, "weight")
+    of_dtype(parts, {"weight": ("int8", "float8_e4m3fn"), scale: FLOATS})
     if "weight_zero_point" in parts:
         raise CheckpointError("has a weight_zero_point; asymmetric int8 is not read")
     if scale not in parts:

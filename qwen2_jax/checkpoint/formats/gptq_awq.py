@@ -17,6 +17,8 @@ from qwen2_jax.checkpoint.formats.safetensors import TensorInFile
 from qwen2_jax.checkpoint.formats.stored_tensor import PLAIN, DecodedTensor, StoredTensor
 from qwen2_jax.errors import CheckpointError
 
+FLOATS, INDICES = ("float16", "bfloat16", "float32"), ("int32", "int64")
+DTYPES = {"qweight": ("int32",), "qzeros": ("int32",), "scales": FLOATS, "g_idx": INDICES, "weight": ()}
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # output j of a word is its nibble AWQ_ORDER[j]
 
 
@@ -54,6 +56,14 @@ def shape_of(parts: Mapping[str, StoredTensor], name: str, shape: tuple[int, ...
         raise CheckpointError(f"{name} is {list(parts[name].shape)}; {why} asks for {list(shape)}")
 
 
+def of_dtype(parts: Mapping[str, StoredTensor], dtypes: Mapping[str, tuple[str, ...]]) -> None:
+    """Raises CheckpointError where a part has none of its dtypes; () stands for a part that may not be there."""
+    for name, allowed in dtypes.items():
+        if name in parts and parts[name].dtype.name not in allowed:
+            expected = f"it must be {' or '.join(allowed)}" if allowed else "packed tensors take its place"
+            raise CheckpointError(f"{name} is {parts[name].dtype.name}; {expected}")
+
+
 def dimensions(parts: Mapping[str, StoredTensor], name: str) -> tuple[int, int]:
     if name not in parts:
         raise CheckpointError(f"has no {name}")
@@ -88,6 +98,7 @@ class Gptq:
 
     def weight(self, module: str, parts: Mapping[str, TensorInFile]) -> DecodedTensor:
         words, F = dimensions(parts, "qweight")
+        of_dtype(parts, DTYPES)
         K, n = words * 32 // self.bits, 32 // self.bits
         group = K if self.group_size == -1 else self.group_size
         if "g_idx" in parts and parts["g_idx"].shape != (K,):
@@ -167,6 +178,7 @@ class Awq:
 
     def weight(self, module: str, parts: Mapping[str, TensorInFile]) -> DecodedTensor:
         K, words = dimensions(parts, "qweight")
+        of_dtype(parts, DTYPES)
         group = K if self.group_size == -1 else self.group_size
         why = f"group_size {group} of {K} inputs and {8 * words} outputs"
         shape_of(parts, "scales", (-(-K // group), 8 * words), why)
