@@ -17,10 +17,10 @@ from . import reference, xla
 from .gradients import Scaled
 from .order import Order, permute, sort_by_expert, unpermute
 
-__all__ = ["Order", "grouped_matmul", "grouped_swiglu", "permute", "sort_by_expert", "unpermute"]
+__all__ = ["Order", "Scaled", "grouped_matmul", "grouped_swiglu", "permute", "sort_by_expert", "unpermute"]
 
 
-def _no_int8(module, function, platform=None):
+def _no_integers(module, function, platform=None):
     """`late` for an implementation that takes no Scaled matrices."""
     run = late(f"{__name__}.{module}", function, platform)
 
@@ -28,45 +28,44 @@ def _no_int8(module, function, platform=None):
         if any(isinstance(arg, Scaled) for arg in args):
             if platform is not None:
                 require(platform)
-            raise NotImplementedError("takes no int8 matrices")
+            raise NotImplementedError("takes no matrices of integers")
         return run(x_MD, *args, **kwargs)
 
     return checked
 
 
 IMPLEMENTATIONS = {  # fastest first
-    "gpu": _no_int8("gpu", "grouped_matmul", "gpu"),
-    "tpu": _no_int8("tpu", "grouped_matmul", "tpu"),
+    "gpu": _no_integers("gpu", "grouped_matmul", "gpu"),
+    "tpu": _no_integers("tpu", "grouped_matmul", "tpu"),
     "xla": xla.grouped_matmul,
     "reference": reference.grouped_matmul,
 }
 ONLY_BY_NAME = {  # jax's own; megablox.py says why they are not the default anywhere
-    "megablox": _no_int8("megablox", "grouped_matmul", "tpu"),
-    "ragged_dot": _no_int8("megablox", "ragged_matmul"),
+    "megablox": _no_integers("megablox", "grouped_matmul", "tpu"),
+    "ragged_dot": _no_integers("megablox", "ragged_matmul"),
 }
 SWIGLU_IMPLEMENTATIONS = {
-    "gpu": _no_int8("gpu", "grouped_swiglu", "gpu"),
-    "tpu": _no_int8("tpu", "grouped_swiglu", "tpu"),
+    "gpu": _no_integers("gpu", "grouped_swiglu", "gpu"),
+    "tpu": _no_integers("tpu", "grouped_swiglu", "tpu"),
     "xla": xla.grouped_swiglu,
     "reference": reference.grouped_swiglu,
 }
 SWIGLU_ONLY_BY_NAME = {
-    "megablox": _no_int8("megablox", "grouped_swiglu", "tpu"),
-    "ragged_dot": _no_int8("megablox", "ragged_swiglu"),
+    "megablox": _no_integers("megablox", "grouped_swiglu", "tpu"),
+    "ragged_dot": _no_integers("megablox", "ragged_swiglu"),
 }
 
 
-def grouped_matmul(x_MD, w, group_sizes_E, *, scale_EF=None, transpose_w=False, implementation=None):
+def grouped_matmul(x_MD, w, group_sizes_E, *, transpose_w=False, implementation=None):
     """Each group of rows of x times its expert's matrix: [M, F] in x's dtype, sums in float32.
 
     Args:
         x_MD: rows sorted by expert: the first group_sizes_E[0] belong to expert 0, the next to expert 1, and so on.
-        w: [E, D, F], or [E, F, D] with transpose_w (the order of Hugging Face files: out, in).
+        w: [E, D, F], or [E, F, D] with transpose_w (the order of Hugging Face files: out, in). With transpose_w it may
+            be a Scaled, integers with factors, which "xla" and "reference" take: a constant, without a gradient.
         group_sizes_E: int; empty groups are allowed, and rows after the last group give zeros. A sum larger than M, or
             a negative size, is an error that only jax.experimental.checkify can report; without it the result is
             undefined.
-        scale_EF: float32, for int8 matrices: matrix = w * scale of its expert and output. "xla" and "reference" take
-            them; they are constants, without a gradient.
         implementation: "tpu", "gpu" (kernels), "xla" (plain XLA, work follows the groups), "reference" (from the
             definition), or None for the first that takes the inputs. Only by name: "megablox" (jax's kernel for TPU),
             "ragged_dot" (jax's operation; on CPU and GPU it costs E times the work).
@@ -77,19 +76,21 @@ def grouped_matmul(x_MD, w, group_sizes_E, *, scale_EF=None, transpose_w=False, 
         ValueError: shapes do not fit, or an unknown implementation.
     """
     _check(x_MD, group_sizes_E, transpose_w, w=w)
+    if isinstance(w, Scaled) and not transpose_w:
+        raise ValueError("matrices of integers must be [E, F, D], with transpose_w: their groups run over inputs")
     return dispatch(
         "grouped_matmul",
         IMPLEMENTATIONS,
         implementation,
         x_MD,
-        w if scale_EF is None else Scaled(w, scale_EF),
+        w,
         group_sizes_E,
         transpose_w=transpose_w,
         only_by_name=ONLY_BY_NAME,
     )
 
 
-def grouped_swiglu(x_MD, gate_EFD, up_EFD, group_sizes_E, *, gate_scale_EF=None, up_scale_EF=None, implementation=None):
+def grouped_swiglu(x_MD, gate_EFD, up_EFD, group_sizes_E, *, implementation=None):
     """silu(x gate^T) * (x up^T) with each row's own expert: [M, F] in x's dtype. The rest as in grouped_matmul."""
     _check(x_MD, group_sizes_E, True, gate_EFD=gate_EFD, up_EFD=up_EFD)
     if gate_EFD.shape != up_EFD.shape:
@@ -99,8 +100,8 @@ def grouped_swiglu(x_MD, gate_EFD, up_EFD, group_sizes_E, *, gate_scale_EF=None,
         SWIGLU_IMPLEMENTATIONS,
         implementation,
         x_MD,
-        gate_EFD if gate_scale_EF is None else Scaled(gate_EFD, gate_scale_EF),
-        up_EFD if up_scale_EF is None else Scaled(up_EFD, up_scale_EF),
+        gate_EFD,
+        up_EFD,
         group_sizes_E,
         only_by_name=SWIGLU_ONLY_BY_NAME,
     )

@@ -16,14 +16,36 @@ import jax.numpy as jnp
 
 
 class Scaled(NamedTuple):
-    """Matrices as int8 with a float32 factor for each output: a constant, which has no gradient."""
+    """Matrices of small integers with float32 factors: constants, which have no gradient.
 
-    values: jax.Array  # [E, F, D]
-    scale_EF: jax.Array
+    values: int8 or int4 [E, F, D]. scale: [E, F], of outputs; or [E, F, G], of groups of D / G neighbouring inputs,
+    perhaps with an offset of that shape: matrix = scale * values - offset.
+    """
+
+    values: jax.Array
+    scale: jax.Array
+    offset: jax.Array | None = None
 
     @property
     def shape(self):
         return self.values.shape
+
+    @property
+    def ndim(self):
+        return self.values.ndim
+
+    @property
+    def by_output(self) -> bool:
+        """Whether the factors can be applied to the outputs of a product."""
+        return self.scale.ndim == 2
+
+    def dequantised(self, dtype):
+        """The matrices, or what is left of one of them after slicing: [..., F, D]."""
+        if self.scale.ndim < self.values.ndim:
+            return (self.values * self.scale[..., None]).astype(dtype)
+        in_groups = self.values.reshape(*self.scale.shape, -1).astype(jnp.float32) * self.scale[..., None]
+        in_groups = in_groups if self.offset is None else in_groups - self.offset[..., None]
+        return in_groups.reshape(self.values.shape).astype(dtype)
 
 
 def rows_of_experts(table_EF, group_sizes_E, rows):
@@ -34,9 +56,9 @@ def rows_of_experts(table_EF, group_sizes_E, rows):
 
 def _towards_input(dy_MF, w, group_sizes_E):
     """(dy, w) whose product is the gradient of x: factors of outputs go to dy, for which they are factors of inputs."""
-    if not isinstance(w, Scaled):
+    if not isinstance(w, Scaled) or not w.by_output:
         return dy_MF, w
-    scale_MF = rows_of_experts(w.scale_EF, group_sizes_E, len(dy_MF))
+    scale_MF = rows_of_experts(w.scale, group_sizes_E, len(dy_MF))
     return (dy_MF.astype(jnp.float32) * scale_MF).astype(dy_MF.dtype), w.values
 
 

@@ -10,7 +10,7 @@ from .gradients import Scaled
 def grouped_matmul(x_MD, w, group_sizes_E, *, transpose_w=False):
     """Returns [M, F] in x's dtype."""
     if isinstance(w, Scaled):
-        w = w.values * (w.scale_EF[:, :, None] if transpose_w else w.scale_EF[:, None])
+        w = w.dequantised(jnp.float32)
     equation = "md,efd->emf" if transpose_w else "md,edf->emf"
     every_EMF = jnp.einsum(equation, x_MD.astype(jnp.float32), w.astype(jnp.float32), precision="highest")
     end_E = jnp.cumsum(group_sizes_E)

@@ -87,9 +87,14 @@ def _products(tile, xs, ws, group_sizes_E, *, transpose_w, finish, results):
     """As with_gradients wants it: `results` arrays [M, F] in x's dtype, zero in the rows that belong to no expert."""
     (M, D), dtype = xs[0].shape, xs[0].dtype
     E, F = len(group_sizes_E), ws[0].shape[1 if transpose_w else 2]
-    scales = [w.scale_EF if isinstance(w, Scaled) else None for w in ws]
-    ws = [w.values if isinstance(w, Scaled) else w for w in ws]
-    narrow = ws[0].dtype.itemsize < dtype.itemsize  # int8 is widened an expert's matrix or panel at a time
+    # Integers are widened an expert's matrix or panel at a time; factors of outputs are applied to the products.
+    scales = [w.scale if isinstance(w, Scaled) and w.by_output else None for w in ws]
+    ws = [w.values if isinstance(w, Scaled) and w.by_output else w for w in ws]
+    narrow = isinstance(ws[0], Scaled) or ws[0].dtype.itemsize < dtype.itemsize
+
+    def wide(w):
+        return w.dequantised(dtype) if isinstance(w, Scaled) else w.astype(dtype) if narrow else w
+
     first_E = jnp.cumsum(group_sizes_E) - group_sizes_E
     rows = 0 if tile else share(M, E, len(ws) * (D + F) + results * F)
     tile = tile or min(tile_rows(M, E), LEFTOVER if rows else TILE)
@@ -97,7 +102,7 @@ def _products(tile, xs, ws, group_sizes_E, *, transpose_w, finish, results):
     L = len(xs[0])
 
     def made_of(xs, ws, dims, scales):
-        products = [_dot(xs[p % len(xs)], w.astype(dtype) if narrow else w, dims) for p, w in enumerate(ws)]
+        products = [_dot(xs[p % len(xs)], w, dims) for p, w in enumerate(ws)]
         products = [y if scale is None else y * scale for y, scale in zip(products, scales, strict=True)]
         return finish(*products) if len(xs) == 1 else finish(sum(products))
 
@@ -107,7 +112,12 @@ def _products(tile, xs, ws, group_sizes_E, *, transpose_w, finish, results):
         laid_out = [lay_out(x, begin_E, rows) for x in xs]
         if narrow:
             one = (((1,), (1 if transpose_w else 0,)), ((), ()))
-            made = lax.map(lambda expert: made_of(*expert[:2], one, expert[2]), (laid_out, ws, scales))
+
+            def of_expert(expert):
+                xs, ws, scales = expert
+                return made_of(xs, [wide(w) for w in ws], one, scales)
+
+            made = lax.map(of_expert, (laid_out, ws, scales))
         else:
             made = made_of(laid_out, ws, dims, scales)
         row_L = jnp.arange(L)
@@ -125,17 +135,19 @@ def _products(tile, xs, ws, group_sizes_E, *, transpose_w, finish, results):
     # The rest. XLA copies an expert's matrix out of the stack before the product. With many rows that does not matter;
     # with few it would cost as much as the product, so the copy is made in panels that stay in cache until it is read.
     panel = F if tile > 8 else min(F, max(64, PANEL // D))
+    if isinstance(ws[0], Scaled) and not transpose_w:
+        panel = F  # a panel of columns would cut groups
     dims = (((1,), (1 if transpose_w else 0,)), ((), ()))
     left_E = group_sizes_E - done_E
     (order_E, count), tiles_E = to_visit(left_E), tiles_of(left_E, tile)
 
     def visit_panel(e, column, outs):
-        matrices = []
-        for w in ws:
+        def of_panel(part):
             start = (e, column, 0) if transpose_w else (e, 0, column)
-            size = (1, panel, w.shape[2]) if transpose_w else (1, w.shape[1], panel)
-            matrix = lax.dynamic_slice(w, start, size)[0]
-            matrices.append(matrix.astype(dtype) if narrow else matrix)
+            size = (1, panel, part.shape[2]) if transpose_w else (1, part.shape[1], min(panel, part.shape[2]))
+            return lax.dynamic_slice(part, start, size)[0]
+
+        matrices = [wide(w) for w in jax.tree.map(of_panel, ws)]
         factors = [None if scale is None else lax.dynamic_slice(scale, (e, column), (1, panel)) for scale in scales]
 
         def visit_tile(t, outs):

@@ -22,7 +22,8 @@ from qwen2_jax.errors import CheckpointError
 from qwen2_jax.model.decoder import declare
 from qwen2_jax.parallel.sharding import RULES
 from qwen2_jax.tokenizer import Tokenizer
-from qwen2_jax.weights.params import count, leaves
+from qwen2_jax.weights.forms import FORM_DTYPE, form_of, nbytes
+from qwen2_jax.weights.params import leaves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,25 +57,29 @@ def load_params(
     unroll: bool = False,
     mesh: jax.sharding.Mesh | None = None,
     rules: Mapping = RULES,
+    only_layers: bool = False,
     progress: Progress | None = None,
 ) -> Tree:
     """The parameters of a checkpoint as a nested dict of arrays, created sharded: each device gets only its own bytes.
 
-    dtype: of all parameters, e.g. "bfloat16"; default: the config's. unroll: one array per layer. mesh: devices to
-    spread over by `rules` (of parallel/sharding.py: RULES to train, SERVING to generate); default: the first device.
+    dtype: of all parameters, e.g. "bfloat16"; default: the config's. Or the form of the weight matrices, "int8" or
+    "int4" (weights/forms.py): each is rounded as soon as it is read, and everything else is bfloat16. only_layers:
+    embedding and LM head are not rounded. unroll: one array per layer. mesh: devices to spread over by `rules` (of
+    parallel/sharding.py: RULES to train, SERVING to generate); default: the first device.
     progress(bytes done, bytes in all).
     """
     opened = open_checkpoint(source, config)
-    wanted = jnp.dtype(dtype or opened.config.dtype)
+    form = form_of(str(dtype), only_layers=only_layers)
+    wanted = jnp.dtype(FORM_DTYPE if form else dtype or opened.config.dtype)
     specs = names.unrolled(opened.specs) if unroll else opened.specs
     specs = names.nested({path: dataclasses.replace(spec, dtype=wanted) for path, spec in leaves(specs)})
-    return opened.tensors.read_params(specs, load.param_shardings(mesh, rules), progress=progress)
+    return opened.tensors.read_params(specs, load.param_shardings(mesh, rules), progress=progress, form=form)
 
 
 def model_bytes(source: str | Path | Source | ModelConfig, dtype=None) -> int:
     """Bytes the parameters will take on the devices, known before any weight is read. dtype: default the config's."""
     config = source if isinstance(source, ModelConfig) else read_config(locate(source))
-    return count(declare(config)[1]) * jnp.dtype(dtype or config.dtype).itemsize
+    return nbytes(declare(config)[1], str(dtype or config.dtype))
 
 
 def save_hf(

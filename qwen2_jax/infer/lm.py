@@ -39,11 +39,9 @@ from qwen2_jax.model.decoder import check_head
 from qwen2_jax.model.rope import MODES, LongContext
 from qwen2_jax.parallel import sharding
 from qwen2_jax.tokenizer import IM_END, Tokenizer
-from qwen2_jax.weights.int8 import quantize
+from qwen2_jax.weights.forms import FORMS, array_dtype
 from qwen2_jax.weights.params import Tree
 from qwen2_jax.weights.weight import stored_forms
-
-INT8 = "int8"  # a value of load's dtype, beside the dtypes of arrays
 
 
 class LM:
@@ -321,15 +319,16 @@ def load(
 ) -> LM:
     """Loads a checkpoint: a preset's name, a Hub id, a local Hugging Face or Orbax folder, gs://..., or "demo".
 
-    dtype: of the weights and the cache in memory, "bfloat16" or "float32" (or "float16"); "int8" rounds the weight
-    matrices to int8 as they are loaded and keeps everything else in bfloat16. mesh: devices to spread the weights over
+    dtype: of the weights and the cache in memory, "bfloat16" or "float32" (or "float16"). "int8" and "int4" round the
+    weight matrices as they are loaded and keep everything else in bfloat16; "int4" keeps a quantised file as it is
+    stored, with as many bits as it has. mesh: devices to spread the weights over
     (sharding.make_mesh). long_context: "auto" | "off" | "yarn" | "dca", see rope.choose.
     implementation: of the kernels, None for the best that serves, "xla", or by operation: "attention=cudnn,decode=xla".
     progress: called with (bytes loaded, bytes in all).
     Raises UserError when the checkpoint is unknown or damaged, or does not fit the devices (before reading it).
     """
-    if dtype not in (*DTYPES, INT8):
-        raise UserError(f"dtype={dtype!r}; choose one of {', '.join(map(repr, (*DTYPES, INT8)))}")
+    if dtype not in (*DTYPES, *FORMS):
+        raise UserError(f"dtype={dtype!r}; choose one of {', '.join(map(repr, (*DTYPES, *FORMS)))}")
     if long_context not in MODES:
         raise UserError(f"long_context={long_context!r}; choose one of {', '.join(map(repr, MODES))}")
     ops.check_implementation(implementation)
@@ -356,28 +355,25 @@ def load_source(
     progress: Callable[[int, int], None] | None,
 ) -> LM:
     """`load` for a checkpoint that has been located and whose config.json has been read."""
-    weights_dtype = "bfloat16" if dtype == INT8 else dtype
     devices = None if mesh is None else list(mesh.devices.flat)
     length = min(4096, context_limit(config, long_context))
-    memory.check_load(config, rows=1, length=length, dtype=weights_dtype, devices=devices)
+    memory.check_load(config, rows=1, length=length, dtype=dtype, devices=devices)
     # One array per layer: a scan would copy each layer's weights out of a stack at every token (docs/decisions.md).
     params = checkpoint.load_params(
         source,
         config,
-        dtype=jnp.dtype(weights_dtype),
+        dtype=dtype,
         unroll=True,
         mesh=mesh,
         rules=sharding.SERVING,
         progress=progress,
     )
-    if dtype == INT8:
-        params = quantize(params, decoder.declare(config, unroll=True)[1])
     return LM(
         config,
         params,
         tokenizer=_tokenizer(source),
         generation_config=source.read_json("generation_config.json"),
-        dtype=weights_dtype,
+        dtype=array_dtype(dtype),
         unroll=True,
         mesh=mesh,
         long_context=long_context,

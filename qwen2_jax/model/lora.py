@@ -121,7 +121,7 @@ def merge(params: Tree, adapters: Tree, lora: Lora, dtype: DTypeLike | None = No
     """The parameters with the corrections added, W + scale * b a in float32. Copies.
 
     dtype: of the weights with an adapter, default the ones they had; bfloat16 rounds away most of a small correction.
-    Weights without an adapter are those of `params`. Raises UserError where an adapted weight is stored as int8.
+    Weights without an adapter are those of `params`. Raises UserError where an adapted weight is stored as integers.
     """
     return _on_adapted(params, adapters, lora, functools.partial(_merged, dtype=dtype))
 

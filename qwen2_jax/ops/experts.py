@@ -18,8 +18,9 @@ from qwen2_jax.parallel import expert_exchange, sharding
 # r, c: see parallel/expert_exchange.py
 
 
-# An array [E, O, I], or (int8 [E, O, I], float32 factors [E, O]); None: no factors.
-Matrices = jax.Array | tuple[jax.Array, jax.Array | None]
+# An array [E, O, I], or (it, factors, offsets): of integers float32 factors [E, O] of outputs, or factors and perhaps
+# offsets [E, O, G] of groups of inputs.
+Matrices = jax.Array | tuple[jax.Array, jax.Array | None, jax.Array | None]
 
 
 def experts(
@@ -41,7 +42,7 @@ def experts(
     results are summed over devices. Partial sums are added in float32.
     """
     x_BTD, chosen_BTk, weights_BTk = map(before_weights, (x_BTD, chosen_BTk, weights_BTk))
-    matrices = [m if isinstance(m, tuple) else (m, None) for m in (gate_EFD, up_EFD, down_EDF)]
+    matrices = [m if isinstance(m, tuple) else (m, None, None) for m in (gate_EFD, up_EFD, down_EDF)]
     args = (x_BTD, chosen_BTk, weights_BTk, *matrices)
     tokens = ("batch", "length", None)
     names = (tokens, tokens, tokens, ("experts", "mlp", None), ("experts", "mlp", None), ("experts", None, "mlp"))
@@ -87,16 +88,11 @@ def exchange_of(implementation: str | None, devices: int, choices: int, itemsize
 
 def _products(name: str | None, rows_MD, matrices: Sequence, group_sizes_E, weights_M=None) -> jax.Array:
     """Each row through its expert, [M, D]; with weights_M times its weight."""
-    (gate_EFD, gate_scale_EF), (up_EFD, up_scale_EF), (down_EDF, down_scale_ED) = matrices
-    hidden_MF = _grouped.grouped_swiglu(
-        rows_MD, gate_EFD, up_EFD, group_sizes_E,
-        gate_scale_EF=gate_scale_EF, up_scale_EF=up_scale_EF, implementation=name,
-    )  # fmt: skip
+    gate_EFD, up_EFD, down_EDF = (m[0] if m[1] is None else _grouped.Scaled(*m) for m in matrices)
+    hidden_MF = _grouped.grouped_swiglu(rows_MD, gate_EFD, up_EFD, group_sizes_E, implementation=name)
     if weights_M is not None:
         hidden_MF = (hidden_MF * weights_M[:, None]).astype(hidden_MF.dtype)
-    return _grouped.grouped_matmul(
-        hidden_MF, down_EDF, group_sizes_E, scale_EF=down_scale_ED, transpose_w=True, implementation=name
-    )
+    return _grouped.grouped_matmul(hidden_MF, down_EDF, group_sizes_E, transpose_w=True, implementation=name)
 
 
 class _Sent(NamedTuple):
@@ -160,7 +156,7 @@ def _sent_backward(how: _Sent, args, dout_MD):
         sums = jax.tree.map(jnp.add, sums, more)
         return [part.back(drows_cD, drows_rD), part.numbers_back(dweights_c, dweights_r), *sums]
 
-    trained = matrices if matrices[0][1] is None else []  # int8 is a constant
+    trained = matrices if matrices[0][1] is None else []  # integers are constants
     nothing = jax.tree.map(jnp.zeros_like, [rows_rD, weights_r, *trained])
     drows_rD, dweights_r, *dmatrices = how.exchange(order, chosen_Mk.shape[1]).over_rounds(do, nothing)
     dweights_Mk = dweights_r[order.rows_Tk].astype(weights_Mk.dtype)

@@ -26,11 +26,11 @@ from qwen2_jax.plan import device_work
 from qwen2_jax.plan.hlo import Collective
 from qwen2_jax.plan.machine import Machine
 from qwen2_jax.plan.roofline import Network, Seconds
-from qwen2_jax.plan.shapes import is_spec
 from qwen2_jax.train.config import Run
 from qwen2_jax.train.dry_run import kept_per_token
-from qwen2_jax.weights.params import ParamSpec, Tree
+from qwen2_jax.weights.params import ParamSpec, Tree, is_spec
 
+WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1, "int4": 0.625}  # of a frozen weight, with its scales
 MOMENTS = {"adamw": 2, "adafactor": 0}  # float32 numbers per weight that an optimizer keeps; rows and columns are few
 
 
@@ -140,7 +140,7 @@ def _bytes(setting: Setting) -> float:
     total = 4.0 * trained * (1 + moments + (run.ema is not None))
     total += trained * (setting.itemsize if run.accumulate == 1 else 4 + setting.itemsize)
     if run.lora is not None:
-        total += setting.held() * jnp.dtype("int8" if run.lora_base == "int8" else run.lora_base).itemsize
+        total += setting.held() * WEIGHT_BYTES[run.lora_base]
     elif setting.itemsize < 4:
         total += trained * setting.itemsize
     if setting.parts("embed") > 1:  # two layers' weights gathered, this one's and the next one's; the head and its sum

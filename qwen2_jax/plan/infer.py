@@ -19,8 +19,9 @@ from qwen2_jax.parallel import sharding
 from qwen2_jax.plan import architecture, device_work, machine, roofline
 from qwen2_jax.plan.program import Program, compiled, device_bytes
 from qwen2_jax.plan.report import GIB, Part, Plan
-from qwen2_jax.plan.shapes import int8_shapes, shapes
+from qwen2_jax.plan.shapes import form_shapes
 from qwen2_jax.train.step import places_of
+from qwen2_jax.weights.forms import FORMS, array_dtype, nbytes
 from qwen2_jax.weights.params import Tree
 
 CHUNKS = (128, 512, 2048)  # of a prefill, as Buckets.of chooses on accelerators
@@ -112,11 +113,11 @@ def sizes(asked: Mapping[str, int], devices: int) -> dict[str, int]:
 
 def make_generator(config: ModelConfig, mesh: Mesh, job: Job) -> Generator:
     """The generator as load() makes it, with shapes for parameters."""
-    dtype = jnp.dtype("bfloat16" if job.dtype == "int8" else job.dtype)
+    dtype = jnp.dtype(array_dtype(job.dtype))
     if (wider := head_padding.spread(config, mesh)) is not None:
         config = wider.config
     graphdef, specs = decoder.declare(config, dtype=dtype, unroll=True)
-    params = (int8_shapes if job.dtype == "int8" else shapes)(specs, mesh, dtype, sharding.SERVING)
+    params = form_shapes(specs, mesh, job.dtype, sharding.SERVING)
     buckets = Buckets(rows=1, chunks=CHUNKS, limit=max(context_limit(config, mode) for mode in rope.MODES))
     return Generator(
         graphdef, params, config, dtype=dtype, unroll=True, mesh=mesh, buckets=buckets,
@@ -194,10 +195,13 @@ def advice(config: ModelConfig, made: Plan, job: Job, rows: int, context: int) -
             found.append(f"--batch {2 ** int(math.log2(most))} at this context fits")
         if (shorter := int(context * room / cache) // 256 * 256) >= 256:
             found.append(f"--context {shorter} with --batch {job.rows} fits")
-    if job.dtype != "int8":
-        after = made.needed - weights * (1 - 1 / jnp.dtype(job.dtype).itemsize)
-        verdict = "fits" if after <= made.limit else "is not enough alone"
-        found.append(f"--dtype int8 {verdict}: about {after / GIB:.1f} GiB per device")
+    now = nbytes(specs := decoder.declare(config)[1], job.dtype)
+    for smaller in FORMS:
+        share = nbytes(specs, smaller) / now
+        if share < 1:
+            after = made.needed - weights * (1 - share)
+            verdict = "fits" if after <= made.limit else "is not enough alone"
+            found.append(f"--dtype {smaller} {verdict}: about {after / GIB:.1f} GiB per device")
     multiples = (2, 4, 8, 16)
     for more in multiples:
         tensor = default_mesh(config, made.machine.devices * more)["tensor"]

@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from qwen2_jax.plan import hlo
+from qwen2_jax.weights.weight import part_bytes
 
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -96,5 +96,5 @@ def device_bytes(tree: Any) -> int:
     total = 0
     for leaf in jax.tree.leaves(tree):
         part = leaf.shape if getattr(leaf, "sharding", None) is None else leaf.sharding.shard_shape(leaf.shape)
-        total += int(np.prod(part, dtype=np.int64)) * np.dtype(leaf.dtype).itemsize
+        total += part_bytes(jax.ShapeDtypeStruct(part, leaf.dtype))
     return total

@@ -17,7 +17,7 @@ from qwen2_jax.parallel import sharding
 from qwen2_jax.plan import architecture, device_work, estimate, machine, online, roofline
 from qwen2_jax.plan.program import Program, compiled, device_bytes
 from qwen2_jax.plan.report import GIB, Part, Plan
-from qwen2_jax.plan.shapes import int8_shapes, shapes
+from qwen2_jax.plan.shapes import form_shapes
 from qwen2_jax.train.config import Run
 from qwen2_jax.train.stage import stage_of
 from qwen2_jax.train.step import Trainer
@@ -65,12 +65,7 @@ class Job:
         """Shapes of the frozen weights below adapters, with shardings; None if all weights are trained."""
         if self.run.lora is None:
             return None
-        dtype = jnp.dtype("bfloat16" if self.run.lora_base == "int8" else self.run.lora_base)
-        specs = self.trainer.model_specs
-        whole = shapes(specs, self.mesh, dtype)
-        if self.run.lora_base == "int8":
-            whole["stacks"] = int8_shapes(specs["stacks"], self.mesh, dtype)
-        return whole
+        return form_shapes(self.trainer.model_specs, self.mesh, self.run.lora_base, only_layers=True)
 
 
 def plan(run: Run, name: str, path: Path | None = None) -> Plan:

@@ -184,7 +184,7 @@ class Run:
     z_loss: float = 0.0  # keeps the logits' scale from drifting; PaLM uses 1e-4
     moe: Moe = Moe()
     lora: Lora | None = None  # trains adapters; the weights stay as they are
-    lora_base: Literal["bfloat16", "float32", "int8"] = "bfloat16"  # dtype of the weights under the adapters
+    lora_base: Literal["bfloat16", "float32", "int8", "int4"] = "bfloat16"  # dtype of the weights under the adapters
     ema: float | None = None  # decay of an average of the weights, which is evaluated and exported; less at the start
     guard: Guard = Guard()
     mesh: Mesh = Mesh()
@@ -244,7 +244,8 @@ class Run:
             )
         if self.lora is not None and self.start is None:
             raise UserError("lora trains adapters of a checkpoint: give start instead of model")
-        if self.lora is not None and self.dtype != (base := {"int8": "bfloat16"}.get(self.lora_base, self.lora_base)):
+        base = "bfloat16" if self.lora_base in ("int8", "int4") else self.lora_base
+        if self.lora is not None and self.dtype != base:
             raise UserError(
                 f"dtype is {self.dtype!r}; with lora_base {self.lora_base!r} activations are {base}: give that dtype, "
                 "or another lora_base"

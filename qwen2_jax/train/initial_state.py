@@ -14,7 +14,6 @@ from qwen2_jax.train.job import TrainingJob
 from qwen2_jax.train.optim import online_merging
 from qwen2_jax.train.stage import stage_of
 from qwen2_jax.train.step import State, Trainer
-from qwen2_jax.weights import int8
 from qwen2_jax.weights.params import Tree
 
 
@@ -23,7 +22,7 @@ def weights(job: TrainingJob, trainer: Trainer) -> tuple[Callable[[], State], Tr
     run = job.run
     if job.source is None:
         return trainer.init, None
-    dtype = "float32" if run.lora is None else "bfloat16" if run.lora_base == "int8" else run.lora_base
+    dtype = "float32" if run.lora is None else run.lora_base
     load = partial(stage_of(run).load, job, dtype)
     if run.optim.merging is not None:
         return lambda: merging_from(job, trainer, load()), None
@@ -31,9 +30,6 @@ def weights(job: TrainingJob, trainer: Trainer) -> tuple[Callable[[], State], Tr
         return lambda: trainer.init(load()), None
     made = adapters(job)
     frozen = load()
-    if run.lora_base == "int8":
-        # The layers' matrices, as in QLoRA; embedding and LM head are not rounded, because the loss uses them directly.
-        frozen["stacks"] = int8.quantize(frozen["stacks"], trainer.model_specs["stacks"])
     return lambda: trainer.init(made()), frozen
 
 

@@ -31,8 +31,8 @@ from qwen2_jax.train.state.fingerprint import digest
 from qwen2_jax.train.state.lock import alone
 from qwen2_jax.train.state.preemption import Preemption
 from qwen2_jax.train.step import State, Trainer, abstract, places_of
-from qwen2_jax.weights import int8
-from qwen2_jax.weights.params import Tree, count
+from qwen2_jax.weights.forms import array_dtype, form_of
+from qwen2_jax.weights.params import Tree, count, is_spec
 
 
 def run(config: Run, console: Console | None = None, *, group: Group | None = None) -> Path | None:
@@ -144,12 +144,12 @@ def _print_dry_run(job: TrainingJob, trainer: Trainer, console: Console) -> None
     if isinstance(data, Loaded) and isinstance(run.data, Data):
         epochs = [*zip((s.path for s in run.data.sources), data.epochs(job.steps, run.rows), strict=True)]
     specs, places = trainer.model_specs, job.mesh and places_of(trainer.model_specs, job.mesh)
-    dtype = jnp.dtype("bfloat16" if run.lora_base == "int8" else run.lora_base)
+    dtype = jnp.dtype(array_dtype(run.lora_base))
     frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), abstract(specs))
     if places:
         frozen = jax.tree.map(lambda x, p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=p), frozen, places)
-    if run.lora_base == "int8":
-        frozen["stacks"] = jax.eval_shape(lambda stacks: int8.quantize(stacks, specs["stacks"]), frozen["stacks"])
+    if form := form_of(run.lora_base, only_layers=True):
+        frozen = jax.tree.map(lambda spec, x: form.shape(x, spec), specs, frozen, is_leaf=is_spec)
     dry_run.report(
         job.config,
         trained=trainer.abstract.params,

@@ -16,7 +16,8 @@ def results(run: Run, folder: Path) -> list[Path]:
     if run.lora is None:
         return [folder]
     adapters = folder.with_name(folder.name.replace("hf", "adapter"))
-    return [adapters] if run.lora_base == "int8" else [adapters, folder]  # merging would round the adapters away
+    rounded = run.lora_base in ("int8", "int4")  # merging would round the adapters away
+    return [adapters] if rounded else [adapters, folder]
 
 
 def check_inputs_stay(run: Run, start: Any = None, tokenizer: Any = None) -> None:

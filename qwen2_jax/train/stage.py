@@ -80,9 +80,9 @@ class Stage:
         return config
 
     def load(self, job: TrainingJob, dtype: str) -> Tree:
-        """The weights that the run starts from, on the job's mesh."""
+        """The weights that the run starts from, on the job's mesh. dtype: see checkpoint.load_params."""
         assert job.source is not None
-        return checkpoint.load_params(job.source, job.config, dtype=dtype, mesh=job.mesh)
+        return checkpoint.load_params(job.source, job.config, dtype=dtype, mesh=job.mesh, only_layers=True)
 
     def result_config(self, job: TrainingJob) -> ModelConfig:
         """The configuration that is written beside the trained weights."""

@@ -26,7 +26,7 @@ from qwen2_jax.train.batch_sharding import Placing
 from qwen2_jax.train.objectives.batch_losses import NextToken, Objective, logprobs
 from qwen2_jax.train.objectives.loss_sums import Sums
 from qwen2_jax.train.optim import optimizer
-from qwen2_jax.weights.params import ParamSpec, Tree, leaves
+from qwen2_jax.weights.params import ParamSpec, Tree, is_spec, leaves
 
 if TYPE_CHECKING:
     from qwen2_jax.train.config import Guard, Run
@@ -160,7 +160,7 @@ class Trainer:
         dtype = jnp.dtype(self.run.dtype)
         cast = lambda spec, p: p if is_router(spec) else p.astype(dtype)  # noqa: E731
         if self.run.lora is None or frozen is None:
-            return jax.tree.map(cast, self.model_specs, params, is_leaf=_is_spec)
+            return jax.tree.map(cast, self.model_specs, params, is_leaf=is_spec)
         return lora.attach(frozen, params, self.run.lora)
 
     def _forward(self, weights: Tree, batch: Batch) -> tuple[decoder.Qwen2, decoder.Output]:
@@ -274,12 +274,12 @@ class Trainer:
 
 def abstract(specs: Tree) -> Tree:
     """Shapes and dtypes of what is declared, without arrays."""
-    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), specs, is_leaf=_is_spec)
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), specs, is_leaf=is_spec)
 
 
 def places_of(specs: Tree, mesh: jax.sharding.Mesh, rules: Mapping = sharding.RULES) -> Tree:
     """The sharding of each declared parameter on the mesh."""
-    return jax.tree.map(lambda s: sharding.sharding(s.axes, s.shape, mesh, rules), specs, is_leaf=_is_spec)
+    return jax.tree.map(lambda s: sharding.sharding(s.axes, s.shape, mesh, rules), specs, is_leaf=is_spec)
 
 
 def is_router(spec: ParamSpec) -> bool:
@@ -303,14 +303,10 @@ def group(spec: ParamSpec) -> str:
     return "embedding"
 
 
-def _is_spec(leaf) -> bool:
-    return isinstance(leaf, ParamSpec)
-
-
 def _norms(tree: Tree, specs: Tree) -> Metrics:
     """Euclidean norm of each group of parameters."""
     squares: dict[str, jax.Array] = {}
-    for spec, x in zip(jax.tree.leaves(specs, is_leaf=_is_spec), jax.tree.leaves(tree), strict=True):
+    for spec, x in zip(jax.tree.leaves(specs, is_leaf=is_spec), jax.tree.leaves(tree), strict=True):
         squares[group(spec)] = squares.get(group(spec), jnp.zeros(())) + jnp.sum(jnp.square(x.astype(jnp.float32)))
     return {name: jnp.sqrt(x) for name, x in sorted(squares.items())}
 

@@ -15,7 +15,7 @@ from jax.sharding import Sharding
 from qwen2_jax.ops import embedding
 from qwen2_jax.weights import plain
 from qwen2_jax.weights.params import ParamSpec, Tree
-from qwen2_jax.weights.weight import StoredWeight, convert, part_sharding, summed
+from qwen2_jax.weights.weight import Experts, StoredWeight, convert, part_sharding, summed
 
 
 @jax.tree_util.register_dataclass
@@ -61,8 +61,8 @@ class Int8(StoredWeight):
         scale = plain.along(self.scale, axis, change) if of_output else self.scale
         return Int8(plain.along(self.values, axis, change), scale)
 
-    def of_experts(self) -> tuple[jax.Array, jax.Array]:
-        return self.values, self.scale
+    def of_experts(self) -> Experts:
+        return self.values, self.scale, None
 
 
 def quantize(params: Tree, specs: Tree) -> Tree:

@@ -104,6 +104,11 @@ def leaves(tree: Tree, path: tuple = ()) -> Iterator[tuple[tuple, Any]]:
             yield here, tree[name]
 
 
+def is_spec(leaf: Any) -> bool:
+    """Whether a leaf is a declaration; jax.tree.map would look inside."""
+    return isinstance(leaf, ParamSpec)
+
+
 def count(tree: Tree) -> int:
     """Number of scalars in a tree of arrays or ParamSpecs."""
     return sum(math.prod(leaf.shape) for _, leaf in leaves(tree))

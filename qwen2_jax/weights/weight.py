@@ -2,16 +2,18 @@
 """The one protocol for weights, in whatever form they are stored.
 
 A weight is [*out, *in], behind a dimension of layers where several are stacked. It is an array (plain.py) or a
-`StoredWeight`: int8.py, adapted.py. The model calls `matmul` and `take`; no other file asks which form a weight has. A
-new form is one new file: a subclass of StoredWeight whose arrays are its pytree leaves, registered with
-jax.tree_util.register_dataclass, and a function (array, ParamSpec) -> form for `convert`.
+`StoredWeight`: int8.py, int4_groups.py, adapted.py. The model calls `matmul` and `take`; no other file asks which form
+a weight has. A new form is one new file, a subclass of StoredWeight whose arrays are its pytree leaves, registered with
+jax.tree_util.register_dataclass, and an entry in forms.py.
 """
 
 import abc
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Self
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from qwen2_jax.weights import plain
@@ -58,12 +60,18 @@ class StoredWeight(abc.ABC):
         """See the function `convert`."""
         return to(self.dequantize(), spec)
 
-    def of_experts(self) -> tuple[jax.Array, jax.Array | None]:
+    def fitted(self, where: Sharding) -> Self:
+        """See the function `fitted`."""
+        return self
+
+    def of_experts(self) -> "Experts":
         """See the function `of_experts`."""
-        return self.dequantize(), None
+        return self.dequantize(), None, None
 
 
 Weight = jax.Array | StoredWeight
+# values [E, O, I]; then of integers float32 factors [E, O], or factors and perhaps offsets of groups [E, O, G]
+Experts = tuple[jax.Array, jax.Array | None, jax.Array | None]
 
 
 def matmul(x: jax.Array, w: Weight, *, contract: int = 1, dtype=None) -> jax.Array:
@@ -80,9 +88,9 @@ def take(table_VD: Weight, ids: jax.Array, dtype) -> jax.Array:
     return table_VD.take(ids, dtype) if isinstance(table_VD, StoredWeight) else plain.take(table_VD, ids, dtype)
 
 
-def of_experts(w_EOI: Weight) -> tuple[jax.Array, jax.Array | None]:
-    """Matrices of routed experts as ops.experts takes them: (array [E, O, I], None or float32 factors [E, O])."""
-    return w_EOI.of_experts() if isinstance(w_EOI, StoredWeight) else (w_EOI, None)
+def of_experts(w_EOI: Weight) -> Experts:
+    """Matrices of routed experts as ops.experts takes them: (values, factors or None, offsets or None)."""
+    return w_EOI.of_experts() if isinstance(w_EOI, StoredWeight) else (w_EOI, None, None)
 
 
 def dequantize(w: Weight) -> jax.Array:
@@ -103,6 +111,17 @@ def shardings(w: Weight, where: Sharding) -> Any:
     return w.shardings(where) if isinstance(w, StoredWeight) else where
 
 
+def fitted(w: Weight, where: Sharding) -> Weight:
+    """The same weight, with parts that can be divided as `where` divides the weight."""
+    return w.fitted(where) if isinstance(w, StoredWeight) else w
+
+
+def part_bytes(part: Any) -> int:
+    """Bytes on a device of an array, or of its shape and dtype: two numbers of int4 share a byte."""
+    bits = 4 if part.dtype == jnp.int4 else 8 * part.dtype.itemsize
+    return -(-math.prod(part.shape) * bits // 8)
+
+
 def part_sharding(where: Sharding, dims: Sequence[int | None]) -> Sharding:
     """For a part of a weight whose layout is `where`: dims gives, for each dimension of the part, that of the weight
     with which it is divided, or None for a dimension that is not divided."""
@@ -114,7 +133,12 @@ def part_sharding(where: Sharding, dims: Sequence[int | None]) -> Sharding:
 
 def put(params: Any, where: Any) -> Any:
     """The parameters as `where` says, a tree of one Sharding per weight; what lies there already is not copied."""
-    return jax.tree.map(lambda w, to: jax.device_put(w, shardings(w, to)), params, where, is_leaf=_is_stored)
+
+    def one(w: Weight, to: Sharding) -> Weight:
+        w = fitted(w, to)
+        return jax.device_put(w, shardings(w, to))
+
+    return jax.tree.map(one, params, where, is_leaf=_is_stored)
 
 
 def stored_forms(params: Any) -> tuple[str, ...]:

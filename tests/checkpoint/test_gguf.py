@@ -10,6 +10,7 @@ import pytest
 from tokenizers import AddedToken, models, pre_tokenizers
 
 import checkpoint.hf_folders as hf
+from checkpoint.kept_groups import groups_are_the_weights
 from mutations import damaged, right_or_refused
 from qwen2_jax import checkpoint
 from qwen2_jax.checkpoint.formats import gguf_write
@@ -38,6 +39,12 @@ def test_a_scale_that_is_not_finite_is_refused():
         if block.name != "MXFP4":  # whose scales are powers of two
             with pytest.raises(UserError, match=f"a block of {block.name} has a scale that is not finite"):
                 block.dequantize(np.full((1, block.nbytes), 0x7C, np.uint8))
+
+
+@recorded
+@pytest.mark.parametrize("name", ["all-types", "moe"])
+def test_int4_keeps_the_blocks_of_the_file(name):
+    assert groups_are_the_weights(min((QUANT / f"gguf-{name}").glob("*.gguf"))) > 7
 
 
 @recorded

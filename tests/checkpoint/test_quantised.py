@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 import checkpoint.hf_folders as hf
 import qwen2_jax
+from checkpoint.kept_groups import groups_are_the_weights
 from mutations import mutated, right_or_refused
 from qwen2_jax import checkpoint
 from qwen2_jax.errors import UserError
@@ -40,6 +41,14 @@ def weights_are(folder: Path, expected) -> None:
 @pytest.mark.parametrize("name", FOLDERS)
 def test_recorded_weights(name):
     weights_are(QUANT / name, np.load(QUANT / name / "expected.npz"))
+
+
+@recorded
+@pytest.mark.parametrize("name", FOLDERS)
+def test_int4_keeps_the_integers_of_the_files(name):
+    """But for code books, float8, and columns that are not in the order of their groups."""
+    count = groups_are_the_weights(QUANT / name)
+    assert (count == 0) == (name in ("bnb-nf4", "fp8-static", "ct-fp8-dynamic", "gptq-int4-act-order"))
 
 
 def copied(folder: Path, to: Path, change=None) -> Path:

@@ -27,7 +27,7 @@ from qwen2_jax.plan import architecture, command, device_work, estimate, infer, 
 from qwen2_jax.plan.machine import parse
 from qwen2_jax.plan.program import Program, device_bytes, refused
 from qwen2_jax.plan.roofline import Seconds
-from qwen2_jax.plan.shapes import int8_shapes, shapes
+from qwen2_jax.plan.shapes import form_shapes, shapes
 from qwen2_jax.train import Lora, Mesh, Optim, Pretrain, Start, config_file
 
 ROOT = Path(__file__).parents[2]
@@ -148,12 +148,16 @@ def test_int8_halves_a_mixture_of_experts(tensor):
     config = dataclasses.replace(PRESETS["qwen2-57b-a14b"], num_hidden_layers=2)
     sizes = dict.fromkeys(sharding.AXES, 1) | {"tensor": tensor}
     mesh, specs = AbstractMesh(tuple(sizes.values()), tuple(sizes)), decoder.declare(config, unroll=True)[1]
-    params = int8_shapes(specs, mesh, jnp.bfloat16, sharding.SERVING)
+    params = form_shapes(specs, mesh, "int8", sharding.SERVING)
     E, D, F = config.num_experts, config.hidden_size, config.moe_intermediate_size
     gate_and_up, down = 2 * E * (F * D + 4 * F), E * (D * F + 4 * D * tensor)  # each device has the scales of `down`
     assert device_bytes(infer._experts(params)) == 2 * (gate_and_up + down) / tensor
     plain = device_bytes(shapes(specs, mesh, jnp.bfloat16, sharding.SERVING))
     assert 0.5 < device_bytes(params) / plain < 0.51
+    params = form_shapes(specs, mesh, "int4", sharding.SERVING)
+    group = min(64, F // tensor)  # whole groups on every device
+    gate_and_up, down = 2 * E * F * D * (1 / 2 + 8 / 64), E * D * F * (1 / 2 + 8 / group)
+    assert device_bytes(infer._experts(params)) == 2 * (gate_and_up + down) / tensor
 
 
 def test_words_of_the_compiler():

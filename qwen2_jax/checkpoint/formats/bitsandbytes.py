@@ -13,7 +13,13 @@ import numpy as np
 
 from qwen2_jax.checkpoint.formats.gptq_awq import FLOATS, dimensions, of_dtype, setting, shape_of
 from qwen2_jax.checkpoint.formats.safetensors import TensorInFile
-from qwen2_jax.checkpoint.formats.stored_tensor import PLAIN, DecodedTensor, StoredTensor
+from qwen2_jax.checkpoint.formats.stored_tensor import (
+    DecodedTensor,
+    GroupLayout,
+    Integers,
+    NotInGroups,
+    StoredTensor,
+)
 from qwen2_jax.errors import CheckpointError
 from qwen2_jax.files.json_text import parse_json_object
 
@@ -81,8 +87,14 @@ class BitsAndBytes:
 @dataclasses.dataclass(frozen=True)
 class _Int8:
     row_multiple: int = 1
-    form: str = PLAIN
     kind: str = "bitsandbytes int8"
+
+    def groups(self, parts: Mapping[str, StoredTensor]) -> GroupLayout:
+        return GroupLayout(parts["weight"].shape[1], 8, False)
+
+    def split(self, parts: Mapping[str, StoredTensor], rows: slice) -> Integers:
+        with parts["weight"].mapped() as q, parts["SCB"].mapped() as largest:
+            return np.array(q[rows]), largest[rows, None].astype(np.float32) / np.float32(127), None
 
     def decode(self, parts: Mapping[str, StoredTensor], rows: slice) -> np.ndarray:
         with parts["weight"].mapped() as q, parts["SCB"].mapped() as largest:
@@ -90,7 +102,7 @@ class _Int8:
 
 
 @dataclasses.dataclass(frozen=True)
-class _FourBits:
+class _FourBits(NotInGroups):
     """nested: blocks whose largest values share a scale, 0 where these are float32."""
 
     K: int
@@ -99,7 +111,6 @@ class _FourBits:
     offset: float
     code: str
     row_multiple: int = 1
-    form: str = PLAIN
 
     @property
     def kind(self) -> str:

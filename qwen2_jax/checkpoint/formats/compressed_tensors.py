@@ -23,7 +23,7 @@ from qwen2_jax.checkpoint.formats.gptq_awq import (
     unpack,
 )
 from qwen2_jax.checkpoint.formats.safetensors import TensorInFile
-from qwen2_jax.checkpoint.formats.stored_tensor import PLAIN, DecodedTensor, StoredTensor
+from qwen2_jax.checkpoint.formats.stored_tensor import DecodedTensor, GroupLayout, Integers, StoredTensor
 from qwen2_jax.errors import CheckpointError
 
 FLOAT32 = np.dtype(np.float32)
@@ -97,7 +97,6 @@ class CompressedTensors:
 class _Packed:
     bits: int
     module: str
-    form: str = PLAIN
 
     @property
     def row_multiple(self) -> int:
@@ -107,28 +106,50 @@ class _Packed:
     def kind(self) -> str:
         return f"compressed int{self.bits}"
 
+    def groups(self, parts: Mapping[str, StoredTensor]) -> GroupLayout | None:
+        (K, G), offset = self._dimensions(parts), "weight_zero_point" in parts
+        in_order = K % G == 0 and np.array_equal(self._group_of_inputs(parts, K, G), np.arange(K) // (K // G))
+        return GroupLayout(K // G, self.bits, offset) if in_order else None
+
+    def split(self, parts: Mapping[str, StoredTensor], rows: slice) -> Integers:
+        q_RK, zero_RG, scale_RG = self._read(parts, rows)
+        return q_RK, scale_RG, None if zero_RG is None else scale_RG * zero_RG
+
     def decode(self, parts: Mapping[str, StoredTensor], rows: slice) -> np.ndarray:
-        n, half = self.row_multiple, np.float32(1 << (self.bits - 1))
-        with parts["weight_shape"].mapped() as shape:
-            K = int(shape[1])
-        with parts["weight_packed"].mapped() as words:
-            w_RK = unpack(words[rows], self.bits, axis=1)[:, :K].astype(np.float32)
-        with parts["weight_scale"].mapped() as scales:
-            scale_RG = scales[rows].astype(np.float32)
-        if "weight_g_idx" in parts:
-            with parts["weight_g_idx"].mapped() as array:
-                group_K = np.array(array)
-            if group_K.min(initial=0) < 0 or group_K.max(initial=0) >= scale_RG.shape[1]:
-                raise CheckpointError(f"{self.module}: weight_g_idx names groups that are not there")
-        else:
-            group_K = np.arange(K) // (K // scale_RG.shape[1])
-        w_RK -= half
-        if "weight_zero_point" in parts:
-            with parts["weight_zero_point"].mapped() as words:
-                zero_RG = unpack(words[rows.start // n : -(-rows.stop // n)], self.bits, axis=0)[: len(w_RK)]
-            w_RK -= (zero_RG.astype(np.float32) - half)[:, group_K]
+        q_RK, zero_RG, scale_RG = self._read(parts, rows)
+        group_K = self._group_of_inputs(parts, q_RK.shape[1], scale_RG.shape[1])
+        w_RK = q_RK.astype(np.float32)
+        if zero_RG is not None:
+            w_RK -= zero_RG[:, group_K]
         w_RK *= scale_RG[:, group_K]
         return w_RK
+
+    def _dimensions(self, parts: Mapping[str, StoredTensor]) -> tuple[int, int]:
+        """(K, G)."""
+        with parts["weight_shape"].mapped() as shape:
+            return int(shape[1]), parts["weight_scale"].shape[1]
+
+    def _read(self, parts: Mapping[str, StoredTensor], rows: slice) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
+        """(integers [R, K], zero points [R, G] in float32 if there are any, scales [R, G] in float32)."""
+        n, half, (K, _) = self.row_multiple, 1 << (self.bits - 1), self._dimensions(parts)
+        with parts["weight_packed"].mapped() as words:
+            q_RK = (unpack(words[rows], self.bits, axis=1)[:, :K].astype(np.int16) - half).astype(np.int8)
+        with parts["weight_scale"].mapped() as scales:
+            scale_RG = scales[rows].astype(np.float32)
+        if "weight_zero_point" not in parts:
+            return q_RK, None, scale_RG
+        with parts["weight_zero_point"].mapped() as words:
+            zero_RG = unpack(words[rows.start // n : -(-rows.stop // n)], self.bits, axis=0)[: len(q_RK)]
+        return q_RK, zero_RG.astype(np.float32) - np.float32(half), scale_RG
+
+    def _group_of_inputs(self, parts: Mapping[str, StoredTensor], K: int, G: int) -> np.ndarray:
+        if "weight_g_idx" not in parts:
+            return np.arange(K) // (K // G)
+        with parts["weight_g_idx"].mapped() as array:
+            group_K = np.array(array)
+        if group_K.min(initial=0) < 0 or group_K.max(initial=0) >= G:
+            raise CheckpointError(f"{self.module}: weight_g_idx names groups that are not there")
+        return group_K
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +199,16 @@ class _Scaled:
     block: tuple[int, int] | None
     kind: str
     row_multiple: int = 1
-    form: str = PLAIN
+
+    def groups(self, parts: Mapping[str, StoredTensor]) -> GroupLayout | None:
+        """A whole row is a group; float8 and scales of blocks are not integers in groups."""
+        is_integer = parts["weight"].dtype == np.int8 and self.block is None
+        return GroupLayout(parts["weight"].shape[1], 8, False) if is_integer else None
+
+    def split(self, parts: Mapping[str, StoredTensor], rows: slice) -> Integers:
+        with parts["weight"].mapped() as q, parts[self.scale].mapped() as stored:
+            scale = np.array(stored, np.float32).reshape(-1, 1)
+            return np.array(q[rows]), scale[rows] if len(scale) > 1 else scale.repeat(rows.stop - rows.start, 0), None
 
     def decode(self, parts: Mapping[str, StoredTensor], rows: slice) -> np.ndarray:
         with parts["weight"].mapped() as q, parts[self.scale].mapped() as stored:

@@ -10,6 +10,7 @@ from qwen2_jax.checkpoint.formats.names import Leaf, Tree
 from qwen2_jax.checkpoint.formats.protocol import Progress, Sharding
 from qwen2_jax.checkpoint.formats.stored_tensor import StoredTensor
 from qwen2_jax.checkpoint.transfer import load
+from qwen2_jax.weights.forms import Form
 from qwen2_jax.weights.params import ParamSpec
 
 
@@ -32,6 +33,8 @@ class FileTensors:
         """See ArrayTensors in protocol.py."""
         return load.read_array(self, spec, where)
 
-    def read_params(self, specs: Tree, sharding: Sharding, *, progress: Progress | None = None) -> Tree:
+    def read_params(
+        self, specs: Tree, sharding: Sharding, *, progress: Progress | None = None, form: Form | None = None
+    ) -> Tree:
         """See Reader in protocol.py."""
-        return load.read_params(self, specs, sharding, progress=progress)
+        return load.read_params(self, specs, sharding, progress=progress, form=form)

@@ -21,7 +21,7 @@ from qwen2_jax.checkpoint.formats.gguf_metadata import FILES, Metadata
 from qwen2_jax.checkpoint.formats.names import Slot, Tree, table
 from qwen2_jax.checkpoint.formats.protocol import Format
 from qwen2_jax.checkpoint.formats.small_files import SmallFiles
-from qwen2_jax.checkpoint.formats.stored_tensor import PLAIN, DecodedTensor, StoredTensor
+from qwen2_jax.checkpoint.formats.stored_tensor import DecodedTensor, GroupLayout, Integers, StoredTensor
 from qwen2_jax.errors import CheckpointError
 
 PART = re.compile(r"(.+)-00001-of-(\d{5})\.gguf")
@@ -69,11 +69,19 @@ class Blocks:
 
     type: BlockType
     row_multiple: int = 1
-    form: str = PLAIN
 
     @property
     def kind(self) -> str:
         return self.type.name
+
+    def groups(self, parts: Mapping[str, StoredTensor]) -> GroupLayout:
+        return self.type.layout
+
+    def split(self, parts: Mapping[str, StoredTensor], rows: slice) -> Integers:
+        with parts["blocks"].mapped() as raw:
+            q, scale, offset = self.type.integers(raw[rows].reshape(-1, self.type.nbytes))
+        in_rows = [part if part is None else part.reshape(rows.stop - rows.start, -1) for part in (q, scale, offset)]
+        return tuple(in_rows)  # type: ignore[return-value]
 
     def decode(self, parts: Mapping[str, StoredTensor], rows: slice) -> np.ndarray:
         with parts["blocks"].mapped() as raw:

@@ -9,10 +9,12 @@ n blocks of one tensor, G groups of a block.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import numpy as np
 
+from qwen2_jax.checkpoint.formats.stored_tensor import GroupLayout
 from qwen2_jax.errors import CheckpointError
 
 Split = tuple[np.ndarray, np.ndarray, np.ndarray | None]  # q int8 [n, G, weights of a group], scale [n, G], offset
@@ -20,19 +22,41 @@ Split = tuple[np.ndarray, np.ndarray, np.ndarray | None]  # q int8 [n, G, weight
 
 @dataclasses.dataclass(frozen=True)
 class BlockType:
-    """name: llama.cpp's. weights, nbytes: of a block. split: uint8 [n, nbytes] to integers, scales and offsets."""
+    """name: llama.cpp's. weights, nbytes: of a block. split: uint8 [n, nbytes] to integers, scales and offsets.
+
+    lowest: of the integers, where they fit into 4 bits; None where they need 8.
+    """
 
     name: str
     weights: int
     nbytes: int
     split: Callable[[np.ndarray], Split]
+    lowest: int | None = None
+
+    @functools.cached_property
+    def layout(self) -> GroupLayout:
+        q, _, offset = self.split(np.zeros((1, self.nbytes), np.uint8))
+        return GroupLayout(q.shape[-1], 8 if self.lowest is None else 4, offset is not None)
+
+    def integers(self, raw: np.ndarray) -> Split:
+        """As `split`, with integers of -8 to 7 where they fit into 4 bits: what is taken off them goes to the offset,
+        which is rounded once. Raises CheckpointError for a scale that is not finite."""
+        with np.errstate(invalid="ignore", over="ignore"):
+            q, scale, offset = self.split(raw)
+        self._check(scale, offset)
+        if self.lowest == 0 and offset is not None:
+            q, offset = q - np.int8(8), offset - 8 * scale
+        return q, scale, offset
+
+    def _check(self, scale: np.ndarray, offset: np.ndarray | None) -> None:
+        if not (np.isfinite(scale).all() and (offset is None or np.isfinite(offset).all())):
+            raise CheckpointError(f"a block of {self.name} has a scale that is not finite; the file is damaged")
 
     def dequantize(self, raw: np.ndarray) -> np.ndarray:
         """float32 [n, weights] of uint8 [n, nbytes]. Raises CheckpointError for a scale that is not finite."""
         with np.errstate(invalid="ignore", over="ignore"):  # of scales that are refused below
             q, scale, offset = self.split(raw)
-        if not (np.isfinite(scale).all() and (offset is None or np.isfinite(offset).all())):
-            raise CheckpointError(f"a block of {self.name} has a scale that is not finite; the file is damaged")
+        self._check(scale, offset)
         weights = q.astype(np.float32)
         weights *= scale[..., None]
         if offset is not None:
@@ -156,14 +180,14 @@ def _iq4_xs(raw: np.ndarray) -> Split:
 
 PLAIN = {0: "F32", 1: "F16", 30: "BF16"}
 BLOCKS = {
-    2: BlockType("Q4_0", 32, 18, _q4_0),
-    3: BlockType("Q4_1", 32, 20, _q4_1),
+    2: BlockType("Q4_0", 32, 18, _q4_0, -8),
+    3: BlockType("Q4_1", 32, 20, _q4_1, 0),
     6: BlockType("Q5_0", 32, 22, _q5_0),
     7: BlockType("Q5_1", 32, 24, _q5_1),
     8: BlockType("Q8_0", 32, 34, _q8_0),
-    10: BlockType("Q2_K", 256, 84, _q2_k),
-    11: BlockType("Q3_K", 256, 110, _q3_k),
-    12: BlockType("Q4_K", 256, 144, _q4_k),
+    10: BlockType("Q2_K", 256, 84, _q2_k, 0),
+    11: BlockType("Q3_K", 256, 110, _q3_k, -4),
+    12: BlockType("Q4_K", 256, 144, _q4_k, 0),
     13: BlockType("Q5_K", 256, 176, _q5_k),
     14: BlockType("Q6_K", 256, 210, _q6_k),
     20: BlockType("IQ4_NL", 32, 18, _iq4_nl),

@@ -14,7 +14,7 @@ from typing import Any, Self
 import numpy as np
 
 from qwen2_jax.checkpoint.formats.safetensors import TensorInFile
-from qwen2_jax.checkpoint.formats.stored_tensor import PLAIN, DecodedTensor, StoredTensor
+from qwen2_jax.checkpoint.formats.stored_tensor import DecodedTensor, GroupLayout, Integers, StoredTensor
 from qwen2_jax.errors import CheckpointError
 
 FLOATS, INDICES = ("float16", "bfloat16", "float32"), ("int32", "int64")
@@ -119,7 +119,6 @@ class _GptqDecoder:
     settings: Gptq
     group: int
     module: str
-    form: str = PLAIN
 
     @property
     def row_multiple(self) -> int:
@@ -129,7 +128,29 @@ class _GptqDecoder:
     def kind(self) -> str:
         return f"GPTQ int{self.settings.bits}"
 
+    def groups(self, parts: Mapping[str, StoredTensor]) -> GroupLayout | None:
+        """None where columns are not in the order of their groups ("act-order"), or do not fill the last one."""
+        K = parts["qweight"].shape[0] * self.row_multiple
+        if K % self.group or not np.array_equal(self._group_of_inputs(parts, K), np.arange(K) // self.group):
+            return None
+        return GroupLayout(self.group, self.settings.bits, not self.settings.symmetric)
+
+    def split(self, parts: Mapping[str, StoredTensor], rows: slice) -> Integers:
+        q_KR, zero_GR, scale_GR = self._read(parts, rows)
+        half = 1 << (self.settings.bits - 1)
+        q_RK = (q_KR.T.astype(np.int16) - half).astype(np.int8)
+        return q_RK, scale_GR.T, None if self.settings.symmetric else (scale_GR * (zero_GR - np.float32(half))).T
+
     def decode(self, parts: Mapping[str, StoredTensor], rows: slice) -> np.ndarray:
+        q_KR, zero_GR, scale_GR = self._read(parts, rows)
+        group_K = self._group_of_inputs(parts, len(q_KR))
+        w_KR = q_KR.astype(np.float32)
+        w_KR -= zero_GR[group_K]
+        w_KR *= scale_GR[group_K]
+        return w_KR.T
+
+    def _read(self, parts: Mapping[str, StoredTensor], rows: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(unsigned integers [K, R], zero points and scales [G, R] in float32)."""
         bits, n = self.settings.bits, self.row_multiple
         with parts["qweight"].mapped() as words:
             q_KR = unpack(words[:, rows], bits, axis=0)
@@ -137,17 +158,16 @@ class _GptqDecoder:
             zero_GR = self._zeros(unpack(words[:, rows.start // n : -(-rows.stop // n)], bits, axis=1))
         with parts["scales"].mapped() as scales:
             scale_GR = scales[:, rows].astype(np.float32)
-        if "g_idx" in parts:
-            with parts["g_idx"].mapped() as array:
-                group_K = np.array(array)
-            if group_K.min(initial=0) < 0 or group_K.max(initial=0) >= len(scale_GR):
-                raise CheckpointError(f"{self.module}: g_idx names groups that are not there")
-        else:
-            group_K = np.arange(len(q_KR)) // self.group
-        w_KR = q_KR.astype(np.float32)
-        w_KR -= zero_GR[group_K]
-        w_KR *= scale_GR[group_K]
-        return w_KR.T
+        return q_KR, zero_GR, scale_GR
+
+    def _group_of_inputs(self, parts: Mapping[str, StoredTensor], K: int) -> np.ndarray:
+        if "g_idx" not in parts:
+            return np.arange(K) // self.group
+        with parts["g_idx"].mapped() as array:
+            group_K = np.array(array)
+        if group_K.min(initial=0) < 0 or group_K.max(initial=0) >= parts["scales"].shape[0]:
+            raise CheckpointError(f"{self.module}: g_idx names groups that are not there")
+        return group_K
 
     def _zeros(self, stored: np.ndarray) -> np.ndarray:
         """float32. Version 1 stores them less one. Of symmetric weights both spellings exist, whatever the version."""
@@ -190,16 +210,26 @@ class Awq:
 class _AwqDecoder:
     group: int
     row_multiple: int = 8
-    form: str = PLAIN
     kind: str = "AWQ int4"
 
+    def groups(self, parts: Mapping[str, StoredTensor]) -> GroupLayout | None:
+        return GroupLayout(self.group, 4, True) if parts["qweight"].shape[0] % self.group == 0 else None
+
+    def split(self, parts: Mapping[str, StoredTensor], rows: slice) -> Integers:
+        q_KR, zero_GR, scale_GR = self._read(parts, rows)
+        return q_KR.T.view(np.int8) - np.int8(8), scale_GR.T, (scale_GR * (zero_GR - np.float32(8))).T
+
     def decode(self, parts: Mapping[str, StoredTensor], rows: slice) -> np.ndarray:
-        words = slice(rows.start // 8, -(-rows.stop // 8))
-        with parts["qweight"].mapped() as q, parts["qzeros"].mapped() as zeros, parts["scales"].mapped() as scales:
-            w_KR = unpack(q[:, words], 4, 1, AWQ_ORDER).astype(np.float32)
-            zero_GR = unpack(zeros[:, words], 4, 1, AWQ_ORDER).astype(np.float32)
-            scale_GR = scales[:, rows].astype(np.float32)
-        group_K = np.arange(len(w_KR)) // self.group
+        q_KR, zero_GR, scale_GR = self._read(parts, rows)
+        group_K = np.arange(len(q_KR)) // self.group
+        w_KR = q_KR.astype(np.float32)
         w_KR -= zero_GR[group_K]
         w_KR *= scale_GR[group_K]
         return w_KR.T
+
+    def _read(self, parts: Mapping[str, StoredTensor], rows: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(unsigned integers [K, R], zero points and scales [G, R] in float32)."""
+        words = slice(rows.start // 8, -(-rows.stop // 8))
+        with parts["qweight"].mapped() as q, parts["qzeros"].mapped() as zeros, parts["scales"].mapped() as scales:
+            q_KR = unpack(q[:, words], 4, 1, AWQ_ORDER)
+            return q_KR, unpack(zeros[:, words], 4, 1, AWQ_ORDER).astype(np.float32), scales[:, rows].astype(np.float32)

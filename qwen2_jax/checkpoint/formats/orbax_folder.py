@@ -31,7 +31,9 @@ from qwen2_jax.checkpoint.manifest import Manifest
 from qwen2_jax.checkpoint.transfer.load import DeviceStack, HostStack, on_cpu
 from qwen2_jax.checkpoint.transfer.row_reads import by_rows, moved
 from qwen2_jax.errors import CheckpointError
+from qwen2_jax.weights.forms import Form
 from qwen2_jax.weights.params import ParamSpec, leaves
+from qwen2_jax.weights.weight import Weight
 
 # glibc keeps what many threads have freed; its trim gives it back. None elsewhere.
 _malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
@@ -208,7 +210,9 @@ class OrbaxFolder:
             smallest = min(self.leaves, key=self._nbytes)
             self.read([(smallest, self.arrays[smallest.path][1], host())])
 
-    def read_params(self, specs: Tree, sharding: Sharding, *, progress: Progress | None = None) -> Tree:
+    def read_params(
+        self, specs: Tree, sharding: Sharding, *, progress: Progress | None = None, form: Form | None = None
+    ) -> Tree:
         """See Reader in protocol.py."""
         layers: list[tuple[tuple, ParamSpec, int | None, Leaf]] = []
         by_path = {leaf.path: leaf for leaf in self.leaves}
@@ -218,7 +222,7 @@ class OrbaxFolder:
             if not spec.layers:
                 layers.append((path, spec, None, by_path[leaf_path(path, None)]))
         total, done = sum(map(self._nbytes, self.leaves)), 0
-        flat: dict[tuple, jax.Array] = {}
+        flat: dict[tuple, Weight] = {}
         stacks: dict[tuple, HostStack | DeviceStack] = {}
 
         def nbytes(item) -> int:  # on disk or as a parameter, whichever is more
@@ -231,18 +235,19 @@ class OrbaxFolder:
                 array = moved(arrays.pop(0), sharding(spec))
                 done += self._nbytes(leaf)
                 if r is None or len(spec.layers) == 1:
-                    flat[path] = array
+                    flat[path] = array if form is None else form.convert(array, spec, sharding(spec))
                     continue
                 if path not in stacks:
                     stacks[path] = (HostStack if on_cpu(sharding(spec)) else DeviceStack)(spec, sharding(spec))
                 stacks[path].set(r, array)
                 if r == len(spec.layers) - 1:
-                    flat[path] = stacks.pop(path).array()
+                    array = stacks.pop(path).array()
+                    flat[path] = array if form is None else form.convert(array, spec, sharding(spec))
             if progress is not None:
                 progress(done, total)
         params: Tree = {}
-        for path, array in flat.items():
-            put(params, path, array)
+        for path, w in flat.items():
+            put(params, path, w)
         return params
 
 

@@ -23,6 +23,7 @@ from qwen2_jax.checkpoint.formats.names import Leaf, Tree
 from qwen2_jax.checkpoint.formats.safetensors_layout import Layout
 from qwen2_jax.checkpoint.formats.small_files import FolderFiles, SmallFiles
 from qwen2_jax.checkpoint.formats.stored_tensor import StoredTensor, TensorInfo
+from qwen2_jax.weights.forms import Form
 from qwen2_jax.weights.params import ParamSpec
 
 Progress = Callable[[int, int], None]  # called with (bytes done, bytes in all)
@@ -67,8 +68,13 @@ class RowTensors(Protocol):
 class Reader(ArrayTensors, Protocol):
     """An opened checkpoint whose names, shapes and dtypes are those of its config."""
 
-    def read_params(self, specs: Tree, sharding: Sharding, *, progress: Progress | None = None) -> Tree:
-        """The parameters declared by `specs`, in their dtypes and shardings. progress counts the checkpoint's bytes."""
+    def read_params(
+        self, specs: Tree, sharding: Sharding, *, progress: Progress | None = None, form: Form | None = None
+    ) -> Tree:
+        """The parameters declared by `specs`, in their dtypes and shardings. progress counts the checkpoint's bytes.
+
+        form: of the weight matrices, where they are not kept as arrays.
+        """
 
     def layout(self) -> Layout | None:
         """The safetensors files that hold or held these tensors, to write them again byte for byte, if known."""

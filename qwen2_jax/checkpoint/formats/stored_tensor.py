@@ -16,7 +16,6 @@ import numpy as np
 
 from qwen2_jax.checkpoint.formats.casting import cast_into
 
-PLAIN = "plain"  # the form of a weight that is one array of float16, bfloat16 or float32
 BLOCK = 1 << 22  # entries that are decoded at a time: 16 MiB of float32
 
 
@@ -43,15 +42,34 @@ class TensorInfo:
 
 
 @dataclasses.dataclass(frozen=True)
-class StoredTensor(TensorInfo):
-    """A tensor that can be read without reading the others. dtype: the one that `mapped` gives.
+class GroupLayout:
+    """Integers in groups, as a file has them. size: inputs of a group. bits: 4 or 8. offset: whether there are any."""
 
-    form: how the weight can stay in memory without loss, PLAIN or the name of a quantised form.
-    """
+    size: int
+    bits: int
+    offset: bool
+
+    def __or__(self, other: "GroupLayout") -> "GroupLayout":
+        """The layout that can hold both."""
+        return GroupLayout(math.gcd(self.size, other.size), max(self.bits, other.bits), self.offset or other.offset)
+
+
+# q int8 [R, I], float32 scale [R, G], offset [R, G] or None: the weight is scale * q - offset
+Integers = tuple[np.ndarray, np.ndarray, np.ndarray | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor(TensorInfo):
+    """A tensor that can be read without reading the others. dtype: the one that `mapped` gives."""
 
     @property
-    def form(self) -> str:
-        return PLAIN
+    def groups(self) -> GroupLayout | None:
+        """How the weight can stay in memory as integers; None where only its values can be had."""
+        return None
+
+    def read_integers(self, rows: slice) -> Integers:
+        """Some rows as integers, with float32 scales and offsets. Only where `groups` is not None."""
+        raise NotImplementedError
 
     def read_into(self, out: np.ndarray, index: tuple[slice, ...], shape: tuple[int, ...]) -> int:
         """Fills `out` with self.reshape(shape)[index], cast to out's dtype. Returns the number of file bytes asked for.
@@ -68,7 +86,7 @@ class StoredTensor(TensorInfo):
 class Decoder(Protocol):
     """Makes a weight from the tensors in which a format stores it. It has the settings: bits, group size, block type.
 
-    row_multiple: rows are decoded in multiples of this (8 where 8 outputs share a word). form, kind: see StoredTensor.
+    row_multiple: rows are decoded in multiples of this (8 where 8 outputs share a word). kind: see TensorInfo.
     """
 
     @property
@@ -77,11 +95,24 @@ class Decoder(Protocol):
     @property
     def row_multiple(self) -> int: ...
 
-    @property
-    def form(self) -> str: ...
+    def groups(self, parts: Mapping[str, StoredTensor]) -> GroupLayout | None:
+        """See StoredTensor."""
+
+    def split(self, parts: Mapping[str, StoredTensor], rows: slice) -> Integers:
+        """The rows as integers; see StoredTensor.read_integers."""
 
     def decode(self, parts: Mapping[str, StoredTensor], rows: slice) -> np.ndarray:
         """The weight's rows [rows.start, rows.stop), in a floating dtype. parts: by the name of their role."""
+
+
+class NotInGroups:
+    """The part of a Decoder whose weights are no integers in groups."""
+
+    def groups(self, parts: Mapping[str, StoredTensor]) -> None:
+        return None
+
+    def split(self, parts: Mapping[str, StoredTensor], rows: slice) -> Integers:
+        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +123,11 @@ class DecodedTensor(StoredTensor):
     decoder: Decoder
 
     @property
-    def form(self) -> str:
-        return self.decoder.form
+    def groups(self) -> GroupLayout | None:
+        return self.decoder.groups(self.parts)
+
+    def read_integers(self, rows: slice) -> Integers:
+        return self.decoder.split(self.parts, rows)
 
     @property
     def kind(self) -> str:

@@ -20,8 +20,10 @@ from qwen2_jax.checkpoint.formats.casting import cast_into
 from qwen2_jax.checkpoint.formats.names import Tree, hf_names, put
 from qwen2_jax.checkpoint.formats.protocol import Progress, RowTensors, Sharding
 from qwen2_jax.checkpoint.formats.safetensors import aligned
+from qwen2_jax.checkpoint.transfer.group_reads import read_groups
 from qwen2_jax.checkpoint.transfer.row_reads import by_rows, moved
 from qwen2_jax.parallel import sharding as shardings
+from qwen2_jax.weights.forms import Form
 from qwen2_jax.weights.params import ParamSpec, leaves
 
 STAGE_BYTES = 512 * 2**20  # a larger shard of stacked layers is filled on the device, layer by layer
@@ -41,10 +43,12 @@ def read_params(
     sharding: Sharding,
     *,
     progress: Progress | None = None,
+    form: Form | None = None,
     stage_bytes: int | None = None,
 ) -> Tree:
     """The parameters declared by `specs`, in their dtypes. progress counts bytes of the tensors.
 
+    form: of the weight matrices, each of which is rounded as soon as it is there, or keeps the groups of its file.
     stage_bytes: largest shard of stacked layers that is assembled on the host; default STAGE_BYTES, and any size on
     CPU, where the host's buffer becomes the device's array.
     """
@@ -53,18 +57,20 @@ def read_params(
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for path, spec in leaves(specs):
             where = sharding(spec)
+            kept = read_groups(tensors, spec, where, pool) if form and form.keeps_groups and form.serves(spec) else None
             shard = where.shard_shape(spec.shape)
             shard_bytes = math.prod(shard) * np.dtype(spec.dtype).itemsize
             limit = stage_bytes if stage_bytes is not None else math.inf if on_cpu(where) else STAGE_BYTES
             whole_layers = bool(spec.layers) and shard[0] == len(spec.layers) > 1
-            if whole_layers and shard_bytes > limit:
-                stack = DeviceStack(spec, where)
-                for r in range(len(spec.layers)):
-                    stack.set(r, _read(tensors, spec, where, pool, r))
-                array = stack.array()
-            else:
-                array = _read(tensors, spec, where, pool, None)
-            put(params, path, array)
+            if kept is None:
+                if whole_layers and shard_bytes > limit:
+                    stack = DeviceStack(spec, where)
+                    for r in range(len(spec.layers)):
+                        stack.set(r, _read(tensors, spec, where, pool, r))
+                    array = stack.array()
+                else:
+                    array = _read(tensors, spec, where, pool, None)
+            put(params, path, kept or (form.convert(array, spec, where) if form else array))
             done += math.prod(spec.shape) * tensors.infos[hf_names(spec, 0 if spec.layers else None)[0]].dtype.itemsize
             if progress is not None:
                 progress(min(done, total), total)

@@ -63,8 +63,9 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument(
         "--dtype",
         default="bfloat16",
-        choices=("bfloat16", "float32", "int8"),
-        help="of weights and cache; int8 rounds the weights: half the memory of bfloat16 once loaded, fastest on a CPU",
+        choices=("bfloat16", "float32", "int8", "int4"),
+        help="of weights and cache; int8 rounds the weights: half the memory of bfloat16, fastest on a CPU; int4: a "
+        "third of it, and a quantised file (GGUF, GPTQ, AWQ) stays as it is stored",
     )
     model.add_argument(
         "--long-context", default="auto", choices=("auto", "off", "yarn", "dca"),

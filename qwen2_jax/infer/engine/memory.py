@@ -9,7 +9,9 @@ import jax.numpy as jnp
 
 from qwen2_jax.config.model_config import ModelConfig
 from qwen2_jax.errors import UserError
-from qwen2_jax.model import flops
+from qwen2_jax.model import decoder, flops
+from qwen2_jax.weights import forms
+from qwen2_jax.weights.params import Tree
 
 
 def free_bytes(devices: Iterable[jax.Device] | None = None) -> int | None:
@@ -24,16 +26,25 @@ def free_bytes(devices: Iterable[jax.Device] | None = None) -> int | None:
 
 
 def check_load(config: ModelConfig, *, rows: int, length: int, dtype, devices=None) -> None:
-    """Raises UserError when the weights and one cache of rows x length tokens exceed what the devices have free."""
-    itemsize = jnp.dtype(dtype).itemsize
-    weights = flops.parameters(config) * itemsize
+    """Raises UserError when the weights and one cache of rows x length tokens exceed what the devices have free.
+
+    dtype: of arrays, or the name of a form of the weights (weights/forms.py).
+    """
+    specs, itemsize = decoder.declare(config)[1], jnp.dtype(forms.array_dtype(dtype)).itemsize
+    weights = forms.nbytes(specs, dtype)
     cache = rows * length * flops.kv_bytes_per_token(config, itemsize)
     free = free_bytes(devices)
     if free is not None and weights + cache > free:
         raise UserError(
             f"the model does not fit: {_gib(weights)} of weights and {_gib(cache)} of cache need {weights + cache} "
-            f"bytes; {free} bytes ({_gib(free)}) are free here. Use a smaller model, dtype='bfloat16' or more devices"
+            f"bytes; {free} bytes ({_gib(free)}) are free here. Use {_smaller(specs, dtype, free - cache)}"
         )
+
+
+def _smaller(specs: Tree, dtype: str, room: int) -> str:
+    """What would make the weights fit."""
+    fits = [repr(name) for name in ("bfloat16", *forms.FORMS) if name != dtype and forms.nbytes(specs, name) <= room]
+    return f"dtype={' or '.join(fits)}, or more devices" if fits else "a smaller model, or more devices"
 
 
 def check_cache(config: ModelConfig, rows: int, length: int, dtype, devices=None) -> None:

@@ -8,7 +8,7 @@ import jax
 import optax
 
 from qwen2_jax.train.optim.online_merging import online_merging, scale_by_early_epsilon
-from qwen2_jax.weights.params import ParamSpec, Tree
+from qwen2_jax.weights.params import ParamSpec, Tree, is_spec
 
 if TYPE_CHECKING:
     from qwen2_jax.train.config import Optim
@@ -57,7 +57,7 @@ def make(optim: "Optim", specs: Tree, steps: int, seed: int = 0) -> optax.Gradie
             optax.scale_by_learning_rate(rate),
             online_merging(optim.merging, specs, rate, decay=optim.decay, eps=optim.eps, seed=seed),
         )
-    decay = jax.tree.map(lambda s: s.decay, specs, is_leaf=_is_spec)
+    decay = jax.tree.map(lambda s: s.decay, specs, is_leaf=is_spec)
     if optim.algorithm == "adafactor":
         scale = optax.scale_by_factored_rms(decay_rate=0.8, epsilon=1e-30)
         scale = optax.chain(scale, optax.clip_by_block_rms(1.0))  # Shazeer & Stern 2018 (arXiv:1804.04235), sec. 6
@@ -69,13 +69,13 @@ def make(optim: "Optim", specs: Tree, steps: int, seed: int = 0) -> optax.Gradie
     muon = optax.chain(
         optax.contrib.scale_by_muon(
             beta=optim.muon.momentum,
-            weight_dimension_numbers=jax.tree.map(lambda s: matrix(s) or optax.MaskedNode(), specs, is_leaf=_is_spec),
+            weight_dimension_numbers=jax.tree.map(lambda s: matrix(s) or optax.MaskedNode(), specs, is_leaf=is_spec),
         ),
         optax.add_decayed_weights(optim.decay),
         optax.scale_by_learning_rate(schedule(optim.muon.lr, optim, steps)),
     )
     adamw = optax.adamw(rate, b1=optim.b1, b2=optim.b2, eps=optim.eps, weight_decay=optim.decay, mask=decay)
-    labels = jax.tree.map(lambda s: "adamw" if matrix(s) is None else "muon", specs, is_leaf=_is_spec)
+    labels = jax.tree.map(lambda s: "adamw" if matrix(s) is None else "muon", specs, is_leaf=is_spec)
     return optax.chain(clip, optax.partition({"adamw": adamw, "muon": muon}, labels))
 
 
@@ -93,7 +93,3 @@ def matrix(spec: ParamSpec) -> optax.contrib.MuonDimensionNumbers | None:
     if split == first or split == len(spec.shape):
         return None  # a single row, such as the shared expert's gate
     return optax.contrib.MuonDimensionNumbers(tuple(range(split, len(spec.shape))), tuple(range(first, split)))
-
-
-def _is_spec(leaf) -> bool:
-    return isinstance(leaf, ParamSpec)
