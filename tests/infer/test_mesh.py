@@ -35,12 +35,10 @@ def test_sharded_model_answers_as_recorded(variant, axes, eight):
 
 
 MESHES = [
-    ("dense", "fsdp=8"),
-    *slow(("dense", "context=8"), ("dca", "context=4,tensor=2")),
-    ("dca", "data=2,fsdp=2,context=2"),
     ("sliding", "context=4,tensor=2"),
-    *slow(("sliding", "data=2,tensor=4"), ("moe", "data=2,tensor=4"), ("moe", "expert=2,fsdp=2,tensor=2")),
-    ("moe", "expert=2,context=2,tensor=2"),
+    *slow(("dense", "fsdp=8"), ("dense", "context=8"), ("sliding", "data=2,tensor=4")),
+    *slow(("dca", "context=4,tensor=2"), ("dca", "data=2,fsdp=2,context=2")),
+    *slow(("moe", "data=2,tensor=4"), ("moe", "expert=2,fsdp=2,tensor=2"), ("moe", "expert=2,context=2,tensor=2")),
 ]
 
 

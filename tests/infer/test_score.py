@@ -153,6 +153,7 @@ def test_the_command_line_says_what_to_do(reward, tmp_path, capsys):
     assert f"qwen2_jax.load('{tmp_path / 'hf'}').score([" in said
 
 
+@pytest.mark.slow
 def test_a_scanned_mixture_of_experts_with_a_linear_head():
     config = dataclasses.replace(CONFIGS["moe_mixed"], score_head="linear")
     params = random_params(config)

@@ -15,7 +15,7 @@ from qwen2_jax.kernels.grouped_matmul import grouped_matmul, grouped_swiglu, meg
 from qwen2_jax.kernels.grouped_matmul.shapes import EXPERTS, TOKENS
 from qwen2_jax.kernels.target import Target, simulated
 
-from few import FEW, MANY
+from few import FEW, MANY, slow
 from tolerance import BFLOAT16, assert_no_worse
 
 M, E = 40, 4
@@ -150,7 +150,7 @@ def test_grouped_swiglu(group_sizes):
     [
         ("v5e", 384, 256, (256, 128, 1), True, True),  # the last panel is narrower
         ("v5p", 384, 512, (256, 128, 2), False, False),  # two cores share the panels
-        ("v5p", 512, 128, (128, 128, 2), False, True),
+        *slow(("v5p", 512, 128, (128, 128, 2), False, True)),
     ],
 )
 @settings(FEW, max_examples=3)

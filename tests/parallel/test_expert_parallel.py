@@ -188,7 +188,7 @@ print("equal", len(sys.argv) - 1)
 @pytest.mark.parametrize(
     "cases",
     [
-        ["exchange=all_to_all expert=4 tensor=2"],
+        *slow(["exchange=all_to_all expert=4 tensor=2"]),  # quick: gradients on meshes, tests/train/test_meshes.py
         *slow(["exchange=gather data=2 expert=4", "exchange=all_to_all expert=8"]),
         *slow(["exchange=all_to_all fsdp=2 expert=2 context=2"]),
     ],
@@ -224,7 +224,8 @@ def layer_of_57b(where, tokens, **changes):
 
 
 @pytest.mark.parametrize(
-    "where", [pytest.param("v5p-16", marks=TPU_COMPILER), pytest.param("8xh100", marks=GPU_COMPILER)]
+    "where",
+    [pytest.param("v5p-16", marks=[*TPU_COMPILER, pytest.mark.slow]), pytest.param("8xh100", marks=GPU_COMPILER)],
 )
 def test_a_real_layer_compiles_for_machines_that_are_not_here(where):
     """Gradients take three crossings (nobody asks for the value here) and less memory than with everybody's tokens."""

@@ -64,6 +64,7 @@ def two(file, *, second=()):
     return [subprocess.Popen([*command, str(i), *(second if i else ())], **how) for i in range(2)]
 
 
+@pytest.mark.slow  # two processes that stop after the same step: test_preemption.py
 def test_a_request_to_stop_reaches_both(corpus, tmp_path):
     """SIGTERM to process 1: both save the same step and end with 0, and process 0 tells of it."""
     started = two(config_file(corpus, tmp_path, "steps=100000"))
@@ -84,6 +85,7 @@ def test_a_request_to_stop_reaches_both(corpus, tmp_path):
     assert (tmp_path / "out" / "checkpoints" / str(last)).is_dir()
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_trains(corpus, tmp_path):
     """To the last bit; and each process holds half of the devices."""
     files = []

@@ -449,6 +449,7 @@ def test_a_dry_run_prints_and_writes_nothing(corpus, tmp_path):
     assert not (tmp_path / "out" / "checkpoints").exists()
 
 
+@pytest.mark.slow  # test_preemption.py hears the signals, and a stopped run goes on above
 def test_ctrl_c_saves_and_the_same_command_goes_on(corpus, tmp_path):
     """The whole program, in a process of its own: exit code 0, a word of advice, and a run that ends as one piece.
 
@@ -505,6 +506,7 @@ def test_kills_that_show_nothing_do_not_pass(tmp_path, monkeypatch):
     assert kill_test.too_easy(20, 1) == kill_test.too_easy(3, 0) == ""
 
 
+@pytest.mark.slow  # test_meshes.py has gradients, test_checkpoints.py other meshes
 def test_every_device_of_a_mesh_has_its_part(tmp_path):
     """Eight devices: the losses of one, and parameters and moments split as the declarations say.
 

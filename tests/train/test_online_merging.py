@@ -338,6 +338,7 @@ for method, variant in (("ondare", "paper"), ("ondare", "code"), ("onties", "cod
 """
 
 
+@pytest.mark.slow
 def test_a_mesh_changes_no_bit():
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",

@@ -218,7 +218,8 @@ def test_dpo_goes_on_bit_for_bit_and_keeps_its_reference(base, dpo_run, tmp_path
     assert before and {path: path.stat().st_mtime_ns for path in before} == before
 
 
-@pytest.mark.parametrize("make", [dpo, *slow(grpo)], ids=["dpo", "grpo"])
+@pytest.mark.slow  # test_grpo.py and test_dpo.py add up micro-batches of the losses
+@pytest.mark.parametrize("make", [dpo, grpo])
 def test_micro_batches_change_nothing(base, tmp_path, make):
     for accumulate in (1, 2):
         rows = {} if make is dpo else {"rows": ROWS + 1}

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from few import slow
 from qwen2_jax import model
 from qwen2_jax.data.spec import Data, Source
 from qwen2_jax.data.tokens.packing import Batch, stack
@@ -79,6 +80,7 @@ def test_four_micro_batches_equal_one_batch():
     assert_close(split, grads)
 
 
+@pytest.mark.slow  # its sums are those of the dense model above; transformers' are in test_golden_training.py
 def test_micro_batches_of_a_sparse_model_add_up():
     """Without its balancing loss, which is not linear in the tokens, a sparse model's gradient is a sum as well."""
     batch, params = random_batch(), random_params(CONFIGS["moe"])
@@ -88,7 +90,7 @@ def test_micro_batches_of_a_sparse_model_add_up():
     assert_close(split, grads)
 
 
-@pytest.mark.parametrize("name", ["dense", "moe"])
+@pytest.mark.parametrize("name", ["dense", *slow("moe")])  # test_golden_training.py packs a sparse model
 def test_packed_equals_unpacked(name):
     """Documents in one row have the loss and the gradient that they have in rows of their own."""
     packed, params = random_batch(rows=2), random_params(CONFIGS[name])
@@ -109,7 +111,7 @@ def test_packed_equals_unpacked(name):
     assert_close(apart, grads)
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize("remat", [*slow("full"), "dots"])  # every policy: test_decoder.py
 def test_remat_changes_no_number(remat):
     batch, params = random_batch(), random_params(CONFIGS["dense"])
     assert_close(gradients(trainer_of(remat=remat), params, batch)[1], gradients(trainer_of(), params, batch)[1])
@@ -191,6 +193,7 @@ def test_ema_is_the_average_of_the_weights():
     assert trainer.weights(state) is state.ema
 
 
+@pytest.mark.slow  # test_golden_training.py has it, against transformers
 def test_the_balancing_loss_reaches_the_router_with_the_right_gradient():
     """Against finite differences of the published formula, computed without the training code; padding is left out."""
     config = dataclasses.replace(CONFIGS["moe"], num_hidden_layers=1)

@@ -286,6 +286,7 @@ for path, x in params.leaves(want):
 """
 
 
+@pytest.mark.slow
 def test_eight_devices_give_the_same():
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     tests = os.path.dirname(tiny.__file__)
