@@ -86,7 +86,14 @@ def test_commands_run(document, clone, monkeypatch):
         assert run.stdout + run.stderr or not command.startswith("python"), f"$ {command}\nprinted nothing"
 
 
-@pytest.mark.parametrize("document", [d for d in DOCUMENTS if blocks(d, "python")], ids=name)
+@pytest.mark.parametrize(
+    "document",
+    [
+        pytest.param(d, id=name(d), marks=pytest.mark.slow if name(d) in ("docs/kernels.md", "docs/lora.md") else ())
+        for d in DOCUMENTS
+        if blocks(d, "python")
+    ],
+)
 def test_programs_run(document, clone, capsys):
     """The blocks of one document share their names, as a reader would paste them into one session."""
     names: dict[str, object] = {}

@@ -80,6 +80,7 @@ def assert_as_good_as_eager(shape, seed, layout, rotations, sizes=SMALL, detect_
     jax.tree.map(lambda *x: assert_no_worse(*x, floor=BFLOAT16), got, plain, exact)
 
 
+@pytest.mark.slow
 @simulated
 @settings(FEW, max_examples=4)
 @given(layouts([ONE]))

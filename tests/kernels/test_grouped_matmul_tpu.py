@@ -149,7 +149,7 @@ def test_grouped_swiglu(group_sizes):
     ("kind", "F", "panel", "widths", "swiglu", "transpose_w"),
     [
         ("v5e", 384, 256, (256, 128, 1), True, True),  # the last panel is narrower
-        ("v5p", 384, 512, (256, 128, 2), False, False),  # two cores share the panels
+        *slow(("v5p", 384, 512, (256, 128, 2), False, False)),  # two cores share the panels
         *slow(("v5p", 512, 128, (128, 128, 2), False, True)),
     ],
 )
@@ -161,6 +161,7 @@ def test_matrices_taken_in_panels(kind, F, panel, widths, swiglu, transpose_w, g
     check(group_sizes, jnp.float32, kind, F=F, tile=16, panel=panel, swiglu=swiglu, transpose_w=transpose_w)
 
 
+@pytest.mark.slow
 def test_a_product_in_several_pieces():
     check(np.array([9, 0, 25, 3]), jnp.float32, "v6e", D=128, F=1280, tile=16)
 

@@ -137,6 +137,7 @@ def test_int8_passes_the_gradient_to_its_input(rows, dtype):
     assert_no_worse(got, naive, exact)
 
 
+@pytest.mark.slow  # each product above
 def test_training_on_an_int8_base_has_the_gradients_of_the_rounded_weights():
     rounded = quantize(tiny.random_params(DENSE), model.declare(DENSE)[1])
     widened = jax.tree.map(dequantize, rounded, is_leaf=lambda x: isinstance(x, Int8))

@@ -89,8 +89,11 @@ def run(program, *arguments):
     return done.stdout
 
 
-def test_any_load_gives_what_one_device_gives():
-    assert run(LAYER, "expert=8", "expert=4 tensor=2", "fsdp=2 expert=2 context=2") == "equal 7\n"
+@pytest.mark.parametrize(
+    "meshes", [["fsdp=2 expert=2 context=2"], *slow(["expert=8", "expert=4 tensor=2"])], ids=" and ".join
+)
+def test_any_load_gives_what_one_device_gives(meshes):
+    assert run(LAYER, *meshes) == "equal 7\n"
 
 
 INT8 = (
@@ -144,6 +147,7 @@ print("equal")
 )
 
 
+@pytest.mark.slow  # on one device: test_forms.py
 def test_int8_experts_are_their_widened_matrices_on_one_device_and_on_eight():
     """The layer with its gradients, and greedy answers of a mixture of experts whose weights are all int8."""
     assert run(INT8) == "equal\n"

@@ -27,7 +27,7 @@ def eight():
         *slow(("dual chunk", ["context=8", "fsdp=2 context=4"])),
         *slow(("yarn", ["replica=2 data=2 context=2"])),
         *slow(("sliding", ["replica=2 fsdp=2 context=2"]), ("sliding", ["context=4 tensor=2"])),
-        ("moe", ["fsdp=2 expert=2 context=2"]),
+        *slow(("moe", ["fsdp=2 expert=2 context=2"])),  # quick: the layer, test_expert_parallel.py
         *slow(("moe", ["expert=8", "expert=4 tensor=2", "replica=2 data=2 expert=2"])),
         *slow(("moe mixed", ["fsdp=2 expert=2 tensor=2", "expert=2 context=2 tensor=2"])),
         *slow(("adapters", ["fsdp=2 tensor=4"])),

@@ -184,6 +184,7 @@ def test_folder_is_what_upcycle_returns(folders):
     assert {path: leaf.shape for path, leaf in params.leaves(want)} == {p: spec.shape for p, spec in specs.items()}
 
 
+@pytest.mark.slow  # the report is written and read below
 def test_report_measures_the_models_themselves(folders):
     *_, options, _ = folders
     ids = np.random.default_rng(3).integers(0, 96, (2, 12))
