@@ -47,6 +47,12 @@ def pytest_collection_modifyitems(config, items):
         items.sort(key=lambda item: hashlib.sha256(f"{seed} {item.nodeid}".encode()).digest())
 
 
+def pytest_collection_finish():
+    """What is there before the first test stays: no collection of garbage need look at it again."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_runtest_setup(item):
     seconds = item.config.getoption("seconds")
     if seconds is not None and time.monotonic() - BEGAN > seconds:
