@@ -47,8 +47,7 @@ def test_a_mesh_answers_as_one_device(name, axes, eight):
     ("name", "axes"),
     [
         *slow(("dense", "data=2,tensor=4"), ("sliding", "context=8")),
-        ("dca", "data=2,context=2,tensor=2"),
-        *slow(("moe", "expert=2,context=2,tensor=2")),
+        *slow(("dca", "data=2,context=2,tensor=2"), ("moe", "expert=2,context=2,tensor=2")),
         ("dense", "fsdp=4,tensor=2"),
     ],
 )

@@ -119,6 +119,7 @@ def test_a_model_of_words_scores_nothing(lm):
         lm.score([TALK])
 
 
+@pytest.mark.slow
 def test_long_conversations_are_read_with_dual_chunk_attention(lm):
     chunks = DualChunk(chunk_size=24, local_size=4, original_max_position_embeddings=16)
     config = dataclasses.replace(lm.config, score_head="two_layers", dual_chunk_attention_config=chunks)

@@ -211,6 +211,7 @@ def test_dual_chunk_costs_what_causal_attention_costs():
 SPLASH = importlib.util.find_spec("jax.experimental.pallas.ops.tpu.splash_attention")
 
 
+@pytest.mark.slow  # quick: what it refuses, and that it compiles (test_attention_tpu_compiles.py)
 @pytest.mark.skipif(SPLASH is None, reason="this jax has no splash attention")
 def test_splash_agrees_with_the_definition():
     from qwen2_jax.kernels.flash_attention import splash

@@ -114,7 +114,7 @@ def padded_attention(attend, rotated, k, v, n, chunk_len):
 
 
 @pytest.mark.skipif(not VECTORS.exists(), reason="the recorded vectors lie outside the repository")
-@pytest.mark.parametrize("attend", [by_small_blocks, reference])
+@pytest.mark.parametrize("attend", [by_small_blocks, *slow(reference)])
 def test_agrees_with_recorded_vectors(attend):
     recorded = np.load(VECTORS)
     for case in json.loads(str(recorded["meta"])):

@@ -113,6 +113,7 @@ def test_grouped_matmul(transpose_w, blocks, group_sizes):
     check(got, exact_matmul(transpose_w), arguments, group_sizes)
 
 
+@pytest.mark.slow  # quick: a step of decoding, and the same products one by one
 @SIMULATES
 @VERY_FEW
 @UNEVEN

@@ -174,6 +174,7 @@ def test_what_jax_brings_gives_the_same(group_sizes):
     check(group_sizes, jnp.float32, kernel="ragged_dot", swiglu=True)
 
 
+@pytest.mark.slow
 def test_rows_and_experts_keep_to_themselves():
     """Not-a-number in one group's rows, in an idle expert's matrix and behind the last group reaches nobody else."""
     D, F, group_sizes = 24, 40, jnp.array([10, 0, 17, 9])

@@ -23,7 +23,7 @@ def eight():
         *slow(("heads 14:2", ["tensor=8", "fsdp=2 tensor=4"])),
         *slow(("heads 28:4", ["tensor=8", "data=2 fsdp=2 tensor=2"])),
         *slow(("heads 6:3", ["fsdp=2 context=2 tensor=2"])),  # key heads are filled up, not repeated
-        ("dual chunk", ["context=4 tensor=2"]),
+        *slow(("dual chunk", ["context=4 tensor=2"])),  # quick: the operation, test_ops.py
         *slow(("dual chunk", ["context=8", "fsdp=2 context=4"])),
         *slow(("yarn", ["replica=2 data=2 context=2"])),
         *slow(("sliding", ["replica=2 fsdp=2 context=2"]), ("sliding", ["context=4 tensor=2"])),

@@ -307,6 +307,7 @@ def test_grpo_stays_near_its_reference(base, tmp_path):
     assert 0 <= held < free / 2
 
 
+@pytest.mark.slow  # quick: its loss and its sampling, each in another stage, and its groups below
 def test_online_dpo_learns_from_its_best_and_worst(base, tmp_path):
     settings = shared(base, tmp_path, steps=24)
     config = OnlineDpo(

@@ -95,7 +95,7 @@ def test_micro_batches_of_a_sparse_model_add_up():
     assert_close(split, grads)
 
 
-@pytest.mark.parametrize("name", ["dense", *slow("moe")])  # test_golden_training.py packs a sparse model
+@pytest.mark.parametrize("name", slow("dense", "moe"))  # quick: test_golden_training.py
 def test_packed_equals_unpacked(name):
     """Documents in one row have the loss and the gradient that they have in rows of their own."""
     packed, params = random_batch(rows=2), random_params(CONFIGS[name])

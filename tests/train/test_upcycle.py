@@ -141,6 +141,7 @@ def test_preserve_is_exact_on_average_over_all_choices_of_experts():
         np.testing.assert_allclose(got, ffn(mlp, X), rtol=1e-5, atol=1e-5)  # weights scaled and rounded in float32
 
 
+@pytest.mark.slow
 def test_preserve_counts_the_weight_a_random_router_gives():
     """With a random shared expert all is supplied by the routed ones: factor times h/F times the weight makes 1."""
     options = dataclasses.replace(OPTIONS, scale="preserve", shared_init="random")
