@@ -192,7 +192,7 @@ print("equal", len(sys.argv) - 1)
 @pytest.mark.parametrize(
     "cases",
     [
-        *slow(["exchange=all_to_all expert=4 tensor=2"]),  # quick: gradients on meshes, tests/train/test_meshes.py
+        *slow(["exchange=all_to_all expert=4 tensor=2"]),  # quick: any load, above
         *slow(["exchange=gather data=2 expert=4", "exchange=all_to_all expert=8"]),
         *slow(["exchange=all_to_all fsdp=2 expert=2 context=2"]),
     ],

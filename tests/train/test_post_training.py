@@ -283,7 +283,7 @@ def test_grpo_goes_on_bit_for_bit(base, grpo_run, tmp_path, monkeypatch, stop):
     assert told(tmp_path) == told(grpo_run[0])
 
 
-@pytest.mark.parametrize("lora_base", slow("float32", "int8"))  # quick: adapters of test_loop.py and test_rollouts.py
+@pytest.mark.parametrize("lora_base", slow("float32", "int8"))  # quick: adapters in test_loop.py
 def test_grpo_trains_adapters(base, tmp_path, lora_base):
     """Answers are drawn with the adapters in place, and what they are measured against has none."""
     dtype = {"int8": "bfloat16"}.get(lora_base, lora_base)
