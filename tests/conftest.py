@@ -7,6 +7,7 @@ the processes that they start. JAX_DISABLE_MOST_OPTIMIZATIONS=false and JAX_COMP
 """
 
 import gc
+import hashlib
 import os
 import shutil
 import tempfile
@@ -29,6 +30,7 @@ BEGAN = time.monotonic()
 
 def pytest_addoption(parser):
     parser.addoption("--seconds", type=float, help="tests that have not begun after so many seconds are skipped")
+    parser.addoption("--order", metavar="SEED", help="tests in an order drawn from this text, each worker the same one")
     parser.addoption("--mutations", type=int, default=200, help="seeded mutations of each fuzzed input (default 200)")
 
 
@@ -36,6 +38,19 @@ def pytest_addoption(parser):
 def mutations(request):
     """The seeds of the mutations that a fuzz test tries (mutations.py)."""
     return range(request.config.getoption("mutations"))
+
+
+def pytest_collection_modifyitems(config, items):
+    """So that those that `--seconds` has time for are others at every commit."""
+    seed = config.getoption("order")
+    if seed is not None:
+        items.sort(key=lambda item: hashlib.sha256(f"{seed} {item.nodeid}".encode()).digest())
+
+
+def pytest_collection_finish():
+    """What is there before the first test stays: no collection of garbage need look at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item):

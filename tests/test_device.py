@@ -33,6 +33,7 @@ def cases(folder):
     return found, {(case["piece"], case["case"]): case for case in found["cases"]}
 
 
+@pytest.mark.slow
 def test_what_goes_wrong_is_named_and_the_rest_goes_on(tmp_path):
     ended = device("--small", "--faults", "--only", "fault", "--out", tmp_path)
     assert ended.returncode == 1, ended.stderr

@@ -16,7 +16,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks/README.md"]
-SLOW = ["docs/post-training.md", "docs/training.md", "benchmarks/README.md"]  # README.md trains by two recipes, too
+# Their commands train, convert and count for minutes. .ci/run executes README's two first lines, tests/checkpoint the
+# commands of docs/checkpoints.md, test_bench.py those of docs/kernels.md.
+SLOW = ["README.md", "benchmarks/README.md"]
+SLOW += [f"docs/{name}.md" for name in ("checkpoints", "kernels", "post-training", "training")]
 SECONDS = 300  # for one command, on a busy machine with two cores
 
 
@@ -83,7 +86,14 @@ def test_commands_run(document, clone, monkeypatch):
         assert run.stdout + run.stderr or not command.startswith("python"), f"$ {command}\nprinted nothing"
 
 
-@pytest.mark.parametrize("document", [d for d in DOCUMENTS if blocks(d, "python")], ids=name)
+@pytest.mark.parametrize(
+    "document",
+    [
+        pytest.param(d, id=name(d), marks=pytest.mark.slow if name(d) in ("docs/kernels.md", "docs/lora.md") else ())
+        for d in DOCUMENTS
+        if blocks(d, "python")
+    ],
+)
 def test_programs_run(document, clone, capsys):
     """The blocks of one document share their names, as a reader would paste them into one session."""
     names: dict[str, object] = {}

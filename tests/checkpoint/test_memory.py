@@ -68,6 +68,7 @@ def root(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 def test_memory(root):
     more, _ = measure(root, "convert")
     assert more < 200 * MIB, more / MIB

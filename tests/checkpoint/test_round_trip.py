@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import checkpoint.hf_folders as hf
+from few import slow
 from qwen2_jax import checkpoint
 from qwen2_jax.checkpoint.formats import names
 from qwen2_jax.checkpoint.formats.hf_folder import HfFolder
@@ -43,7 +44,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+QUICK = ("tied, sharded, float16", "sparse, mixed", "two-layer score, sharded")
+
+
+@pytest.mark.parametrize("case", [case if case in QUICK else slow(case)[0] for case in CASES])
 def test_bytes_survive(tmp_path, case):
     config, dtype, shards = CASES[case]
     source = hf.write_folder(tmp_path / "a", config, hf.random_tensors(config, dtype), shards=shards)

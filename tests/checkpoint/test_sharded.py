@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import checkpoint.hf_folders as hf
 
 SCRIPT = """
@@ -95,6 +97,7 @@ def test_each_device_reads_its_bytes(tmp_path):
     run(SCRIPT, tmp_path)
 
 
+@pytest.mark.slow
 def test_sharded_parameters_are_saved(tmp_path):
     from qwen2_jax import checkpoint
 

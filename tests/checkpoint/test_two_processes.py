@@ -13,6 +13,10 @@ from qwen2_jax.checkpoint import byte_plan, peft
 from qwen2_jax.checkpoint.formats import orbax_folder
 from qwen2_jax.model import lora
 
+# Quick: test_sharded.py, where one process reads the shares of its devices, and a run's state of two processes
+# (tests/train/test_checkpoints_two_processes.py).
+pytestmark = pytest.mark.slow
+
 ORBAX = ("_CHECKPOINT_METADATA", "commit_success.txt")  # hold the time
 CONFIG = hf.SPARSE | {
     "vocab_size": 2048,

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What test_mesh.py and test_rollouts.py ask of a worker (tests/worker.py) that has eight devices."""
 
+import contextlib
 import functools
+import io
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ import numpy as np
 import qwen2_jax
 from qwen2_jax import model
 from qwen2_jax.config import DualChunk, ModelConfig
+from qwen2_jax.infer.cli import main
 from qwen2_jax.infer.engine import lowering
 from qwen2_jax.infer.engine.buckets import Buckets
 from qwen2_jax.infer.engine.programs import Generator, Request
@@ -99,6 +102,17 @@ def _answers(name, rows, mesh):
     scores = generator.logprobs(prompts, mode)
     logits = generator.logits(np.asarray(prompts[:1]), mode)
     return tokens, np.concatenate(logprobs), np.concatenate(scores), logits
+
+
+def command_line(flags: list[str]) -> None:
+    """infer.py's answer with the flags is the one without."""
+    command = ["--raw", "--dtype", "float32", "--max-new-tokens", "12", "--temperature", "0", "What is 11 + 22?"]
+    said = []
+    for more in ([], flags):
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            assert main.main([*command, *more]) == 0
+        said.append(out.getvalue())
+    assert said[0] == said[1] != ""
 
 
 def rollouts(name: str, axes: dict[str, int], trained: dict[str, int], rank: int = 0) -> None:

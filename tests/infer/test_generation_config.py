@@ -94,6 +94,7 @@ def test_each_constraint_is_what_its_definition_says(lm):
         assert tokens == want, stored
 
 
+@pytest.mark.slow  # quick: greedy ones
 def test_sampled_answers_heed_them_too(lm):
     barred = list(range(250))
     stored = {"suppress_tokens": barred, "forced_eos_token_id": 256, "eos_token_id": 256, "min_new_tokens": 5}

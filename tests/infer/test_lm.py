@@ -196,6 +196,7 @@ def test_free_memory_is_known_here():
     assert free is None or 0 < free < 2**50
 
 
+@pytest.mark.slow  # quick: test_forms.py and test_parity.py
 def test_bfloat16_and_int8_stay_close_to_float32(lm, bytes_tokenizer, tmp_path):
     exact = lm.generate(["abc"], max_new_tokens=1)[0].logprobs[0]
     for rounded in (False, True):

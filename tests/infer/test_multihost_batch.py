@@ -95,6 +95,7 @@ def test_other_files_are_refused(lm, files, tmp_path):
         Share(source, output, hosts.Group(0, 2))
 
 
+@pytest.mark.slow  # above, the same shares are answered one after the other
 def test_two_real_processes(tmp_path):
     """infer.py as it is started on two hosts, with the demo model; a single prompt is refused there."""
     (tmp_path / "in.jsonl").write_text(

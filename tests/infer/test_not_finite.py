@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 import qwen2_jax
+from few import slow
 from qwen2_jax.errors import UserError
 from qwen2_jax.infer.cli import main
 from qwen2_jax.infer.engine.generation_config import StoredParams
@@ -75,7 +76,7 @@ def test_the_command_line_fails(broken, monkeypatch, capsys, tmp_path):
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the recorded case lies outside the repository")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [*slow("float32"), "bfloat16"])
 def test_the_recorded_model(dtype):
     folder = SHARED / "reports" / "not-finite"
     prompt = json.loads((folder / "expected.json").read_text())["prompt_ids"]

@@ -119,6 +119,7 @@ def test_a_model_of_words_scores_nothing(lm):
         lm.score([TALK])
 
 
+@pytest.mark.slow
 def test_long_conversations_are_read_with_dual_chunk_attention(lm):
     chunks = DualChunk(chunk_size=24, local_size=4, original_max_position_embeddings=16)
     config = dataclasses.replace(lm.config, score_head="two_layers", dual_chunk_attention_config=chunks)
@@ -153,6 +154,7 @@ def test_the_command_line_says_what_to_do(reward, tmp_path, capsys):
     assert f"qwen2_jax.load('{tmp_path / 'hf'}').score([" in said
 
 
+@pytest.mark.slow
 def test_a_scanned_mixture_of_experts_with_a_linear_head():
     config = dataclasses.replace(CONFIGS["moe_mixed"], score_head="linear")
     params = random_params(config)

@@ -59,6 +59,7 @@ def assert_as_good_as_eager(attend, rotations, k, v, layout):
     jax.tree.map(lambda *x: assert_no_worse(*x, floor=BFLOAT16), got, plain, exact)
 
 
+@pytest.mark.slow
 @settings(FEW, max_examples=3)
 @given(layouts([ONE]))
 def test_flash_attention_is_as_good_as_eager_bfloat16(case):
@@ -114,6 +115,7 @@ def test_gradients_reach_everything():
     jax.tree.map(lambda *x: assert_no_worse(*x, floor=BFLOAT16), got, plain, exact)
 
 
+@pytest.mark.slow  # both kernels are compared with the definition above
 def test_one_chunk_is_ordinary_attention_to_the_bit():
     (q, other, _), k, v, _ = arrays(3, ONE, jnp.bfloat16, rotations=3)
     layout = continued(ONE)

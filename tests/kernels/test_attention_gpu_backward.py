@@ -80,6 +80,7 @@ def assert_as_good_as_eager(shape, seed, layout, rotations, sizes=SMALL, detect_
     jax.tree.map(lambda *x: assert_no_worse(*x, floor=BFLOAT16), got, plain, exact)
 
 
+@pytest.mark.slow
 @simulated
 @settings(FEW, max_examples=4)
 @given(layouts([ONE]))
@@ -87,6 +88,7 @@ def test_flash_attention_is_as_good_as_eager_bfloat16(case):
     assert_as_good_as_eager(*case, rotations=1)
 
 
+@pytest.mark.slow  # quick: one such layout below, and what test_attention_gpu.py differentiates
 @simulated
 @settings(FEW, max_examples=4)
 @given(layouts([THREE], chunks=True))

@@ -78,6 +78,7 @@ def assert_zero_where_nothing_is_seen(results):
     assert (np.asarray(out, np.float32)[unseen] == 0).all() and (np.asarray(dq, np.float32)[unseen] == 0).all()
 
 
+@pytest.mark.slow
 @FEWER
 @given(layouts([SHAPE], chunks=True))
 def test_chunked_equals_the_definition_in_float32(case):
@@ -106,6 +107,7 @@ def positions(B, T, S):
     return {"q_positions_BT": at_BS[:, S - T :], "kv_positions_BS": at_BS}
 
 
+@pytest.mark.slow
 @FEWER
 @given(layouts([SHAPE]))
 def test_one_chunk_is_ordinary_attention_to_the_bit(case):
@@ -209,6 +211,7 @@ def test_dual_chunk_costs_what_causal_attention_costs():
 SPLASH = importlib.util.find_spec("jax.experimental.pallas.ops.tpu.splash_attention")
 
 
+@pytest.mark.slow  # quick: what it refuses, and that it compiles (test_attention_tpu_compiles.py)
 @pytest.mark.skipif(SPLASH is None, reason="this jax has no splash attention")
 def test_splash_agrees_with_the_definition():
     from qwen2_jax.kernels.flash_attention import splash

@@ -14,7 +14,7 @@ from qwen2_jax.kernels.visibility import Bounds
 
 from attention_cases import arrays
 from decode_cases import assert_right, case, paged
-from few import MANY
+from few import MANY, slow
 
 # B, T, S, N, K, H: one row per key head, which takes a path of its own; and a cache that is visited block by block.
 SHAPES = [(2, 1, 48, 3, 3, 8), (2, 2, 2560, 4, 2, 4)]
@@ -26,7 +26,7 @@ def check(seed, shape, dtype, **options):
     assert_right(by_xla(*args, **kwargs), args, kwargs)
 
 
-@pytest.mark.parametrize(("dtype", "chunked"), [(jnp.float32, False), (jnp.float32, True), (jnp.bfloat16, True)])
+@pytest.mark.parametrize(("dtype", "chunked"), [*slow((jnp.float32, False)), (jnp.float32, True), (jnp.bfloat16, True)])
 @MANY
 @given(shape=st.sampled_from(SHAPES), seed=st.integers(0, 2**16))
 def test_equals_the_definition(dtype, chunked, shape, seed):

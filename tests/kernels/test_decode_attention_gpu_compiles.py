@@ -8,6 +8,7 @@ from qwen2_jax.kernels.decode_attention import decode_attention
 from qwen2_jax.kernels.decode_attention.shapes import SHAPES
 
 from ahead_of_time import GPU_COMPILER, compile_for
+from few import slow
 
 pytestmark = GPU_COMPILER
 
@@ -21,10 +22,10 @@ FORMS = {
     "chunks, int8 in pages of 32": {"chunked": True, "page": 32, "int8": True},
 }
 DISTINCT = {tuple(shape.values()): name for name, shape in SHAPES.items()}  # two models have the same heads
-LONGEST = ("one 128k", "verify 4k")  # the others are the same kernel in other numbers of programs
+# Both widths of heads, one query and several; the others are the same kernel in other numbers of programs.
+QUICK = ("qwen2-0.5b one 128k", "qwen2-72b verify 4k")
 SIZES = [
-    pytest.param(shape, id=name, marks=() if name.endswith(LONGEST) else pytest.mark.slow)
-    for shape, name in DISTINCT.items()
+    pytest.param(shape, id=name, marks=() if name in QUICK else pytest.mark.slow) for shape, name in DISTINCT.items()
 ]
 
 
@@ -61,7 +62,17 @@ def test_every_size(shape):
     assert memory.temp_size_in_bytes < (2**24 if T == 1 else 2**26)
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(("chip", "name"), [("h100", "qwen2-0.5b batch 4k"), ("h200", "qwen2-72b verify 4k")])
+H100, H200 = ("h100", "qwen2-0.5b batch 4k"), ("h200", "qwen2-72b verify 4k")
+ON_H200 = ("pages of 16", "int8 in pages of 128", "chunks")  # the others on the other chip; slowly, all on both
+
+
+@pytest.mark.parametrize(
+    ("chip", "name", "form"),
+    [
+        (*case, form) if (case == H200) == (form in ON_H200) else slow((*case, form))[0]
+        for case in (H100, H200)
+        for form in FORMS
+    ],
+)
 def test_every_form(chip, name, form):
     compile_form(chip, tuple(SHAPES[name].values()), **FORMS[form])

@@ -31,11 +31,26 @@ CASES = [
 ]
 
 
+# One of each form, and one of each chip; the other cases are the same kernel at other sizes.
+QUICK = {
+    *(("v5e", "qwen2-0.5b one 32k"), ("v5p", "qwen2-1.5b one 128k"), ("v6e", "qwen2-72b one 128k")),
+    *(("v5e", "qwen2-7b one 128k int8 chunked"), ("v5p", "qwen2-72b verify 4k chunked")),
+    *(("v6e", "qwen2-1.5b batch 4k int8 page"), ("v5e", "qwen2-7b batch 4k page")),
+    *(("v5e", "qwen2-7b one 32k float32 chunked"), ("v6e", "qwen2-0.5b one 128k share chunked")),
+}
+
+
+def marked(chip, name, options):
+    form = [getattr(value, "__name__", key) for key, value in options.items()]
+    marks = () if (chip, " ".join([name, *form])) in QUICK else pytest.mark.slow
+    return pytest.param(chip, name, options, marks=marks)
+
+
 def name_of(value):
     return "-".join(f"{k}:{getattr(v, '__name__', v)}" for k, v in value.items()) if isinstance(value, dict) else value
 
 
-@pytest.mark.parametrize(("chip", "name", "options"), CASES, ids=name_of)
+@pytest.mark.parametrize(("chip", "name", "options"), [marked(*case) for case in CASES], ids=name_of)
 def test_compiles(chip, name, options):
     B, T, S, N, K, H = SHAPES[name].values()
     dtype = options.get("dtype", jnp.bfloat16)

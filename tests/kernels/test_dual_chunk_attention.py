@@ -18,7 +18,7 @@ from qwen2_jax.kernels.visibility import FAR
 
 from attention_cases import arrays, naive
 from attention_layouts import BLOCKS, SHAPES, layouts
-from few import MANY
+from few import MANY, slow
 from tolerance import BFLOAT16, assert_no_worse
 
 VECTORS = Path(__file__).parents[3] / "shared" / "data" / "dca_vectors.npz"
@@ -114,7 +114,7 @@ def padded_attention(attend, rotated, k, v, n, chunk_len):
 
 
 @pytest.mark.skipif(not VECTORS.exists(), reason="the recorded vectors lie outside the repository")
-@pytest.mark.parametrize("attend", [by_small_blocks, reference])
+@pytest.mark.parametrize("attend", [by_small_blocks, *slow(reference)])
 def test_agrees_with_recorded_vectors(attend):
     recorded = np.load(VECTORS)
     for case in json.loads(str(recorded["meta"])):
@@ -136,7 +136,7 @@ def test_agrees_with_recorded_vectors(attend):
         np.testing.assert_allclose(got[:, :n], out, rtol=0, atol=3e-6, err_msg=case["name"])
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [*slow(jnp.float32), jnp.bfloat16])
 def test_one_chunk_is_ordinary_attention_to_the_bit(dtype):
     (q, other, _), k, v, weights = arrays(3, (2, 150, 150, 6, 2, 16), dtype, rotations=3)
     at = jnp.broadcast_to(jnp.arange(150), (2, 150))

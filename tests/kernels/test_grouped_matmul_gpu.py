@@ -13,7 +13,7 @@ from qwen2_jax.kernels.grouped_matmul import grouped_matmul, grouped_swiglu
 from qwen2_jax.kernels.grouped_matmul.shapes import SHAPES
 from qwen2_jax.kernels.target import Target, simulated
 
-from few import FEW, MANY
+from few import FEW, MANY, slow
 from tolerance import BFLOAT16, assert_no_worse
 
 gpu = pytest.importorskip("qwen2_jax.kernels.grouped_matmul.gpu")
@@ -103,7 +103,7 @@ def check(got, exact, arguments, group_sizes, cotangent=COTANGENT):
 
 
 @SIMULATES
-@pytest.mark.parametrize(("transpose_w", "blocks"), [(True, TWO_CONSUMERS), (False, ONE_CONSUMER)])
+@pytest.mark.parametrize(("transpose_w", "blocks"), [(True, TWO_CONSUMERS), *slow((False, ONE_CONSUMER))])
 @VERY_FEW
 @UNEVEN
 @given(group_sizes=GROUPS)
@@ -113,6 +113,7 @@ def test_grouped_matmul(transpose_w, blocks, group_sizes):
     check(got, exact_matmul(transpose_w), arguments, group_sizes)
 
 
+@pytest.mark.slow  # quick: a step of decoding, and the same products one by one
 @SIMULATES
 @VERY_FEW
 @UNEVEN

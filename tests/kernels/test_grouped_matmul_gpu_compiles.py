@@ -8,6 +8,7 @@ from qwen2_jax.kernels.grouped_matmul import grouped_matmul, grouped_swiglu
 from qwen2_jax.kernels.grouped_matmul.shapes import SHAPES
 
 from ahead_of_time import GPU_COMPILER, compile_for
+from few import slow
 
 pytestmark = GPU_COMPILER
 
@@ -24,7 +25,8 @@ def gradients(*arguments):
 
 
 # The other shapes are the same kernels in other numbers of tiles.
-NAMES = [pytest.param(x, marks=() if x.endswith(("train 16k", "one token")) else pytest.mark.slow) for x in SHAPES]
+QUICK = ("qwen1.5-moe-a2.7b train 16k", "qwen2-57b-a14b one token")
+NAMES = [name if name in QUICK else slow(name)[0] for name in SHAPES]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -33,5 +35,5 @@ def test_it_compiles(name):
     shapes = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((M, D), (E, F, D), (E, F, D), (E, D, F))]
     arguments = [*shapes, jax.ShapeDtypeStruct((E,), jnp.int32)]
     # One instruction set, one number of multiprocessors: both chips get the same code.
-    for chip in ("h100", "h200") if name == "qwen2-57b-a14b train 16k" else ("h200",):
+    for chip in ("h100", "h200") if name == "qwen2-57b-a14b one token" else ("h200",):
         compile_for(chip, gradients if "train" in name else expert_mlp, *arguments)

@@ -15,7 +15,7 @@ from qwen2_jax.kernels.grouped_matmul import grouped_matmul, grouped_swiglu, meg
 from qwen2_jax.kernels.grouped_matmul.shapes import EXPERTS, TOKENS
 from qwen2_jax.kernels.target import Target, simulated
 
-from few import FEW, MANY
+from few import FEW, MANY, slow
 from tolerance import BFLOAT16, assert_no_worse
 
 M, E = 40, 4
@@ -149,8 +149,8 @@ def test_grouped_swiglu(group_sizes):
     ("kind", "F", "panel", "widths", "swiglu", "transpose_w"),
     [
         ("v5e", 384, 256, (256, 128, 1), True, True),  # the last panel is narrower
-        ("v5p", 384, 512, (256, 128, 2), False, False),  # two cores share the panels
-        ("v5p", 512, 128, (128, 128, 2), False, True),
+        *slow(("v5p", 384, 512, (256, 128, 2), False, False)),  # two cores share the panels
+        *slow(("v5p", 512, 128, (128, 128, 2), False, True)),
     ],
 )
 @settings(FEW, max_examples=3)
@@ -161,6 +161,7 @@ def test_matrices_taken_in_panels(kind, F, panel, widths, swiglu, transpose_w, g
     check(group_sizes, jnp.float32, kind, F=F, tile=16, panel=panel, swiglu=swiglu, transpose_w=transpose_w)
 
 
+@pytest.mark.slow
 def test_a_product_in_several_pieces():
     check(np.array([9, 0, 25, 3]), jnp.float32, "v6e", D=128, F=1280, tile=16)
 
@@ -173,6 +174,7 @@ def test_what_jax_brings_gives_the_same(group_sizes):
     check(group_sizes, jnp.float32, kernel="ragged_dot", swiglu=True)
 
 
+@pytest.mark.slow
 def test_rows_and_experts_keep_to_themselves():
     """Not-a-number in one group's rows, in an idle expert's matrix and behind the last group reaches nobody else."""
     D, F, group_sizes = 24, 40, jnp.array([10, 0, 17, 9])

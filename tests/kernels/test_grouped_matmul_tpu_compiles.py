@@ -8,6 +8,7 @@ from qwen2_jax.kernels.grouped_matmul import grouped_matmul, grouped_swiglu
 from qwen2_jax.kernels.grouped_matmul.shapes import SHAPES
 
 from ahead_of_time import TPU_COMPILER, compile_for
+from few import slow
 
 pytestmark = TPU_COMPILER
 
@@ -33,15 +34,28 @@ def kernels_in(compiled):
     return compiled.as_text().count('custom_call_target="tpu_custom_call"')
 
 
-@pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e"])
-@pytest.mark.parametrize("name", [name for name in SHAPES if "train" not in name])
+CHIPS = ("v5e", "v5p", "v6e")
+CASES = [(chip, name) for name in SHAPES for chip in CHIPS]
+QUICK = {  # one of each chip, forward and backward
+    *(("v5e", "qwen2-57b-a14b one token"), ("v5e", "qwen1.5-moe-a2.7b train 16k")),
+    *(("v5p", "qwen1.5-moe-a2.7b prefill 512"), ("v5p", "qwen2-57b-a14b train 16k")),
+    *(("v6e", "qwen2-57b-a14b batch of 64"), ("v6e", "qwen1.5-moe-a2.7b train 16k")),
+}
+
+
+def of(training):
+    """Chips and shapes of training, or the others."""
+    cases = [case for case in CASES if ("train" in case[1]) == training]
+    return pytest.mark.parametrize(("chip", "name"), [case if case in QUICK else slow(case)[0] for case in cases])
+
+
+@of(training=False)
 def test_inference(chip, name):
     M, E, D, F = (SHAPES[name][x] for x in "MEDF")
     assert kernels_in(compile_for(chip, experts, *arrays(M, E, D, F, jnp.bfloat16))) == 2
 
 
-@pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e"])
-@pytest.mark.parametrize("name", [name for name in SHAPES if "train" in name])
+@of(training=True)
 def test_training(chip, name):
     M, E, D, F = (SHAPES[name][x] for x in "MEDF")
     compiled = compile_for(chip, with_gradients, *arrays(M, E, D, F, jnp.bfloat16))

@@ -32,7 +32,7 @@ def random_ids(config, *shape, seed=0):
     return np.random.default_rng(seed).integers(0, config.vocab_size, shape)
 
 
-@pytest.mark.parametrize("name", ["dense", *slow("moe_mixed")])
+@pytest.mark.parametrize("name", slow("dense", "moe_mixed"))  # quick: test_parity.py has both layouts
 def test_stacked_and_unrolled_are_one_model(name):
     config = tiny.CONFIGS[name]
     stacked, unrolled = decoder.init(config, 3), decoder.init(config, 3, unroll=True)
@@ -51,7 +51,7 @@ def test_mixed_stacks_scan_over_their_period():
     assert [stack.repeats for stack in tiny.CONFIGS["sliding"].stacks()] == [4]  # windows are data, not structure
 
 
-@pytest.mark.parametrize("name", [*slow("dense"), "sliding", "dual_chunk", "moe_mixed"])
+@pytest.mark.parametrize("name", [*slow("dense", "sliding"), "dual_chunk", *slow("moe_mixed")])
 def test_packed_documents_equal_each_alone(name):
     config = tiny.CONFIGS[name]
     weights = random_params(config)
@@ -67,7 +67,7 @@ def test_packed_documents_equal_each_alone(name):
     np.testing.assert_allclose(packed, np.concatenate(alone, axis=1), atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["dense", "sliding", "dual_chunk", "moe_mixed", *slow("untied", "moe")])
+@pytest.mark.parametrize("name", ["dense", *slow("sliding", "dual_chunk", "moe_mixed", "untied", "moe")])
 def test_padding_changes_nothing(name):
     config = tiny.CONFIGS[name]
     weights, ids = random_params(config), random_ids(config, 2, 16)
@@ -82,7 +82,8 @@ def test_padding_changes_nothing(name):
 @pytest.mark.parametrize(
     ("name", "unroll"),
     [
-        *(("sliding", False), ("dual_chunk", False), ("moe_mixed", False), ("dense", True)),
+        ("sliding", False),
+        *slow(("dual_chunk", False), ("dense", True), ("moe_mixed", False)),  # test_generate.py decodes such models
         *slow(("dense", False), ("untied", False), ("moe", False), ("moe_mixed", True)),
     ],
 )
@@ -111,7 +112,7 @@ def test_cached_steps_equal_one_forward(name, unroll):
     np.testing.assert_allclose(np.concatenate(pieces, axis=1), whole, atol=1e-5 * np.abs(whole).max(), rtol=0)
 
 
-@pytest.mark.parametrize("name", ["dense", *slow("moe_mixed")])
+@pytest.mark.parametrize("name", slow("dense", "moe_mixed"))  # quick: test_step.py
 def test_recomputation_keeps_the_gradient(name):
     config = tiny.CONFIGS[name]
     graphdef, _ = decoder.declare(config)

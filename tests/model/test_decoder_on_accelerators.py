@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every kind of layer on the kernels of every device: the model in Pallas's interpreters against the portable one.
 
-One kind of each device is quick; test_device.py runs "sliding" on both, by `python -m benchmarks.device --small`.
+Slow, because simulations are; test_device.py runs "sliding" on both, by `python -m benchmarks.device --small`, which
+.ci/run does always.
 """
 
 import jax
@@ -11,7 +12,6 @@ from jax.experimental.pallas import tpu as pltpu
 from qwen2_jax.kernels.target import simulated
 
 from accelerator_cases import KINDS, results
-from few import slow
 from tolerance import BFLOAT16, assert_no_worse
 
 TPU = ("TPU v5 lite", pltpu.InterpretParams())
@@ -35,11 +35,13 @@ def compare(kind, device, implementation, dtype, floor):
         assert_no_worse(ours, theirs, true, floor=floor)
 
 
-@pytest.mark.parametrize("kind", ["moe", *slow("sliding", "dual chunk")])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_tpu(kind):
     compare(kind, TPU, "tpu", jnp.float32, floor=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["dual chunk", *slow("sliding", "moe")])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_gpu(kind):
     compare(kind, gpu(), "gpu", jnp.bfloat16, floor=BFLOAT16)

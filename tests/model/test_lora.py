@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh
 
 import tiny
+from few import slow
 from qwen2_jax import PRESETS, model
 from qwen2_jax.errors import UserError
 from qwen2_jax.model import lora
@@ -56,7 +57,7 @@ def gradient_of(config):
     return jax.jit(jax.grad(loss))
 
 
-@pytest.mark.parametrize(("config", "unroll"), [(MIXED, False), (SPARSE, True)], ids=["stacked", "unrolled"])
+@pytest.mark.parametrize(("config", "unroll"), [*slow((MIXED, False)), (SPARSE, True)], ids=["stacked", "unrolled"])
 def test_attached_is_merged_and_fresh_adapters_change_nothing(config, unroll):
     params, logits = tiny.random_params(config, unroll=unroll), logits_of(config, unroll)
     base = np.asarray(logits(params))
@@ -136,6 +137,7 @@ def test_int8_passes_the_gradient_to_its_input(rows, dtype):
     assert_no_worse(got, naive, exact)
 
 
+@pytest.mark.slow  # each product above
 def test_training_on_an_int8_base_has_the_gradients_of_the_rounded_weights():
     rounded = quantize(tiny.random_params(DENSE), model.declare(DENSE)[1])
     widened = jax.tree.map(dequantize, rounded, is_leaf=lambda x: isinstance(x, Int8))

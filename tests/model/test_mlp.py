@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 import tiny
+from few import slow
 from qwen2_jax import model
 from qwen2_jax.model import mlp
 from qwen2_jax.weights.params import Declare
@@ -66,7 +67,7 @@ def test_balanced_load_costs_exactly_top_k():
     assert mlp.load_balancing_loss(skewed) == pytest.approx(E * k)
 
 
-@pytest.mark.parametrize("loss", [mlp.load_balancing_loss, mlp.router_z_loss])
+@pytest.mark.parametrize("loss", [*slow(mlp.load_balancing_loss), mlp.router_z_loss])
 def test_router_losses_reach_the_router_of_every_layer(loss):
     graphdef, _ = model.declare(CONFIG)
     weights, ids = tiny.random_params(CONFIG), jnp.arange(24).reshape(2, 12)

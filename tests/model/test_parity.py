@@ -36,11 +36,10 @@ SPARSE = ["moe", "moe_mlp_only", "moe_no_bias", "moe_norm_topk", "moe_sliding", 
 YARN = [name for name in DENSE + SPARSE if "yarn" in name]
 ATOL = 1e-4
 NEW = 24  # recorded new tokens of each prompt
-# Their stacked layers are compared slowly; test_greedy_tokens compares their unrolled ones always.
-STACKED_SLOWLY = ["head_dim", "heads_28_4", "large_logits", "mqa"]
-every_variant = pytest.mark.parametrize(
-    "variant", [v if v not in STACKED_SLOWLY else slow(v)[0] for v in DENSE + SPARSE]
-)
+# Slow: what two other variants have, one each; and two numbers of heads more.
+ELSEWHERE = ["heads_14_2", "heads_28_4", "mha", "moe_sliding", "moe_yarn"]
+every_variant = pytest.mark.parametrize("variant", [v if v not in ELSEWHERE else slow(v)[0] for v in DENSE + SPARSE])
+every_sparse_variant = pytest.mark.parametrize("variant", [v if v not in ELSEWHERE else slow(v)[0] for v in SPARSE])
 
 
 @functools.cache
@@ -134,7 +133,7 @@ def test_logits(variant):
 
 
 @pytest.mark.parametrize("unroll", [*slow(False), True], ids=["stacked", "unrolled"])
-@pytest.mark.parametrize("variant", ["dense_untied", "moe_mlp_only"])
+@pytest.mark.parametrize("variant", ["dense_untied", *slow("moe_mlp_only")])
 def test_logits_with_all_optimizations(variant, unroll, all_optimizations):
     graphdef, _ = declare(config_of(variant), unroll=unroll)
     tokens = jnp.asarray(golden(variant)["tokens"])
@@ -192,9 +191,9 @@ def test_one_wrong_number_is_noticed(variant, path):
     ("variant", "change"),
     [
         ("sliding", {"sliding_window": 8}),
-        ("dense_untied", {"rms_norm_eps": 1e-3}),
         ("moe_norm_topk", {"norm_topk_prob": False}),
         *slow(
+            ("dense_untied", {"rms_norm_eps": 1e-3}),
             ("sliding", {"max_window_layers": 3}),
             ("moe_sliding", {"max_window_layers": 2}),
             ("dense_untied", {"rope_theta": 500000.0}),
@@ -212,7 +211,7 @@ def test_one_wrong_setting_is_noticed(variant, change):
 # Long contexts
 
 
-@pytest.mark.parametrize("variant", YARN)
+@pytest.mark.parametrize("variant", ["yarn", *slow(*[v for v in YARN if v != "yarn"])])
 def test_yarn_is_used_beyond_the_trained_length_only(variant):
     g, config = golden(variant), config_of(variant)
     short = g["tokens"][:, : config.trained_length]
@@ -263,7 +262,7 @@ def test_yarn_frequencies_of_qwen2_7b():
 # Mixture of experts
 
 
-@pytest.mark.parametrize("variant", SPARSE)
+@every_sparse_variant
 def test_load_balancing_loss(variant):
     """Ours is the definition's. Softmax applied twice, which some releases of transformers had, is far from it."""
     g = golden(variant)
@@ -276,7 +275,7 @@ def test_load_balancing_loss(variant):
     assert router.tokens == g["tokens"].size * sparse_layers
 
 
-@pytest.mark.parametrize("variant", ["moe", "moe_step_2"])
+@pytest.mark.parametrize("variant", ["moe", *slow("moe_step_2")])
 def test_load_balancing_loss_leaves_padding_out(variant):
     g = golden(variant)
     positions = np.arange(g["tokens"].shape[1]) * np.ones_like(g["tokens"])
@@ -286,7 +285,7 @@ def test_load_balancing_loss_leaves_padding_out(variant):
     assert error(logits[0], g["logits"][0]) <= ATOL
 
 
-@pytest.mark.parametrize("variant", [*slow("moe_no_bias"), "moe_norm_topk"])
+@pytest.mark.parametrize("variant", slow("moe_no_bias", "moe_norm_topk"))  # quick: test_mlp.py, test_golden_training.py
 def test_gradients_reach_the_router(variant):
     """Of each loss: the slope along its gradient, against a difference over which no token changes its experts."""
     tokens = jnp.asarray(golden(variant)["tokens"][1:, :16])
@@ -319,12 +318,7 @@ def test_gradients_reach_the_router(variant):
 # The public interface
 
 
-LOADED = [
-    "dense_tied",
-    "sliding",
-    "yarn",
-    "moe_mlp_only",
-]  # the rest: with the prompts of test_greedy_tokens, or slowly
+LOADED = ["dense_tied"]  # the rest slowly: their layers are those of test_logits, unrolled as in test_greedy_tokens
 
 
 @pytest.mark.parametrize("variant", [*LOADED, *slow(*[v for v in DENSE + SPARSE if v not in LOADED])])
@@ -338,7 +332,7 @@ def test_load_gives_the_same_logits(variant):
     assert_logits_equal(variant, logits)
 
 
-@pytest.mark.parametrize("variant", [*slow("dense_untied", "large_logits"), "sliding", "yarn", "moe_mlp_only"])
+@pytest.mark.parametrize("variant", ["yarn", *slow("dense_untied", "large_logits", "sliding", "moe_mlp_only")])
 def test_load_gives_the_same_logprobs(variant):
     """In two chunks, over a cache. Those of generated tokens are compared for every variant below."""
     g, lm = golden(variant), lm_of(variant)
@@ -359,18 +353,17 @@ def assert_answers_equal(variant: str, answers):
     assert error([a.logprobs for a in answers], g["generated_logprobs"]) <= logprob_tolerance(variant)
 
 
-# Slow: those whose layers other variants have as well.
-ANSWERED_SLOWLY = ["dense_untied", "heads_14_2", "mha", "moe_no_bias", "moe_step_2", "moe_yarn"]
+ANSWERED = ["dense_tied", "sliding", "yarn", "moe_mlp_only"]  # the rest slowly, as above
 
 
-@pytest.mark.parametrize("variant", [v if v not in ANSWERED_SLOWLY else slow(v)[0] for v in DENSE + SPARSE])
+@pytest.mark.parametrize("variant", [*ANSWERED, *slow(*[v for v in DENSE + SPARSE if v not in ANSWERED])])
 def test_greedy_tokens(variant):
     """Prompts of several lengths at once; transformers pads them on the left."""
     answers = lm_of(variant).generate(prompts_of(variant), max_new_tokens=NEW, temperature=0.0, ignore_eos=True)
     assert_answers_equal(variant, answers)
 
 
-@pytest.mark.parametrize("variant", ["dense_tied", *slow("sliding", "yarn"), "moe_step_2"])
+@pytest.mark.parametrize("variant", slow("dense_tied", "sliding", "yarn", "moe_step_2"))  # quick: test_generate.py
 def test_greedy_tokens_of_each_prompt_alone(variant):
     alone = [
         lm_of(variant).generate([prompt], max_new_tokens=NEW, temperature=0.0, ignore_eos=True)
@@ -379,7 +372,7 @@ def test_greedy_tokens_of_each_prompt_alone(variant):
     assert_answers_equal(variant, [answer for (answer,) in alone])
 
 
-@pytest.mark.parametrize("variant", ["dense_tied", "moe", "sliding"])
+@pytest.mark.parametrize("variant", ["dense_tied", *slow("moe", "sliding")])
 def test_greedy_tokens_with_repetition_penalty(variant):
     g = golden(variant)
     answers = lm_of(variant).generate(

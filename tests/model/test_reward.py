@@ -147,7 +147,7 @@ def test_heads_are_not_taken_for_each_other():
 # Against transformers
 
 
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", [*slow("linear"), "two_layers"])
 def test_scores_are_those_of_transformers(head, tmp_path):
     folder = GOLDEN / f"score_{head}"
     recorded = np.load(folder / "golden.npz")
@@ -169,7 +169,8 @@ def test_scores_are_those_of_transformers(head, tmp_path):
 @pytest.mark.parametrize(
     ("name", "head", "unroll"),
     [
-        *(("dense", "linear", False), ("untied", "two_layers", True)),
+        ("dense", "linear", False),
+        *slow(("untied", "two_layers", True)),
         *slow(("dense", "two_layers", False), ("untied", "linear", False), ("untied", "two_layers", False)),
         *slow(("dense", "linear", True), ("dense", "two_layers", True), ("untied", "linear", True)),
     ],
@@ -259,6 +260,7 @@ for head in ("linear", "two_layers"):
 """
 
 
+@pytest.mark.slow
 def test_on_a_mesh_the_head_lies_as_declared_and_scores_the_same():
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parents[1])}
     environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"

@@ -6,6 +6,10 @@ import os
 import subprocess
 import sys
 
+import pytest
+
+from few import slow
+
 SCRIPT = """
 import itertools, sys
 import jax, jax.numpy as jnp, numpy as np
@@ -42,8 +46,15 @@ for B, T in ((8, 4), (8, 1), (2, 3)):  # a batch of training, a decode step, and
 """
 
 
-def test_equal_to_the_whole_table():
-    meshes = ["fsdp=2 context=2 tensor=2", "data=2 fsdp=2 expert=2", "fsdp=2 expert=2 context=2", "tensor=8"]
+@pytest.mark.parametrize(
+    "meshes",
+    [
+        ["fsdp=2 context=2 tensor=2", "data=2 fsdp=2 expert=2"],
+        *slow(["fsdp=2 expert=2 context=2", "tensor=8"]),
+    ],
+    ids=" and ".join,
+)
+def test_equal_to_the_whole_table(meshes):
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", SCRIPT, *meshes]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)

@@ -74,8 +74,8 @@ for N, K in ((8, 4), (6, 3)):
 @pytest.mark.parametrize(
     "meshes",
     [
-        ["data=2 fsdp=2 tensor=2", "context=4 tensor=2"],
-        *slow(["expert=4 tensor=2", "fsdp=8", "fsdp=2 expert=2 context=2"]),
+        ["context=4 tensor=2"],
+        *slow(["data=2 fsdp=2 tensor=2"], ["expert=4 tensor=2", "fsdp=8", "fsdp=2 expert=2 context=2"]),
     ],
     ids=" and ".join,
 )

@@ -89,8 +89,11 @@ def run(program, *arguments):
     return done.stdout
 
 
-def test_any_load_gives_what_one_device_gives():
-    assert run(LAYER, "expert=8", "expert=4 tensor=2", "fsdp=2 expert=2 context=2") == "equal 7\n"
+@pytest.mark.parametrize(
+    "meshes", [["fsdp=2 expert=2 context=2"], *slow(["expert=8", "expert=4 tensor=2"])], ids=" and ".join
+)
+def test_any_load_gives_what_one_device_gives(meshes):
+    assert run(LAYER, *meshes) == "equal 7\n"
 
 
 INT8 = (
@@ -144,6 +147,7 @@ print("equal")
 )
 
 
+@pytest.mark.slow  # on one device: test_forms.py
 def test_int8_experts_are_their_widened_matrices_on_one_device_and_on_eight():
     """The layer with its gradients, and greedy answers of a mixture of experts whose weights are all int8."""
     assert run(INT8) == "equal\n"
@@ -188,7 +192,7 @@ print("equal", len(sys.argv) - 1)
 @pytest.mark.parametrize(
     "cases",
     [
-        ["exchange=all_to_all expert=4 tensor=2"],
+        *slow(["exchange=all_to_all expert=4 tensor=2"]),  # quick: any load, above
         *slow(["exchange=gather data=2 expert=4", "exchange=all_to_all expert=8"]),
         *slow(["exchange=all_to_all fsdp=2 expert=2 context=2"]),
     ],
@@ -224,7 +228,8 @@ def layer_of_57b(where, tokens, **changes):
 
 
 @pytest.mark.parametrize(
-    "where", [pytest.param("v5p-16", marks=TPU_COMPILER), pytest.param("8xh100", marks=GPU_COMPILER)]
+    "where",
+    [pytest.param("v5p-16", marks=[*TPU_COMPILER, pytest.mark.slow]), pytest.param("8xh100", marks=GPU_COMPILER)],
 )
 def test_a_real_layer_compiles_for_machines_that_are_not_here(where):
     """Gradients take three crossings (nobody asks for the value here) and less memory than with everybody's tokens."""

@@ -9,6 +9,8 @@ import time
 
 import pytest
 
+from few import slow
+
 PROGRAM = """
 import os, signal, sys, time
 from qwen2_jax.parallel import hosts
@@ -51,20 +53,22 @@ hosts.leave(main())
 FATES = [
     ("fine", 2, {}, {0: 0, 1: 0}, ""),
     ("disagree", 3, {}, {0: 2, 1: 2, 2: 2}, "setting optim.lr is 0.1 on processes 0, 2 and 0.2 on process 1 on "),
-    (
-        "fine",
-        2,
-        {"XLA_FLAGS": "--xla_cpu_enable_fast_math=false"},
-        {0: 2, 1: 2},
-        "$XLA_FLAGS is absent on process 0 on HOST and --xla_cpu_enable_fast_math=false on process 1 on HOST",
-    ),
-    ("absent", 3, {}, {0: 2, 1: 2, 2: 2}, "process 2 did not reach the barrier 'before step 5' within 2 s"),
-    ("uncompared", 3, {}, {0: 2, 1: 2, 2: 2}, "process 2 did not reach the barrier 'comparing data' within 2 s"),
     ("error", 3, {}, {0: 2, 2: 2}, "process 1 on HOST has ended: no such file: chats.jsonl"),
-    ("bug", 3, {}, {1: 1, 2: 1}, "process 0 on HOST has ended: TypeError: 3 is not a string"),
     ("stuck", 2, {}, {0: 75, 1: 75}, "no process has made progress for 4 s (process 0: step 3; process 1: step 4)"),
     ("killed", 2, {}, {0: 75}, "process 1 on HOST is lost, without a heartbeat for 6 s: the process was killed "),
-    ("coordinator", 2, {}, {1: 75}, "process 0 on HOST, the coordinator at ADDRESS, is lost: killed "),
+    *slow(
+        (
+            "fine",
+            2,
+            {"XLA_FLAGS": "--xla_cpu_enable_fast_math=false"},
+            {0: 2, 1: 2},
+            "$XLA_FLAGS is absent on process 0 on HOST and --xla_cpu_enable_fast_math=false on process 1 on HOST",
+        ),
+        ("absent", 3, {}, {0: 2, 1: 2, 2: 2}, "process 2 did not reach the barrier 'before step 5' within 2 s"),
+        ("uncompared", 3, {}, {0: 2, 1: 2, 2: 2}, "process 2 did not reach the barrier 'comparing data' within 2 s"),
+        ("bug", 3, {}, {1: 1, 2: 1}, "process 0 on HOST has ended: TypeError: 3 is not a string"),
+        ("coordinator", 2, {}, {1: 75}, "process 0 on HOST, the coordinator at ADDRESS, is lost: killed "),
+    ),
 ]
 
 

@@ -8,6 +8,7 @@ XLA:GPU made a look-up in the embedding a gather of the whole of it.
 import pytest
 
 from ahead_of_time import GPU_COMPILER, TPU_COMPILER
+from few import slow
 from qwen2_jax.config import ModelConfig
 from qwen2_jax.infer.engine import lowering
 from qwen2_jax.plan import hlo, infer, machine
@@ -24,12 +25,17 @@ CONFIG = ModelConfig(
     tie_word_embeddings=False,
 )
 CHUNK, SLOTS = 128, 65536
-MESHES = [{"tensor": 4}, {"context": 2, "tensor": 2}]
 CHIPS = [pytest.param("4xh100", marks=GPU_COMPILER), pytest.param("v5e-4", marks=TPU_COMPILER)]
 
 
-@pytest.mark.parametrize("axes", MESHES, ids=str)
-@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize(
+    ("rows", "axes"),
+    [
+        (1, {"context": 2, "tensor": 2}),
+        *slow((1, {"tensor": 4}), (2, {"tensor": 4}), (2, {"context": 2, "tensor": 2})),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("name", CHIPS)
 def test_only_activations_move(name, rows, axes):
     where = machine.parse(name)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is written of the full-size plans is what a fresh plan says: configs' docstrings, docs/scaling.md, the record.
 
-Where the compilers are, the jobs that compile in less than a minute are compiled by `pytest`, the others by `-m slow`;
-`.ci/run` compiles the former, and of the latter those that it has time for.
+Where the compilers are, the smallest job is compiled by `pytest`, the others by `-m slow`; `.ci/run` compiles the
+former, and of the latter those that it has time for.
 """
 
 import ast

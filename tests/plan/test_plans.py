@@ -92,7 +92,11 @@ SPARSE = dataclasses.replace(
 
 
 @pytest.mark.parametrize(
-    "machine", [pytest.param("v5e-4", marks=TPU_COMPILER), pytest.param("4xh100", marks=GPU_COMPILER)]
+    "machine",
+    [
+        pytest.param("v5e-4", marks=TPU_COMPILER),
+        pytest.param("4xh100", marks=[*GPU_COMPILER, pytest.mark.slow]),  # quick: test_expert_parallel.py
+    ],
 )
 def test_tokens_go_to_their_experts_five_times_a_step(machine):
     """There and back forward; for the gradients tokens once more, and gradients there and back. The estimate knows."""
@@ -261,6 +265,7 @@ def test_a_search_prefers_what_fits(_):
         search.search(dataclasses.replace(run, model=PRESETS["qwen2-72b"]), "h100")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("_", [pytest.param(0, marks=GPU_COMPILER)])
 def test_the_command_compiles_the_best_and_lists_the_rest(_, monkeypatch, capsys):
     monkeypatch.setattr(search, "COMPILED", 2)

@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from ahead_of_time import GPU_COMPILER
+from few import slow
 from qwen2_jax import model
 from qwen2_jax.config import ModelConfig
 from qwen2_jax.data.spec import Data, PromptData, Source
@@ -36,7 +37,7 @@ DPO = Dpo(data=PAIRS, rows=1, length=8192, reference="live", **COMMON)
 GRPO = Grpo(policy=Policy(kl=0.1), length=8192, **ASKED, **COMMON)
 
 
-@pytest.mark.parametrize("run", [DPO, GRPO], ids=["dpo", "grpo"])
+@pytest.mark.parametrize("run", [*slow(DPO), GRPO], ids=["dpo", "grpo"])
 def test_logits_of_all_tokens_never_exist(run):
     """Neither in a step nor where log-probabilities alone are computed: both stay below half of them in bfloat16."""
     trainer = Trainer(run, WIDE, 4, objective=stage_of(run).objective(groups=4, ranks=2))
@@ -66,7 +67,7 @@ def test_who_has_a_reference_beside_the_step():
 @pytest.mark.parametrize(
     "run",
     [
-        pytest.param(GRPO, id="grpo", marks=GPU_COMPILER),
+        pytest.param(GRPO, id="grpo", marks=[*GPU_COMPILER, pytest.mark.slow]),
         pytest.param(Reward(data=PAIRS, rows=1, length=2048, **COMMON), id="reward", marks=GPU_COMPILER),
     ],
 )

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Data of the speedrun's stages after fine-tuning: deterministic, right, and of numbers that the demo never added."""
 
+import functools
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from qwen2_jax.errors import UserError
-from qwen2_jax.speedrun import post_training_data, skills
+from qwen2_jax.speedrun import post_training_data, skills, stdlib_text
 from qwen2_jax.speedrun.stdlib_text import is_held_out
 
 SIZE = post_training_data.DataSize(train=300, held_out=40)
@@ -16,6 +18,15 @@ SIZE = post_training_data.DataSize(train=300, held_out=40)
 
 def records(folder, name):
     return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text("utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_package():
+    """Prose of one package of the standard library instead of them all."""
+    documents = functools.cache(functools.partial(stdlib_text.stdlib_documents, Path(json.__file__).parent))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stdlib_text, "stdlib_documents", documents)
+        yield
 
 
 @pytest.fixture(scope="module")

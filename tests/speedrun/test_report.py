@@ -2,13 +2,14 @@
 """The speedrun's report: numbers of the runs in the right cells, and stages that are missing left out."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from qwen2_jax import checkpoint
 from qwen2_jax.errors import UserError
 from qwen2_jax.speedrun import accuracy as skills
-from qwen2_jax.speedrun import report
+from qwen2_jax.speedrun import report, stdlib_text
 from qwen2_jax.tokenizer import Tokenizer
 from tiny import CONFIGS, random_params
 
@@ -57,8 +58,10 @@ def test_numbers_of_every_stage(tmp_path):
     assert all(f"({name})" in text for name in pictures)
 
 
-def test_skills_that_cannot_be_asked_are_told():
+def test_skills_that_cannot_be_asked_are_told(monkeypatch):
     """Nothing fits into 32 tokens beside its answer; and no items are no measurement."""
+    one_package = stdlib_text.stdlib_documents(Path(json.__file__).parent)
+    monkeypatch.setattr(stdlib_text, "stdlib_documents", lambda: one_package)
     tokenizer = Tokenizer.from_folder(checkpoint.locate("demo").path)
     with pytest.raises(UserError, match="0 different items of sums found, 3 asked for"):
         skills.HeldOut(tokenizer, length=32).items("sums", 3)

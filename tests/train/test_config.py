@@ -2,12 +2,14 @@
 """Run configurations: every file loads, flags override, and errors say what to change."""
 
 import dataclasses
+import functools
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from few import slow
 from qwen2_jax.data.spec import Source
 from qwen2_jax.errors import UserError
 from qwen2_jax.train import Lora, Mesh, Muon, Optim, Pretrain, Sft, Start, config_file
@@ -15,6 +17,11 @@ from qwen2_jax.train import Lora, Mesh, Muon, Optim, Pretrain, Sft, Start, confi
 ROOT = Path(__file__).parents[2]
 FILES = [f for f in sorted((ROOT / "configs").rglob("*.py")) if "config = " in f.read_text("utf-8")]
 FINETUNE = ROOT / "configs" / "finetune.py"
+
+
+@functools.cache
+def finetune():
+    return config_file.load(FINETUNE)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.relative_to(ROOT).as_posix())
@@ -70,7 +77,7 @@ def test_the_report_s_sft_numbers_are_the_defaults():
     ],
 )
 def test_contradictions_are_named(changes, message):
-    base = {f.name: getattr(config_file.load(FINETUNE), f.name) for f in dataclasses.fields(Pretrain)}
+    base = {f.name: getattr(finetune(), f.name) for f in dataclasses.fields(Pretrain)}
     with pytest.raises(UserError, match=message):
         Pretrain(**base | changes)
 
@@ -114,9 +121,11 @@ def test_a_file_without_a_run_is_refused(tmp_path, text, message):
     [
         ([], "usage: python train.py"),
         (["--steps", "3"], "the first argument must be a config file"),
-        (["configs/nothing.py"], "no config file 'configs/nothing.py'"),
         (["configs/finetune.py", "--optim.lrr", "1"], "--optim.lr"),
-        (["configs/finetune.py", "--data.sources", "nowhere.jsonl"], "nowhere.jsonl"),
+        *slow(
+            (["configs/nothing.py"], "no config file 'configs/nothing.py'"),
+            (["configs/finetune.py", "--data.sources", "nowhere.jsonl"], "nowhere.jsonl"),
+        ),
     ],
 )
 def test_command_line_mistakes_exit_with_2(arguments, message, tmp_path):

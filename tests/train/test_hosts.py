@@ -16,6 +16,7 @@ from small_run import config_file
 
 ROOT = Path(__file__).parents[2]
 CPU = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+TWO_DEVICES = CPU | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
 
 
 def losses(folder):
@@ -45,9 +46,8 @@ def test_two_processes_are_one_and_survive_each_others_death(corpus, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 of 2 kills survived" in done.stdout
     alone = tmp_path / "alone"
-    two_devices = CPU | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     command = [sys.executable, "train.py", str(file), "--out", str(alone)]
-    one = subprocess.run(command, cwd=ROOT, env=two_devices, capture_output=True, text=True)
+    one = subprocess.run(command, cwd=ROOT, env=TWO_DEVICES, capture_output=True, text=True)
     assert one.returncode == 0, one.stderr
     assert len(losses(alone)) == 60
     assert losses(work / "whole") == losses(work / "killed") == losses(alone)
@@ -64,37 +64,47 @@ def two(file, *, second=()):
     return [subprocess.Popen([*command, str(i), *(second if i else ())], **how) for i in range(2)]
 
 
-def test_a_request_to_stop_reaches_both(corpus, tmp_path):
-    """SIGTERM to process 1: both save the same step and end with 0, and process 0 tells of it."""
-    started = two(config_file(corpus, tmp_path, "steps=100000"))
+def test_two_processes_train_what_one_trains_and_stop_together(corpus, tmp_path):
+    """SIGTERM to process 1: both save the same step and end with 0, and process 0 tells of it. Up to there, the losses
+    are to the last bit those of one process with two devices."""
+    files = []
+    for name in ("two", "one"):
+        (tmp_path / name).mkdir()
+        files.append(config_file(corpus, tmp_path / name, "steps=100000"))
+    out = tmp_path / "two" / "out"
+    started = two(files[0])
     try:
-        end = time.monotonic() + 150
-        while not losses(tmp_path / "out") and time.monotonic() < end:
+        end = time.monotonic() + 300
+        while not losses(out) and time.monotonic() < end:
             assert [process.poll() for process in started] == [None, None]
             time.sleep(0.1)
         started[1].send_signal(signal.SIGTERM)
-        told = [process.communicate(timeout=60)[1] for process in started]
+        told = [process.communicate(timeout=120)[1] for process in started]
     finally:
         for process in started:
             process.kill()
     assert [process.returncode for process in started] == [0, 0], told
     assert "which is saved; resume with the same command" in told[0]
     assert "step" not in told[1]
-    last = losses(tmp_path / "out")[-1][0]
-    assert (tmp_path / "out" / "checkpoints" / str(last)).is_dir()
+    last = losses(out)[-1][0]
+    assert (out / "checkpoints" / str(last)).is_dir()
+    command = [sys.executable, "train.py", str(files[1]), "--steps", str(last)]
+    one = subprocess.run(command, cwd=ROOT, env=TWO_DEVICES, capture_output=True, text=True, timeout=300)
+    assert one.returncode == 0, one.stderr
+    assert losses(tmp_path / "one" / "out") == losses(out)
 
 
-def test_two_processes_train_what_one_trains(corpus, tmp_path):
+@pytest.mark.slow  # their losses: above
+def test_two_processes_export_what_one_exports(corpus, tmp_path):
     """To the last bit; and each process holds half of the devices."""
     files = []
     for name in ("two", "one"):
         (tmp_path / name).mkdir()
         files.append(config_file(corpus, tmp_path / name, "steps=3"))
     started = two(files[0])
-    two_devices = CPU | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     try:
         one = subprocess.run(
-            [sys.executable, "train.py", str(files[1])], cwd=ROOT, env=two_devices, capture_output=True
+            [sys.executable, "train.py", str(files[1])], cwd=ROOT, env=TWO_DEVICES, capture_output=True
         )
         told = [process.communicate(timeout=120)[1] for process in started]
     finally:

@@ -97,6 +97,7 @@ def compile_once():
 
     def shared(run, config, steps, *, mesh=None, objective=None):
         plain = {"out": Path("x"), "checkpoints": Checkpointing(), "evaluation": Evaluation(), "log": Logging()}
+        plain |= {} if run.start is None else {"start": Start(checkpoint="x")}
         same = dataclasses.replace(run, **plain, guard=Guard(spike=run.guard.spike), resume=True, tokenizer="x")
         return make(same, config, steps)
 
@@ -334,6 +335,7 @@ def test_lora_leaves_the_weights_alone(base, corpus, straight, tmp_path):
         assert f"warning: {tmp_path / 'hf'} is the result of an earlier run" in run(config)[1]
 
 
+@pytest.mark.slow
 def test_lora_goes_on_from_an_adapter(corpus, straight, tmp_path):
     """The second run's first loss is what the first one came to, and other settings than the folder's are refused."""
     lora = {"lora": Lora(rank=4, alpha=8.0), "lora_base": "float32"}
@@ -362,6 +364,7 @@ def test_weights_are_exported_on_the_way(corpus, tmp_path):
     assert [line["step"] for line in read(tmp_path / "metrics.jsonl") if "held_out" in line] == [0, 4, 8]
 
 
+@pytest.mark.slow
 def test_evaluation_takes_no_more_rows_at_once_than_training(straight, corpus, tmp_path, monkeypatch):
     """The same scores, in micro-batches."""
     shapes, place = set(), Placing.__call__
@@ -388,7 +391,8 @@ def test_who_asks_to_stop_waits_for_the_save_only(corpus, tmp_path, monkeypatch)
 def test_a_model_trained_under_yarn_says_so(corpus, tmp_path):
     """64 tokens of a model for 32: the result's config has the factor 2 that the weights got used to."""
     model = dataclasses.replace(MODEL, max_position_embeddings=32)
-    folder, _ = run(pretrain(corpus, tmp_path, model=model, length=64, steps=1, long_context="yarn"))
+    bare = {"evaluation": Evaluation(), "ema": None}  # there is less to compile
+    folder, _ = run(pretrain(corpus, tmp_path, model=model, length=64, steps=1, long_context="yarn", **bare))
     scaling = checkpoint.read_config(checkpoint.locate(folder)).rope_scaling
     assert (scaling.type, scaling.factor, scaling.original_max_position_embeddings) == ("yarn", 2.0, 32)
 
@@ -449,6 +453,7 @@ def test_a_dry_run_prints_and_writes_nothing(corpus, tmp_path):
     assert not (tmp_path / "out" / "checkpoints").exists()
 
 
+@pytest.mark.slow  # test_preemption.py hears the signals, and a stopped run goes on above
 def test_ctrl_c_saves_and_the_same_command_goes_on(corpus, tmp_path):
     """The whole program, in a process of its own: exit code 0, a word of advice, and a run that ends as one piece.
 
@@ -505,6 +510,7 @@ def test_kills_that_show_nothing_do_not_pass(tmp_path, monkeypatch):
     assert kill_test.too_easy(20, 1) == kill_test.too_easy(3, 0) == ""
 
 
+@pytest.mark.slow  # test_meshes.py has gradients, test_checkpoints.py other meshes
 def test_every_device_of_a_mesh_has_its_part(tmp_path):
     """Eight devices: the losses of one, and parameters and moments split as the declarations say.
 

@@ -338,6 +338,7 @@ for method, variant in (("ondare", "paper"), ("ondare", "code"), ("onties", "cod
 """
 
 
+@pytest.mark.slow
 def test_a_mesh_changes_no_bit():
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
@@ -398,6 +399,7 @@ def trainer(stages, corpus):
         yield made
 
 
+@pytest.mark.slow  # quick: a run stops and goes on in test_loop.py
 def test_a_run_resumes_bit_for_bit_with_its_task_vector(stages, corpus, trainer, tmp_path):
     """Stopped after step 3, between two merges; the base model is gone when it goes on."""
     console = Console(file=io.StringIO())

@@ -60,9 +60,8 @@ ROWS = 9  # of every online step: an odd number is not halved where fewer have r
 STEADY = Optim(lr=1e-2, schedule="constant", decay=0.0)
 
 
-def early(completion_ids, **columns):
-    """A reward that a bandit can learn: the first token's id is small."""
-    return [float(ids[0] < 64) for ids in completion_ids]
+def reward(name, **settings):
+    return Function(function=f"{Path(__file__).with_name('answer_rewards.py')}:{name}", **settings)
 
 
 def run(config):
@@ -155,7 +154,7 @@ def dpo(base, out, **changes):
 def grpo(base, out, **changes):
     settings = {
         "data": PromptData(sources=(str(base / "prompts.jsonl"),), max_tokens=96),
-        "rewards": (Function(function=early),),
+        "rewards": (reward("early"),),
         "prompts": 4,
         "sampling": Sampling(samples=4, max_new_tokens=4, rows=8),
         "rows": ROWS,
@@ -191,7 +190,7 @@ def test_dpo_begins_at_ln_2_and_learns_the_pairs(dpo_run):
     [
         pytest.param({"dtype": "bfloat16"}, id="bfloat16", marks=pytest.mark.slow),
         pytest.param({"reference": "live"}, id="live", marks=pytest.mark.slow),
-        pytest.param({"lora": Lora(rank=2), "lora_base": "float32"}, id="lora"),
+        pytest.param({"lora": Lora(rank=2), "lora_base": "float32"}, id="lora", marks=pytest.mark.slow),
     ],
 )
 def test_the_first_step_is_at_ln_2_everywhere(base, tmp_path, changes):
@@ -201,6 +200,7 @@ def test_the_first_step_is_at_ln_2_everywhere(base, tmp_path, changes):
     assert lines_of(tmp_path)[0]["rewards/margins"] == 0
 
 
+@pytest.mark.slow  # test_dpo.py has the loss of given log-probabilities
 def test_a_cached_reference_is_the_live_one(base, dpo_run, tmp_path):
     run(dpo(base, tmp_path, reference="live"))
     numbers = [[line[name] for name in ("loss", "rewards/margins")] for line in lines_of(tmp_path)]
@@ -218,7 +218,8 @@ def test_dpo_goes_on_bit_for_bit_and_keeps_its_reference(base, dpo_run, tmp_path
     assert before and {path: path.stat().st_mtime_ns for path in before} == before
 
 
-@pytest.mark.parametrize("make", [dpo, *slow(grpo)], ids=["dpo", "grpo"])
+@pytest.mark.slow  # test_grpo.py and test_dpo.py add up micro-batches of the losses
+@pytest.mark.parametrize("make", [dpo, grpo])
 def test_micro_batches_change_nothing(base, tmp_path, make):
     for accumulate in (1, 2):
         rows = {} if make is dpo else {"rows": ROWS + 1}
@@ -282,7 +283,7 @@ def test_grpo_goes_on_bit_for_bit(base, grpo_run, tmp_path, monkeypatch, stop):
     assert told(tmp_path) == told(grpo_run[0])
 
 
-@pytest.mark.parametrize("lora_base", ["float32", *slow("int8")])
+@pytest.mark.parametrize("lora_base", slow("float32", "int8"))  # quick: adapters in test_loop.py
 def test_grpo_trains_adapters(base, tmp_path, lora_base):
     """Answers are drawn with the adapters in place, and what they are measured against has none."""
     dtype = {"int8": "bfloat16"}.get(lora_base, lora_base)
@@ -306,11 +307,12 @@ def test_grpo_stays_near_its_reference(base, tmp_path):
     assert 0 <= held < free / 2
 
 
+@pytest.mark.slow  # quick: its loss and its sampling, each in another stage, and its groups below
 def test_online_dpo_learns_from_its_best_and_worst(base, tmp_path):
     settings = shared(base, tmp_path, steps=24)
     config = OnlineDpo(
         data=PromptData(sources=(str(base / "prompts.jsonl"),), max_tokens=96),
-        rewards=(Function(function=early),),
+        rewards=(reward("early"),),
         prompts=8,
         sampling=Sampling(samples=4, max_new_tokens=4, temperature=1.3, rows=8),
         rows=ROWS,
@@ -356,7 +358,7 @@ def test_groups_of_both_stages(base, tmp_path):
 def online_settings(base, out):
     return {
         "data": PromptData(sources=(str(base / "prompts.jsonl"),), max_tokens=96),
-        "rewards": (Function(function=early),),
+        "rewards": (reward("early"),),
         "prompts": 2,
         "sampling": Sampling(samples=3, max_new_tokens=2),
         "start": Start(checkpoint=str(base / "hf")),
@@ -369,17 +371,9 @@ def online_settings(base, out):
 # Mistakes
 
 
-def broken(completions, **columns):
-    return [1.0 if i else float("nan") for i in range(len(completions))]
-
-
-def silent(completions, **columns):
-    return [None] * len(completions)
-
-
 def test_a_run_without_any_reward_says_so_and_ends(base, tmp_path):
     """Its steps are skipped: without this the result would be the model it started from, without a word."""
-    config = grpo(base, tmp_path, rewards=(Function(function=silent),), guard=Guard(patience=3), steps=12)
+    config = grpo(base, tmp_path, rewards=(reward("silent"),), guard=Guard(patience=3), steps=12)
     screen = io.StringIO()
     with pytest.raises(UserError, match=r"3 steps in a row were skipped, the last is step 3.*no answer got a reward"):
         loop.run(config, Console(file=screen, width=200))
@@ -389,8 +383,8 @@ def test_a_run_without_any_reward_says_so_and_ends(base, tmp_path):
 
 def test_a_broken_reward_ends_the_run_and_names_the_prompt(base, tmp_path):
     with pytest.raises(UserError, match=r"reward broken on the prompt 'after \d+'.*not a finite number"):
-        run(grpo(base, tmp_path / "stop", rewards=(Function(function=broken),)))
-    _, screen = run(grpo(base, tmp_path / "skip", steps=1, rewards=(Function(function=broken, on_error="skip"),)))
+        run(grpo(base, tmp_path / "stop", rewards=(reward("broken"),)))
+    _, screen = run(grpo(base, tmp_path / "skip", steps=1, rewards=(reward("broken", on_error="skip"),)))
     assert "reward broken on the prompt" in screen
     assert lines_of(tmp_path / "skip")[0]["rewards/broken/failed"] == 1
 

@@ -156,6 +156,7 @@ def both_processes(folder) -> list[list[float]]:
     return [[float(x) for x in stdout.splitlines()[-1].split()] for stdout, _ in outputs]
 
 
+@pytest.mark.slow  # quick: test_hosts.py
 def test_two_processes_stop_after_the_same_step_and_continue(tmp_path):
     """Only one hears the signal. Both save; both continue there; one process alone can read what two have written.
 

@@ -141,6 +141,7 @@ def test_preserve_is_exact_on_average_over_all_choices_of_experts():
         np.testing.assert_allclose(got, ffn(mlp, X), rtol=1e-5, atol=1e-5)  # weights scaled and rounded in float32
 
 
+@pytest.mark.slow
 def test_preserve_counts_the_weight_a_random_router_gives():
     """With a random shared expert all is supplied by the routed ones: factor times h/F times the weight makes 1."""
     options = dataclasses.replace(OPTIONS, scale="preserve", shared_init="random")
@@ -184,6 +185,7 @@ def test_folder_is_what_upcycle_returns(folders):
     assert {path: leaf.shape for path, leaf in params.leaves(want)} == {p: spec.shape for p, spec in specs.items()}
 
 
+@pytest.mark.slow  # the report is written and read below
 def test_report_measures_the_models_themselves(folders):
     *_, options, _ = folders
     ids = np.random.default_rng(3).integers(0, 96, (2, 12))
@@ -286,6 +288,7 @@ for path, x in params.leaves(want):
 """
 
 
+@pytest.mark.slow
 def test_eight_devices_give_the_same():
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     tests = os.path.dirname(tiny.__file__)
