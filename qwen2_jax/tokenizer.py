@@ -171,7 +171,7 @@ class Tokenizer:
     ) -> list[list[int]]:
         """`encode` of many texts on all cores."""
         for text in texts:
-            _check_text(text)
+            validate.unicode_text(text, "the text to encode")
         before, after = self.added_around if add_special_tokens else ([], [])
         with self._lock:
             self._backend.encode_special_tokens = not allow_special
@@ -289,15 +289,6 @@ def _byte_of_character() -> dict[str, int]:
     own = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
     others = [byte for byte in range(256) if byte not in own]
     return {chr(byte): byte for byte in own} | {chr(256 + n): byte for n, byte in enumerate(others)}
-
-
-def _check_text(text: Any) -> None:
-    if not isinstance(text, str):
-        raise UserError(f"cannot encode {validate.short(text)}; it must be text")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"the text is not valid Unicode: {error.reason} at character {error.start}") from error
 
 
 def _template_tokens(settings: Mapping[str, Any], where: str | Path) -> dict[str, str | list[str]]:

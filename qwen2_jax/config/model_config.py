@@ -14,7 +14,7 @@ from typing import Any, Self
 from qwen2_jax import validate
 from qwen2_jax.config import architectures, presets
 from qwen2_jax.config.architectures import HeadKind
-from qwen2_jax.config.layer_scans import Stack, shortest
+from qwen2_jax.config.layer_scans import LayerScan, shortest
 from qwen2_jax.config.rope_settings import (
     FULL,
     LAYER_TYPES,
@@ -279,7 +279,7 @@ class ModelConfig:
         chosen = layer not in self.mlp_only_layers and (layer + 1) % self.decoder_sparse_step == 0
         return self.num_experts > 0 and chosen
 
-    def stacks(self, unroll: bool = False) -> tuple[Stack, ...]:
+    def stacks(self, unroll: bool = False) -> tuple[LayerScan, ...]:
         """Cuts the layers into scans with as few blocks to compile as possible, then as few scans as possible.
 
         Dense and all-sparse models give one stack of one kind, a periodic pattern one stack of its period.
@@ -287,7 +287,7 @@ class ModelConfig:
         """
         kinds = tuple("sparse" if self.is_sparse(i) else "dense" for i in range(self.num_hidden_layers))
         if unroll:
-            return tuple(Stack((kind,), i, 1) for i, kind in enumerate(kinds))
+            return tuple(LayerScan((kind,), i, 1) for i, kind in enumerate(kinds))
         return shortest(kinds)
 
     @classmethod

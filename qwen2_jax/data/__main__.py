@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qwen2_jax.data.tokens import show
-from qwen2_jax.errors import UserError
+from qwen2_jax.errors import UserError, exit_code
 
 EPILOG = """SRC is a file, a folder or a glob of .jsonl, .json, .txt, .md, .py (each also .gz or .zst), .parquet or
 .array_record, or a folder written by Hugging Face's datasets. CKPT is a folder with a tokenizer, a checkpoint's name,
@@ -67,16 +67,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code; errors that the user can fix are one line on stderr and exit code 2."""
+    """Returns the exit code, as errors.exit_code."""
     args = parser().parse_args(argv)
-    try:
-        return {"show": _show, "tokenize": _tokenize, "inspect": _inspect}[args.command](args)
-    except (UserError, OSError) as why:
-        print(f"error: {' '.join(str(why).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; nothing was left behind", file=sys.stderr)
-        return 130
+    command = {"show": _show, "tokenize": _tokenize, "inspect": _inspect}[args.command]
+    return exit_code(lambda: command(args), interrupted="stopped; nothing was left behind")
 
 
 def _tokenizer(name: str):

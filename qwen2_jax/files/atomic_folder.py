@@ -16,9 +16,9 @@ except ModuleNotFoundError:  # not on Windows: two writers of one folder then go
 
 from qwen2_jax.errors import CheckpointError
 
-UNFINISHED = ".unfinished"  # suffix of the folder that a conversion works in until the result gets its name
+UNFINISHED = ".unfinished"  # suffix of the folder that is written until it gets its name
 MARKER = "UNFINISHED"  # file in that folder
-REPLACED = "replaced"  # in the folder that is worked in: what was at the target until the new one took its place
+REPLACED = "replaced"  # in that folder: the old target, between the two renames
 
 
 @contextlib.contextmanager
@@ -36,7 +36,7 @@ def new_folder(path: str | os.PathLike, nbytes: int, *, replace: bool = False) -
     folder = unfinished(path)
     work = folder.parent
     if work.exists() and not (work / MARKER).exists() and (not work.is_dir() or any(work.iterdir())):
-        raise CheckpointError(f"{work} is in the way and was not made by a conversion; move it elsewhere")
+        raise CheckpointError(f"{work} is in the way, and was not left by a stopped run; move it elsewhere")
     work.mkdir(parents=True, exist_ok=True)
     with open(work / MARKER, "w") as marker:
         _lock(marker, path)
@@ -126,7 +126,7 @@ def _put_back(work: Path, target: Path) -> None:
 
 def write_file(path: Path, data: bytes) -> None:
     """Writes a small file that is on the disk when this returns."""
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "xb") as f:
         f.write(data)
         f.flush()

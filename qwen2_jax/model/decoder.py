@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from qwen2_jax.config.layer_scans import LayerScan
 from qwen2_jax.config.model_config import FULL, ModelConfig
-from qwen2_jax.config.model_config import Stack as StackPlan
 from qwen2_jax.errors import UserError
 from qwen2_jax.model.attention import Attention, Tokens
 from qwen2_jax.model.kv_cache import Cache, LayerCache
@@ -68,7 +68,7 @@ class Block(nnx.Module):
 class Stack(nnx.Module):
     """A period of layers, repeated: parameters are [R, ...] and a scan runs them, so compile time ignores depth."""
 
-    def __init__(self, config: ModelConfig, plan: StackPlan, key: jax.Array, dtype):
+    def __init__(self, config: ModelConfig, plan: LayerScan, key: jax.Array, dtype):
         period = len(plan.kinds)
         layers = [tuple(plan.first + r * period + j for r in range(plan.repeats)) for j in range(period)]
         declare = partial(Declare, key, dtype=dtype, std=config.initializer_range)

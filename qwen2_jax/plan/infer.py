@@ -27,7 +27,7 @@ CHUNKS = (128, 512, 2048)  # of a prefill, as Buckets.of chooses on accelerators
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Job:
+class InferenceJob:
     """An inference workload. context: tokens of prompt and completion together in each row; None: 4,096, or the
     model's limit. mesh: sizes of axes; None lets default_mesh choose."""
 
@@ -39,7 +39,7 @@ class Job:
     implementation: str | None = None
 
 
-def plan(checkpoint: str, name: str, job: Job) -> Plan:
+def plan(checkpoint: str, name: str, job: InferenceJob) -> Plan:
     """Compiles prefill and decoding of a checkpoint's architecture for the machine called `name`.
 
     checkpoint: as architecture.named; no weights are needed. Raises UserError for what contradicts itself, and where
@@ -110,7 +110,7 @@ def sizes(asked: Mapping[str, int], devices: int) -> dict[str, int]:
     return {axis: given.get(axis, 1) for axis in sharding.AXES}
 
 
-def make_generator(config: ModelConfig, mesh: Mesh, job: Job) -> Generator:
+def make_generator(config: ModelConfig, mesh: Mesh, job: InferenceJob) -> Generator:
     """The generator as load() makes it, with shapes for parameters."""
     dtype = jnp.dtype("bfloat16" if job.dtype == "int8" else job.dtype)
     if (wider := head_padding.spread(config, mesh)) is not None:
@@ -184,7 +184,7 @@ def _experts(params: Tree) -> list[Any]:
     return found
 
 
-def advice(config: ModelConfig, made: Plan, job: Job, rows: int, context: int) -> list[str]:
+def advice(config: ModelConfig, made: Plan, job: InferenceJob, rows: int, context: int) -> list[str]:
     """Changes that would make both programs fit, judged by formula from what they need now."""
     weights, cache = (max(part.program.arguments[kind] for part in made.parts) for kind in ("parameters", "cache"))
     room = made.limit - (made.needed - cache)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Built-in reward functions, selected by name: Reward(function="number"). Options are their keyword arguments."""
+"""Built-in reward functions, selected by name: RewardFunction(function="number"). `options` are their keywords."""
 
 import logging
 import re

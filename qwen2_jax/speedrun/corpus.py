@@ -17,7 +17,6 @@ held_out/*.jsonl          the same kinds, of other documents, sums, strings and 
 import dataclasses
 import json
 import re
-import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -26,7 +25,8 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from qwen2_jax.errors import UserError, run_and_exit
+from qwen2_jax.errors import run_and_exit
+from qwen2_jax.files.atomic_folder import new_folder, write_file
 from qwen2_jax.speedrun import bpe, skills, stdlib_text
 
 SENTENCE = re.compile(r"[A-Z][a-z]+(?: [a-z,'-]+){4,18}\.")
@@ -54,41 +54,40 @@ def write(
     *,
     seed: int = 0,
     documents: Mapping[str, tuple[str, bool]] | None = None,
-):
-    """Makes the corpus in the folder `out`, which appears whole or not at all.
+) -> None:
+    """Writes the corpus to the folder `out`, which appears complete or not at all.
 
-    documents: name -> (text, is_prose), by default the standard library's (stdlib_text.py).
+    documents: name -> (text, is_prose), by default the standard library's (stdlib_text.py). Raises UserError if `out`
+    exists, OSError if the disk is too small.
     """
-    if out.exists():
-        raise UserError(f"{out} exists already; choose a new folder or remove that one first")
     documents = stdlib_text.stdlib_documents() if documents is None else documents
-    work = out.with_name(out.name + ".unfinished")
-    shutil.rmtree(work, ignore_errors=True)
     train, unseen = (stdlib_text.split(dict(documents), held_out=h) for h in (False, True))
-    tokenizer = bpe.train(tokenizer_texts(train), vocab_size=size.vocabulary)
-    bpe.save(tokenizer, work / "tokenizer", max_length=32768)
-    draw = Skills.of(train, unseen, tokenizer.get_vocab())
-
-    def put(name: str, records: Iterable[Record]) -> None:
-        file = work / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), "utf-8")
 
     def rng(number: int) -> np.random.Generator:
         return np.random.default_rng([seed, number])
 
-    put("text/prose.jsonl", ({"text": t} for t, is_prose in train.values() if is_prose))
-    put("text/code.jsonl", ({"text": t} for t, is_prose in train.values() if not is_prose))
-    put("text/stories.jsonl", ({"text": t} for t in draw.stories(rng(0), size.stories)))
-    put("sums.jsonl", draw.worksheets(rng(1), size.sums))
-    put("chats.jsonl", draw.chats(rng(2), size.chats, MIXED))
-    put("recall.jsonl", draw.recalls(rng(3), size.recall))
-    put("held_out/prose.jsonl", ({"text": t} for t, is_prose in unseen.values() if is_prose))
-    put("held_out/code.jsonl", ({"text": t} for t, is_prose in unseen.values() if not is_prose))
-    for i, kind in enumerate(("sums", "copy", "compare")):
-        put(f"held_out/{kind}.jsonl", draw.chats(rng(4 + i), size.held_out, (kind,), held_out=True))
-    put("held_out/recall.jsonl", draw.recalls(rng(9), size.held_out, held_out=True))
-    work.rename(out)
+    with new_folder(out, sum(len(text) for text, _ in documents.values())) as folder:
+        tokenizer = bpe.train(tokenizer_texts(train), vocab_size=size.vocabulary)
+        bpe.save(tokenizer, folder / "tokenizer", max_length=32768)
+        draw = Skills.of(train, unseen, tokenizer.get_vocab())
+        put = partial(write_jsonl, folder)
+        put("text/prose", ({"text": t} for t, is_prose in train.values() if is_prose))
+        put("text/code", ({"text": t} for t, is_prose in train.values() if not is_prose))
+        put("text/stories", ({"text": t} for t in draw.stories(rng(0), size.stories)))
+        put("sums", draw.worksheets(rng(1), size.sums))
+        put("chats", draw.chats(rng(2), size.chats, MIXED))
+        put("recall", draw.recalls(rng(3), size.recall))
+        put("held_out/prose", ({"text": t} for t, is_prose in unseen.values() if is_prose))
+        put("held_out/code", ({"text": t} for t, is_prose in unseen.values() if not is_prose))
+        for i, kind in enumerate(("sums", "copy", "compare")):
+            put(f"held_out/{kind}", draw.chats(rng(4 + i), size.held_out, (kind,), held_out=True))
+        put("held_out/recall", draw.recalls(rng(9), size.held_out, held_out=True))
+
+
+def write_jsonl(folder: Path, name: str, records: Iterable[Record]) -> None:
+    """Writes the new file folder/NAME.jsonl."""
+    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    write_file(folder / f"{name}.jsonl", lines.encode())
 
 
 def tokenizer_texts(documents: Mapping[str, tuple[str, bool]]) -> list[str]:

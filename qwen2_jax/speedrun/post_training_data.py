@@ -12,8 +12,6 @@ held_out/*.jsonl     the same kinds, of other numbers and documents: a hash deci
 """
 
 import dataclasses
-import json
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,8 +20,10 @@ from typing import NamedTuple
 import numpy as np
 import tyro
 
-from qwen2_jax.errors import UserError, run_and_exit
+from qwen2_jax.errors import run_and_exit
+from qwen2_jax.files.atomic_folder import new_folder
 from qwen2_jax.speedrun import skills, stdlib_text
+from qwen2_jax.speedrun.corpus import write_jsonl
 
 # The demo adds two numbers nearly without fault in the words of skills.SUM_QUESTIONS. Asked like this, its likeliest
 # answer is right about every second time, and of eight that are drawn one nearly always: something to learn from.
@@ -72,28 +72,22 @@ def responses(rng: np.random.Generator, total: int) -> list[str]:
 
 
 def write(out: Path, size: DataSize = DataSize(), *, seed: int = 0) -> None:
-    """Writes the data to the folder `out`, atomically."""
-    if out.exists():
-        raise UserError(f"{out} exists already; choose a new folder or remove that one first")
-    work = out.with_name(out.name + ".unfinished")
-    shutil.rmtree(work, ignore_errors=True)
+    """Writes the data to the folder `out`, which appears complete or not at all.
+
+    Raises UserError if `out` exists, OSError if the disk is too small.
+    """
     documents = stdlib_text.stdlib_documents()
-    for folder, held_out in ((work, False), (work / "held_out", True)):
-        rng = np.random.default_rng([seed, held_out])
-        files: dict[str, list[dict[str, object]]] = {"sums": [], "pairs": [], "ranked": []}
-        files["prose"] = [
-            {"text": t} for t, is_prose in stdlib_text.split(documents, held_out=held_out).values() if is_prose
-        ]
-        for prompt, ranked, near in sums(rng, size.held_out if held_out else size.train, held_out=held_out):
-            files["sums"].append({"prompt": prompt, "answer": ranked[0]})
-            files["pairs"].append({"prompt": prompt, "chosen": ranked[0], "rejected": near})
-            files["ranked"].append({"prompt": prompt, "responses": ranked})
-        folder.mkdir(parents=True)
-        for name, records in files.items():
-            (folder / f"{name}.jsonl").write_text(
-                "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), "utf-8"
+    with new_folder(out, sum(len(text) for text, is_prose in documents.values() if is_prose)) as folder:
+        for inside, held_out in ((folder, False), (folder / "held_out", True)):
+            rng = np.random.default_rng([seed, held_out])
+            split = stdlib_text.split(documents, held_out=held_out)
+            asked = list(sums(rng, size.held_out if held_out else size.train, held_out=held_out))
+            write_jsonl(inside, "prose", ({"text": text} for text, is_prose in split.values() if is_prose))
+            write_jsonl(inside, "sums", ({"prompt": p, "answer": ranked[0]} for p, ranked, _ in asked))
+            write_jsonl(
+                inside, "pairs", ({"prompt": p, "chosen": ranked[0], "rejected": near} for p, ranked, near in asked)
             )
-    work.rename(out)
+            write_jsonl(inside, "ranked", ({"prompt": p, "responses": ranked} for p, ranked, _ in asked))
 
 
 def main(out: tyro.conf.Positional[Path], *, seed: int = 0, size: DataSize = DataSize()) -> int:

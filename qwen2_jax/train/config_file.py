@@ -14,7 +14,7 @@ import tyro
 
 from qwen2_jax.data.spec import Source
 from qwen2_jax.errors import UserError
-from qwen2_jax.rewards import Reward as RewardFunction
+from qwen2_jax.rewards import RewardFunction
 from qwen2_jax.train.config import Run, Upcycle
 
 Recipe = Run | Upcycle
@@ -31,7 +31,7 @@ def load(path: Path, flags: Sequence[str] = ()) -> Recipe:
         values = _executed(path)
     except (SyntaxError, ImportError, NameError, TypeError, AttributeError) as mistake:
         lines = [frame.lineno for frame in traceback.extract_tb(mistake.__traceback__) if frame.filename == str(path)]
-        other = "; the Reward that takes a function is that of qwen2_jax.rewards" * ("Reward.__init__" in str(mistake))
+        other = "; for a function give a RewardFunction of qwen2_jax.rewards" * ("Reward.__init__" in str(mistake))
         raise UserError(f"{path}{f' line {lines[-1]}' if lines else ''}: {mistake}{other}") from mistake
     config = values.get("config")
     if not isinstance(config, Recipe):

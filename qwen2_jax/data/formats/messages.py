@@ -160,7 +160,7 @@ def question(record: Mapping[str, Any], where: str) -> Chat:
     for i, pair in enumerate(history or []):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise UserError(f"{where}: history[{i}] is {validate.short(pair)}; it must be a pair [question, answer]")
-        asked, answer = (_unicode(part, f"{where}: history[{i}]") for part in pair)
+        asked, answer = (validate.unicode_text(part, f"{where}: history[{i}]") for part in pair)
         chat += said("user", asked) + said("assistant", answer)
     parts = [text(record, "instruction", where)]
     if record.get("input") is not None:
@@ -217,17 +217,7 @@ def text(record: Mapping[str, Any], field: str, where: str, kind: str = "text") 
         raise UserError(f"{where}{separator}no {field}; it must be {kind}, and the fields are {fields(record)}")
     if not isinstance(value, str):
         raise UserError(f"{where}{separator}{field} is {validate.short(value)}; it must be {kind}")
-    return _unicode(value, f"{where}{separator}{field}")
-
-
-def _unicode(text: Any, where: str) -> str:
-    if not isinstance(text, str):
-        raise UserError(f"{where} is {validate.short(text)}; it must be text")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where} is not valid Unicode ({error.reason}, character {error.start + 1})") from error
-    return text
+    return validate.unicode_text(value, f"{where}{separator}{field}")
 
 
 def fields(record: Mapping[str, Any]) -> str:

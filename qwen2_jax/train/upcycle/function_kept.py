@@ -39,7 +39,7 @@ class Kept(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class UpcyclingReport:
     """How well upcycling kept the function of a dense model: before and after the random draws."""
 
     tokens: int
@@ -67,7 +67,7 @@ def measure(
     params: Tree,
     layers: Iterable[tuple[Tree, int, Sequence[Tree]]],
     tokens_BT: jax.Array,
-) -> Report:
+) -> UpcyclingReport:
     """Walks through the layers with three hidden states: of the dense model and of the sparse ones before and after.
 
     layers: for each layer the block of its stack, its place in there, and what takes the place of its mlp, before and
@@ -83,7 +83,7 @@ def measure(
             so_far.append(Match(*map(float, match)))
     (loss, *losses), errors = walk.end(outside, xs, tokens_BT)
     before, after = (Kept(tuple(f), float(e), float(x)) for f, e, x in zip(found, errors, losses, strict=True))
-    return Report(tokens_BT.size, float(loss), before, after)
+    return UpcyclingReport(tokens_BT.size, float(loss), before, after)
 
 
 class Walk:

@@ -28,7 +28,7 @@ from qwen2_jax.errors import UserError
 from qwen2_jax.model.decoder import declare
 from qwen2_jax.model.flops import active_parameters, parameters
 from qwen2_jax.parallel.sharding import sharding
-from qwen2_jax.train.upcycle.function_kept import Report, measure, sample_tokens, without_mlp
+from qwen2_jax.train.upcycle.function_kept import UpcyclingReport, measure, sample_tokens, without_mlp
 from qwen2_jax.weights.params import Tree, leaves
 
 # D model  F dense width  C copies  E experts  H width of an expert  S width of the shared expert  R layers in a stack
@@ -348,7 +348,7 @@ def write(
     console: Console | None = None,
     *,
     replace: bool = False,
-) -> Report:
+) -> UpcyclingReport:
     """Upcycles a dense checkpoint into a Hugging Face folder that transformers loads as Qwen2Moe, and measures it.
 
     The mixture of experts never exists as a whole, its layers are made as they are written: beside the dense model,
@@ -368,7 +368,7 @@ def write(
     return report(config, params, options, sample_tokens(source, config))
 
 
-def report(config: ModelConfig, params: Tree, options: Upcycling, tokens_BT: jax.Array | np.ndarray) -> Report:
+def report(config: ModelConfig, params: Tree, options: Upcycling, tokens_BT: jax.Array | np.ndarray) -> UpcyclingReport:
     """Measures on tokens [B, T], T at least 2, what upcycling with these options does to a dense model.
 
     The sparse layers are made on the way, before and after the random draws: two exist at a time.
