@@ -189,7 +189,8 @@ def bradley_terry(
     Metrics: accuracy (share of the pairs with r_i > r_j) and margin (their mean r_i - r_j) over pairs; min_reward,
     mean_reward and max_reward, of each group, averaged over groups.
     """
-    ranks_BPQ = jnp.arange(scores_BPQ.shape[-1]) if ranks_BPQ is None else ranks_BPQ
+    if ranks_BPQ is None:
+        ranks_BPQ = jnp.broadcast_to(jnp.arange(scores_BPQ.shape[-1]), scores_BPQ.shape)
     scores_BPQ = jnp.where(present_BPQ, scores_BPQ, 0)
     better_BPQQ = ranks_BPQ[..., :, None] < ranks_BPQ[..., None, :]
     pairs_BPQQ = better_BPQQ & present_BPQ[..., :, None] & present_BPQ[..., None, :]
