@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Jinja's sandbox with bounds: a template that a stranger wrote ends within SECONDS and writes a bounded text.
+"""Jinja's sandbox with bounds: an untrusted template ends within SECONDS and writes a bounded text.
 
 Jinja's own sandbox keeps a template from files, modules and Python's internals, but not from nested loops or from
 doubling a text forty times. Here every loop iteration, call and filter compares the thread's processor time with a
@@ -173,9 +173,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def _generate(self, source: nodes.Template, *args: Any, **options: Any) -> str:
         for loop in source.find_all(nodes.For):
-            place = {"lineno": loop.lineno, "environment": self}
-            tick = nodes.Call(nodes.EnvironmentAttribute("tick", **place), [], [], None, None, **place)
-            loop.body.insert(0, nodes.ExprStmt(tick, **place))
+            position = {"lineno": loop.lineno, "environment": self}
+            tick = nodes.Call(nodes.EnvironmentAttribute("tick", **position), [], [], None, None, **position)
+            loop.body.insert(0, nodes.ExprStmt(tick, **position))
         return super()._generate(source, *args, **options)
 
     def tick(self) -> None:

@@ -264,9 +264,9 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Turns ids into text one at a time; what the pieces add up to is `tokenizer.decode` of all ids.
+    """Turns ids into text one at a time; the pieces add up to `tokenizer.decode` of all ids.
 
-    A character split over tokens is held back until it is whole.
+    A character split over tokens is held back until it is complete.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True):

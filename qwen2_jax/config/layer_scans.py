@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers of several kinds cut into scans."""
+"""Divides layers of several kinds into scans."""
 
 import functools
 from typing import NamedTuple
@@ -15,9 +15,9 @@ class LayerScan(NamedTuple):
 
 @functools.lru_cache(maxsize=64)
 def shortest(kinds: tuple[str, ...]) -> tuple[LayerScan, ...]:
-    """Stacks of layers of these kinds with as few blocks to compile as possible, then as few scans as possible."""
+    """Scans over layers of these kinds with as few blocks to compile as possible, then as few scans as possible."""
     # Dynamic programme from the last layer: best[i] = (distinct blocks, scans) for the layers from i on, and chosen[i]
-    # the first of these stacks as (period, repeats). equal[p]: how many layers from i on are of the kind of those p on.
+    # the first of these scans as (period, repeats). equal[p]: how many layers from i on are of the kind of those p on.
     n = len(kinds)
     best, chosen = [(0, 0)] * (n + 1), [(0, 0)] * n
     equal = [0] * (n + 1)

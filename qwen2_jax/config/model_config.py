@@ -2,7 +2,7 @@
 """The architecture of a Qwen2 model, read from and written to Hugging Face's config.json.
 
 `ModelConfig` keeps Hugging Face's field names. Everything in a config.json that changes the mathematics is read here or
-refused here with an error that names the key, its value and what is supported; nothing is dropped in silence.
+refused here with an error that names the key, its value and what is supported; nothing is ignored silently.
 """
 
 import dataclasses
@@ -100,7 +100,7 @@ class ModelConfig:
     head_dim, num_key_value_heads: None becomes hidden_size // num_attention_heads and num_attention_heads.
     layer_types: None, or one of LAYER_TYPES per layer where that differs from what use_sliding_window and
     max_window_layers say; a tuple that says the same becomes None. num_experts: 0 for a dense model. attention_dropout
-    is recorded and has no effect on inference. score_head: of a reward model, which has it in place of a word head:
+    is recorded and has no effect on inference. score_head: of a reward model, which replaces the LM head:
     "linear" (transformers' ForSequenceClassification with one label) or "two_layers" (Qwen's own ForRewardModel).
     dtype: of the weights in the file.
 
@@ -254,7 +254,7 @@ class ModelConfig:
 
     @property
     def scores(self) -> bool:
-        """Whether this is a reward model: it gives a text a number, and has no logits."""
+        """Whether this is a reward model, which returns scores and has no logits."""
         return self.score_head is not None
 
     @property
@@ -282,8 +282,8 @@ class ModelConfig:
     def stacks(self, unroll: bool = False) -> tuple[LayerScan, ...]:
         """Cuts the layers into scans with as few blocks to compile as possible, then as few scans as possible.
 
-        Dense and all-sparse models give one stack of one kind, a periodic pattern one stack of its period.
-        unroll=True gives one stack per layer.
+        Dense and all-sparse models give one scan of one kind, a periodic pattern one scan of its period.
+        unroll=True gives one scan per layer.
         """
         kinds = tuple("sparse" if self.is_sparse(i) else "dense" for i in range(self.num_hidden_layers))
         if unroll:
@@ -295,7 +295,7 @@ class ModelConfig:
         """Reads a parsed config.json, spelled as the Hub does or as transformers 5 does.
 
         Raises UserError for a missing size, a value of the wrong kind, and a setting that is not supported.
-        Warns about a key nobody here knows.
+        Warns about unknown keys.
         """
         validate.choice("model_type", data.get("model_type"), MODEL_TYPES)
         required = (*SIZES, "num_key_value_heads", *(SPARSE_SIZES if data["model_type"] == "qwen2_moe" else ()))

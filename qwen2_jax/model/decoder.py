@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Qwen2 decoder: embedding, layers of attention and feed-forward, a final norm and the output head.
 
-Read it from the top: RMSNorm, Block (one layer), Stack (equal layers, scanned), ScoreHead, Qwen2 (the whole).
+Read it from the top: RMSNorm, Block (one layer), Stack (equal layers, scanned), ScoreHead, Qwen2 (the model).
 """
 
 import dataclasses
@@ -153,8 +153,7 @@ jax.tree_util.register_dataclass(Output)
 
 
 class Qwen2(nnx.Module):
-    """Every Qwen2: dense and mixture of experts (Qwen2 report, arXiv:2407.10671, sec. 2), with an LM head or a score
-    head.
+    """All Qwen2 models: dense or mixture of experts, LM head or score head (Qwen2 report, arXiv:2407.10671, sec. 2).
 
     unroll=False stacks equal layers and scans them; unroll=True keeps one array per layer, for decoding where a scan
     would copy each layer's slice (CPU).

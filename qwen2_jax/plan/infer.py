@@ -20,7 +20,7 @@ from qwen2_jax.plan import architecture, device_work, machine, roofline
 from qwen2_jax.plan.program import Program, compiled, device_bytes
 from qwen2_jax.plan.report import GIB, Part, Plan
 from qwen2_jax.plan.shapes import int8_shapes, shapes
-from qwen2_jax.train.step import places_of
+from qwen2_jax.train.step import shardings_of
 from qwen2_jax.weights.params import Tree
 
 CHUNKS = (128, 512, 2048)  # of a prefill, as Buckets.of chooses on accelerators
@@ -95,7 +95,7 @@ def default_mesh(config: ModelConfig, devices: int) -> dict[str, int]:
         found = sizes({"fsdp": left // expert, "expert": expert, "tensor": tensor}, devices)
         try:
             abstract = AbstractMesh(tuple(found.values()), tuple(found))
-            places_of(specs, abstract, sharding.SERVING)  # type: ignore[arg-type]  # shapes need no devices
+            shardings_of(specs, abstract, sharding.SERVING)  # type: ignore[arg-type]  # shapes need no devices
         except UserError:
             continue
         return found

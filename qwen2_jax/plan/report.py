@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plans as tables for eyes and as JSON for programs."""
+"""Plans as tables for people and as JSON for programs."""
 
 import dataclasses
 import math

@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from qwen2_jax.parallel import sharding
-from qwen2_jax.train.step import places_of
+from qwen2_jax.train.step import shardings_of
 from qwen2_jax.weights.int8 import to_int8
 from qwen2_jax.weights.params import ParamSpec, Tree
 from qwen2_jax.weights.weight import is_matrix, shardings
@@ -18,7 +18,7 @@ from qwen2_jax.weights.weight import is_matrix, shardings
 def shapes(specs: Tree, mesh: Mesh, dtype: Any, rules: Mapping = sharding.RULES) -> Tree:
     """jax.ShapeDtypeStruct of every declared parameter, all of one dtype, with its sharding on the mesh."""
     place = lambda spec, where: jax.ShapeDtypeStruct(spec.shape, dtype, sharding=where)  # noqa: E731
-    return jax.tree.map(place, specs, places_of(specs, mesh, rules), is_leaf=is_spec)
+    return jax.tree.map(place, specs, shardings_of(specs, mesh, rules), is_leaf=is_spec)
 
 
 def int8_shapes(specs: Tree, mesh: Mesh, dtype: Any, rules: Mapping = sharding.RULES) -> Tree:

@@ -52,8 +52,8 @@ class Scorer:
         if workers < 1:
             raise UserError(f"rewards need 1 worker or more, not {workers}")
         self.notes = [
-            f"reward {r.title} runs in this process, without a time limit: it has no place that another process could "
-            'load it from; give it as "file.py:name"'
+            f"reward {r.title} runs in this process, without a time limit: no other process can import it; "
+            'give it as "file.py:name"'
             for r in self.rewards
             if r.reference is None
         ]
@@ -134,7 +134,7 @@ class Scorer:
         """
         try:
             if hangs[reward.title] >= HANGS:
-                raise Failed(f"it was not called any more after {HANGS} calls that took too long")
+                raise Failed(f"it is no longer called after {HANGS} consecutive timeouts")
             scores, wrong = self._call(reward, {name: [values[i] for i in rows] for name, values in columns.items()})
             hangs[reward.title] = 0
             problems = [Problem(row, reason) for row, reason in zip(rows, wrong, strict=True) if reason]
@@ -157,8 +157,8 @@ class Scorer:
     ) -> tuple[list[float | None], list[Problem]]:
         done = [self._score(reward, columns, range(row, row + 1), hangs) for row in rows]
         problems = [problem for _, found in done for problem in found]
-        if not problems and reward.on_error == "stop" and not isinstance(why, Slow):  # slow: only too many at once
-            alone = f"{why} (in a call with {len(rows)} completions; with each of them alone it did not fail)"
+        if not problems and reward.on_error == "stop" and not isinstance(why, Slow):  # too slow only as one call
+            alone = f"{why} (in a call with {len(rows)} completions; it does not fail on each of them alone)"
             raise UserError(_message(reward, columns, Problem(rows[0], alone)))
         return [score for scores, _ in done for score in scores], problems
 

@@ -12,7 +12,7 @@ from qwen2_jax.files.atomic_folder import write_file
 from qwen2_jax.tokenizer import END_OF_TEXT, IM_END, IM_START, PATTERN
 
 SPECIALS = (END_OF_TEXT, IM_START, IM_END)  # appended after the learned vocabulary, in Qwen2's order
-SYSTEM = "You are a helpful assistant."  # what the chat template says where no system message is given
+SYSTEM = "You are a helpful assistant."  # the chat template's default
 
 
 def train(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
@@ -39,7 +39,7 @@ def train(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
 
 
 def padded_size(tokenizer: Tokenizer, multiple: int = 128) -> int:
-    """Rows of the embedding: the vocabulary rounded up, as the released checkpoints do. The extra ids mean nothing."""
+    """Rows of the embedding: the vocabulary rounded up, as the released checkpoints do. The extra ids are unused."""
     return -(-tokenizer.get_vocab_size() // multiple) * multiple
 
 
@@ -65,7 +65,7 @@ def save(tokenizer: Tokenizer, folder: Path, *, max_length: int) -> None:
     }
     generation = {
         "bos_token_id": ids[END_OF_TEXT],
-        "do_sample": True,  # mild, as the released instruct models: a small model that only takes the best token loops
+        "do_sample": True,  # mild, as in the released instruct models: greedy decoding of a small model loops
         "eos_token_id": [ids[IM_END], ids[END_OF_TEXT]],
         "pad_token_id": ids[END_OF_TEXT],
         "temperature": 0.7,

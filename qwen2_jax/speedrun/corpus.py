@@ -5,13 +5,13 @@ python -m qwen2_jax.speedrun.corpus runs/speedrun/data
 
 tokenizer/                a byte-level BPE built as Qwen2's, learned from the training text
 text/{prose,code}.jsonl   {"text": ...}: docstrings and language reference, and sources
-text/stories.jsonl        {"text": ...}: short tales from sentence patterns
+text/stories.jsonl        {"text": ...}: short stories from sentence patterns
 sums.jsonl                {"prompt": ..., "completion": ...}: worksheets of sums, one line each
 chats.jsonl               {"messages": [...]}: short questions of every skill
 recall.jsonl              {"messages": [...]}: codes hidden in texts of up to LONG characters
-held_out/*.jsonl          the same kinds, of other documents, sums, strings and codes: a hash decides where each goes.
-                          Not all text in them is new: one topic of the language reference, about 2% of the prose,
-                          is repeated inside a longer one, and a string of four digits may equal a code
+held_out/*.jsonl          the same, from other documents, sums, strings and codes: a hash assigns each to one split.
+                          Not all of it is unseen: one topic of the language reference, about 2% of the prose, is
+                          repeated inside a longer one, and a string of four digits may equal a code
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ from qwen2_jax.speedrun import bpe, skills, stdlib_text
 
 SENTENCE = re.compile(r"[A-Z][a-z]+(?: [a-z,'-]+){4,18}\.")
 WORD = re.compile(r"\b[a-z]{3,9}\b")
-MIXED = ("sums", "sums", "sums", "copy", "copy", "compare", "small_talk")  # how often each skill is asked in a chat
+MIXED = ("sums", "sums", "sums", "copy", "copy", "compare", "small_talk")  # frequency of each skill in a chat
 LONG = 3000  # characters: about 1000 tokens of such prose
 Record = dict[str, object]
 
@@ -100,8 +100,8 @@ def tokenizer_texts(documents: Mapping[str, tuple[str, bool]]) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Skills:
-    """Draws items and conversations. sentences, unseen: filler of training and of held-out texts. words, pieces: of
-    the strings to be copied."""
+    """Draws items and conversations. sentences, unseen: filler of training and of held-out texts. words, pieces: to
+    make the strings that are copied."""
 
     sentences: list[str]
     unseen: list[str]
@@ -130,7 +130,7 @@ class Skills:
     def recall(
         self, rng: np.random.Generator, characters: int, *, named: bool = False, held_out: bool = False
     ) -> list[skills.Item]:
-        """A text with hidden codes and the questions about them, the text in front of the first."""
+        """A text with hidden codes and the questions about them; the first question contains the text."""
         sentences = self.unseen if held_out else self.sentences
         return skills.recall(rng, sentences, characters=characters, named=named, held_out=held_out)
 
@@ -149,7 +149,7 @@ class Skills:
             yield messages(self.item(rng, skills.pick(rng, kinds), held_out=held_out) for _ in range(turns))
 
     def recalls(self, rng: np.random.Generator, count: int, *, held_out: bool = False) -> Iterator[Record]:
-        """Conversations about texts of up to LONG characters. Short ones are more frequent: more to learn per token."""
+        """Conversations about texts of up to LONG characters. Short ones are more frequent: more targets per token."""
         for _ in range(count):
             named = not held_out and rng.random() < 0.3
             yield messages(self.recall(rng, int(rng.random() ** 2 * LONG), named=named, held_out=held_out))
@@ -174,7 +174,7 @@ def pools(documents: Mapping[str, tuple[str, bool]]) -> tuple[list[str], list[st
 
 def pieces(vocabulary: Iterable[str]) -> list[str]:
     """The tokens of two or more lower-case letters, without their leading space, sorted."""
-    tokens = {token.removeprefix("\u0120") for token in vocabulary}  # the byte-level sign of a space
+    tokens = {token.removeprefix("\u0120") for token in vocabulary}  # a space in byte-level spelling
     return sorted(t for t in tokens if t.isascii() and t.isalpha() and t.islower() and len(t) > 1)
 
 

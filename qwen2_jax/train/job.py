@@ -56,12 +56,14 @@ class TrainingJob:
         """Messages for fields of the identity that are digests, whose values explain nothing."""
         data = self.run.data
         paths = [s.path for s in data.sources] if isinstance(data, Data) else [", ".join(data.sources)]
-        said = {f"data.tokens.{i}": f"the data of {p} has changed, or the tokenizer has" for i, p in enumerate(paths)}
-        said["base"] = (
+        messages = {
+            f"data.tokens.{i}": f"the data of {p} has changed, or the tokenizer has" for i, p in enumerate(paths)
+        }
+        messages["base"] = (
             "the weights below the adapters differ from those that the checkpoint's adapters were trained on: give the "
             "same start.checkpoint and lora_base"
         )
-        return said
+        return messages
 
     @property
     def settings(self) -> dict[str, Any]:

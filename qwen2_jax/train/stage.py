@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What kinds of training differ in. A run's dataclass names its stage; everybody else asks `stage_of(run)`.
+"""The differences between kinds of training. A run's dataclass names its stage; other code calls `stage_of(run)`.
 
 A new stage is one file: a dataclass derived from config.Run, and a class derived from Stage that it names
 (docs/training.md has an example). The stages that come with the package are in stages/; their dataclasses, in config.py

@@ -93,9 +93,9 @@ class Trainer:
         self.shardings = None if mesh is None else self._shardings(mesh)
         # Also on one device: without shardings Orbax restores to the devices that wrote the checkpoint.
         single = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        places = self.shardings or jax.tree.map(lambda _: single, self.abstract)
+        shardings = self.shardings or jax.tree.map(lambda _: single, self.abstract)
         self.abstract = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), self.abstract, places
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), self.abstract, shardings
         )
         self.begin = jax.jit(self._begin, out_shardings=self.shardings, donate_argnums=0)
         self.step = jax.jit(sharding.on(mesh, self._step), donate_argnums=0, out_shardings=self._outs())
@@ -106,9 +106,9 @@ class Trainer:
     def random_params(self, seed: int) -> Tree:
         """Random weights of the model, float32, created with their shardings."""
         key = jax.random.key(seed)
-        places = None if self.mesh is None else places_of(self.model_specs, self.mesh)
+        shardings = None if self.mesh is None else shardings_of(self.model_specs, self.mesh)
         make = lambda key: decoder.split(decoder.Qwen2(self.config, rngs=nnx.Rngs(key)))[1]  # noqa: E731
-        return jax.jit(make, out_shardings=places)(key)
+        return jax.jit(make, out_shardings=shardings)(key)
 
     def init(self, params: Tree | None = None) -> State:
         """The state before the first step. params: what is trained; by default random weights from the run's seed."""
@@ -139,10 +139,10 @@ class Trainer:
     def _shardings(self, mesh) -> State:
         """Of a State: parameters by their declarations, their moments likewise, everything else replicated."""
         whole = NamedSharding(mesh, PartitionSpec())
-        places = dict(leaves(places_of(self.specs, mesh)))
-        by_path = {path: (spec.shape, places[path]) for path, spec in leaves(self.specs)}
+        shardings = dict(leaves(shardings_of(self.specs, mesh)))
+        by_path = {path: (spec.shape, shardings[path]) for path, spec in leaves(self.specs)}
 
-        def place(path, leaf):
+        def of_leaf(path, leaf):
             keys = tuple(getattr(k, "key", getattr(k, "name", getattr(k, "idx", None))) for k in path)
             for start in range(len(keys)):
                 shape, found = by_path.get(keys[start:], (None, whole))
@@ -150,7 +150,7 @@ class Trainer:
                     return found
             return whole
 
-        return jax.tree.map_with_path(place, self.abstract)
+        return jax.tree.map_with_path(of_leaf, self.abstract)
 
     def _outs(self):
         return None if self.mesh is None else (self.shardings, NamedSharding(self.mesh, PartitionSpec()))
@@ -277,7 +277,7 @@ def abstract(specs: Tree) -> Tree:
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), specs, is_leaf=_is_spec)
 
 
-def places_of(specs: Tree, mesh: jax.sharding.Mesh, rules: Mapping = sharding.RULES) -> Tree:
+def shardings_of(specs: Tree, mesh: jax.sharding.Mesh, rules: Mapping = sharding.RULES) -> Tree:
     """The sharding of each declared parameter on the mesh."""
     return jax.tree.map(lambda s: sharding.sharding(s.axes, s.shape, mesh, rules), specs, is_leaf=_is_spec)
 

@@ -34,7 +34,7 @@ def test_number(text, answer, score):
 
 
 def test_number_wants_a_number():
-    with pytest.raises(ValueError, match="answer 'seven' holds no number"):
+    with pytest.raises(ValueError, match="answer 'seven' contains no number"):
         builtin.number(["7", "7"], answer=["7", "seven"])
     with pytest.raises(UserError, match="needs the column 'answer', and the data has solution"):
         builtin.number(["7"], solution=["7"])

@@ -23,8 +23,8 @@ HERE = str(Path(__file__).with_name("functions.py"))
 WRONG = {  # what a text of functions.misbehaves does, and what is said of it
     "raise": r"LookupError: no such word \(functions.py line \d+\)",
     "exit": "SystemExit: 3",
-    "die": r"it ended the process it ran in \(exit code 7\)",
-    "hang": "it took longer than 2 s and was ended",
+    "die": r"its process exited \(exit code 7\)",
+    "hang": "it took longer than 2 s and was killed",
     "count": "it returned 2 values for 1 completions",
     "none": "it returned None, not a list of 1 numbers",
     "text": "it returned '0', not a list of 1 numbers",
@@ -81,7 +81,7 @@ def test_columns_and_options():
         scores([reward("needs_more")], "a", answer=["1"])
     with pytest.raises(UserError, match="2 completions; of other length: answer"):
         scores([reward("length")], "a", "b", answer=["1"])
-    with pytest.raises(UserError, match="cannot be given <object object at .*> of type object: give JSON's types"):
+    with pytest.raises(UserError, match="get values that JSON has, not <object object at .*> of type object"):
         scores([reward("length")], "a", answer=[object()])
 
 
@@ -114,7 +114,7 @@ def test_a_function_that_always_hangs_does_not_hold_up_the_run_for_ever():
     start = time.monotonic()
     got = scores([reward("misbehaves", on_error="skip", timeout=0.5)], *["hang"] * 20, "good")
     assert got.totals == [None] * 21 and got.metrics["rewards/misbehaves/failed"] == 21
-    assert "was not called any more after 3 calls that took too long" in got.failures[-1]
+    assert "is no longer called after 3 consecutive timeouts" in got.failures[-1]
     assert time.monotonic() - start < 30
 
 
@@ -137,7 +137,7 @@ def test_a_hanging_function_ends_with_what_it_started():
 
 
 def test_a_wrong_count_that_shows_only_together():
-    with pytest.raises(UserError, match="'Q0'.*returned 1 values for 2 .*each of them alone it did not fail"):
+    with pytest.raises(UserError, match="'Q0'.*returned 1 values for 2 .*it does not fail on each of them alone"):
         scores([reward("together")], "a", "a")
     assert scores([reward("together", on_error="skip")], "a", "a").totals == [1.0, 1.0]
 

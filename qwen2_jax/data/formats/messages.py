@@ -97,7 +97,7 @@ def tools(record: Mapping[str, Any], where: str) -> Tools | None:
 
 def messages(record: Mapping[str, Any], field: str, where: str) -> Chat:
     """The conversation in a list of messages."""
-    return _each(record, field, where, "role and content", lambda given, place: given)
+    return _each(record, field, where, "role and content", lambda given, at: given)
 
 
 def turns(record: Mapping[str, Any], field: str, where: str) -> Chat:
@@ -111,28 +111,28 @@ def _each(
     """The conversation in the field's list. keys: what each entry must have; message_of: makes a message of it."""
     chat = Chat([], [])
     for i, given in enumerate(listed(record, field, where)):
-        place = f"{where}: {field}[{i}]"
+        at = f"{where}: {field}[{i}]"
         if not isinstance(given, dict):
-            raise UserError(f"{place} is {validate.short(given)}; it must be an object with {keys}")
+            raise UserError(f"{at} is {validate.short(given)}; it must be an object with {keys}")
         without_flags = {key: value for key, value in given.items() if key not in FLAGS}
-        message = checked_message(message_of(without_flags, place), place)
+        message = checked_message(message_of(without_flags, at), at)
         chat.messages.append(message)
         chat.train.append(
-            _flag(given, message["role"], place) and not (message["role"] == "assistant" and is_empty(message))
+            _flag(given, message["role"], at) and not (message["role"] == "assistant" and is_empty(message))
         )
     return chat
 
 
-def _message_of_turn(turn: dict[str, Any], place: str) -> dict[str, Any]:
-    validate.choice(f"{place} from", turn.get("from"), SHAREGPT_ROLES)
-    message = {"role": SHAREGPT_ROLES[turn["from"]], "content": text(turn, "value", place)}
+def _message_of_turn(turn: dict[str, Any], at: str) -> dict[str, Any]:
+    validate.choice(f"{at} from", turn.get("from"), SHAREGPT_ROLES)
+    message = {"role": SHAREGPT_ROLES[turn["from"]], "content": text(turn, "value", at)}
     if turn["from"] != "function_call":
         return message
-    calls = parse_json(message["content"], f"{place} value")
+    calls = parse_json(message["content"], f"{at} value")
     calls = calls if isinstance(calls, list) else [calls]
     if not calls or not all(isinstance(call, dict) and {"name", "arguments"} <= call.keys() for call in calls):
         raise UserError(
-            f"{place} value is {validate.short(message['content'])}; of a function_call it must be a JSON object "
+            f"{at} value is {validate.short(message['content'])}; of a function_call it must be a JSON object "
             "with name and arguments, or a list of them"
         )
     return message | {"content": "", "tool_calls": [{"type": "function", "function": call} for call in calls]}
@@ -146,7 +146,7 @@ def side(record: Mapping[str, Any], field: str, role: str, where: str) -> Chat:
 
 
 def said(role: str, content: str) -> Chat:
-    """One message. An answer without text is context and not trained: a model would learn to say nothing."""
+    """One message. An answer without text is context and not trained: a model would learn empty answers."""
     message = {"role": role, "content": content}
     return Chat([message], [role != "assistant" or not is_empty(message)])
 

@@ -243,15 +243,15 @@ def open_data(
 def _check_hosts(data: Data, digests: Sequence[str]) -> None:
     """Raises UserError if hosts have read different tokens: each takes its rows of one global batch."""
     facts = {f"{i} {source.path}": digest for i, (source, digest) in enumerate(zip(data.sources, digests, strict=True))}
-    told = []
+    differing = []
     for found in hosts.differences("comparing data", facts, seconds=HOSTS_WAIT):
         first = next(who for _, who in found.values if 0 in who)
         others = sorted(i for _, who in found.values if who is not first for i in who)
         path = found.fact.partition(" ")[2]
-        told.append(f"{path} (hosts {', '.join(map(str, others[:8]))}{', ...' * (len(others) > 8)})")
-    if told:
+        differing.append(f"{path} (hosts {', '.join(map(str, others[:8]))}{', ...' * (len(others) > 8)})")
+    if differing:
         raise UserError(
-            f"hosts have other data than host 0: {'; '.join(told)}; give all hosts the same files, tokenizer and "
+            f"hosts have other data than host 0: {'; '.join(differing)}; give all hosts the same files, tokenizer and "
             "targets, or a cache on a disk that they share"
         )
 

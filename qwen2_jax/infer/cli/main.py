@@ -239,7 +239,7 @@ def _prompt(args: argparse.Namespace) -> str | None:
 
 
 def _load(args: argparse.Namespace, group: hosts.Group | None = None) -> "LM":
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's chatter, read when jax is imported
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # hides XLA's messages; read when jax is imported
     import jax
 
     _compilation_cache(jax)

@@ -2,8 +2,7 @@
 """The constraints of a generation_config.json (sampling_params.Constraints) as masks over logits, on the device.
 
 A batch in which no row has any is traced without this file; one without n-grams and sequences of ids, without the
-history. What is barred gets -inf, in the place where transformers' processors have it: between the repetition penalty
-and the temperature.
+history. Barred ids get -inf, between the repetition penalty and the temperature, as in transformers.
 """
 
 import dataclasses

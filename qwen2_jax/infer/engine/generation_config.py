@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads a checkpoint's generation_config.json: what it says of sampling, as transformers means it, checked once.
+"""Reads the sampling parameters of a checkpoint's generation_config.json, as transformers defines them; checked once.
 
 A key is obeyed, refused with an error, or named as one that has no effect here. Keys: transformers'
 GenerationConfig (docs: main_classes/text_generation).
@@ -52,7 +52,7 @@ _MAX_BAD_WORDS, _MAX_BAD_WORD = 20_000, 64  # each is compared with the end of t
 
 @dataclasses.dataclass(frozen=True)
 class StoredParams:
-    """What a generation_config.json says of sampling, valid.
+    """The sampling parameters of a generation_config.json, valid.
 
     settings: values of SamplingParams' fields. eos_ids: None where the file names none. ineffective: the keys, with
     their values as text, that change an answer in transformers (or are unknown there too) and have no effect here.

@@ -8,7 +8,7 @@ decode loop of their own: all rows greedy, some sampled, some with a repetition 
 generation_config.json (constraints.py).
 
 The last prompt token is not prefilled. It is the first token that the decode loop feeds, so the loop is the only place
-that computes logits, samples tokens and decides when a row is done, and a prefill is nothing but cache writes.
+that computes logits, samples tokens and decides when a row is done, and a prefill only writes the cache.
 
 Rows of padding have position -1, are done from the start, and their tokens are never read.
 """

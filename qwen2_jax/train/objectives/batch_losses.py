@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a stage minimises: from the hidden states of packed rows to sums over them.
+"""The objectives of the stages: from the hidden states of packed rows to sums over them.
 
 A row holds sequences, kept apart by their segments. A group of sequences (a pair, or ranked responses) lies in one row,
 and the segment of a sequence is its group's number in the row times Q plus its rank, 0 for the best.

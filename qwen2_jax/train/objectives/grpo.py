@@ -21,7 +21,7 @@ from qwen2_jax.train.objectives.loss_sums import Ratios, counted, sequence_sums
 
 AGGREGATIONS = ("grpo", "dr_grpo", "dapo")
 KL_ESTIMATORS = ("k1", "k2", "k3")
-LOG_RATIO = 20.0  # log-ratios are cut here: exp stays finite, and what lies beyond gives no gradient
+LOG_RATIO = 20.0  # log-ratios are cut here: exp stays finite, and ratios beyond give no gradient
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,7 +133,7 @@ def policy_sums(
 
     w = min(exp(old - sampled), importance_cap), without gradient, corrects for a sampler that is not the trainer (Yao
     et al. 2025; truncated importance sampling); 1 without a cap. KL, per token with d = logps - reference: "k1" d,
-    "k2" d^2 / 2, "k3" exp(-d) + d - 1 (Schulman 2020). Of these k1 is for looking at: inside a loss its expected
+    "k2" d^2 / 2, "k3" exp(-d) + d - 1 (Schulman 2020). k1 is for monitoring only: inside a loss its expected
     gradient is 0.
 
     Metrics, each a mean over counted tokens: ratio; clip_ratio/low and clip_ratio/high, the shares where the clip took

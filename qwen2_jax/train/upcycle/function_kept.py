@@ -68,10 +68,10 @@ def measure(
     layers: Iterable[tuple[Tree, int, Sequence[Tree]]],
     tokens_BT: jax.Array,
 ) -> UpcyclingReport:
-    """Walks through the layers with three hidden states: of the dense model and of the sparse ones before and after.
+    """Runs the layers on three hidden states: of the dense model and of the sparse ones before and after.
 
-    layers: for each layer the block of its stack, its place in there, and what takes the place of its mlp, before and
-    after. Each is also compared with the dense mlp on the dense model's own hidden states.
+    layers: for each layer the block of its stack, its repeat, and the replacements of its mlp, before and after.
+    Each is also compared with the dense mlp on the dense model's own hidden states.
     """
     walk = Walk(config, sparse)
     outside = {name: leaf for name, leaf in params.items() if name != "stacks"}
@@ -87,7 +87,7 @@ def measure(
 
 
 class Walk:
-    """The compiled steps of the way through three models that share everything but the feed-forward layers."""
+    """The compiled steps of a forward pass through three models that share everything but the feed-forward layers."""
 
     def __init__(self, config: ModelConfig, sparse: ModelConfig):
         self.config = config

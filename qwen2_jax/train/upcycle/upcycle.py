@@ -240,7 +240,7 @@ class Layers:
         return self.block(i)["mlp_norm_D"].shape[0]
 
     def moe(self, i: int, r: int) -> Tree:
-        """What takes the place of this layer's mlp. The latest one is remembered."""
+        """The replacement of this layer's mlp. The latest one is cached."""
         if self._latest[0] != (i, r):
             self._latest = None, {}  # freed before the next one is made
             block = self.block(i)
@@ -364,7 +364,7 @@ def write(
     with progress_bar("writing") as progress:
         tree = Layers(config, params, options).lazy()
         checkpoint.save_hf(folder, sparse, tree, tokenizer_files_from=source, progress=progress, replace=replace)
-    del tree  # it remembers a layer
+    del tree  # it caches a layer
     return report(config, params, options, sample_tokens(source, config))
 
 
