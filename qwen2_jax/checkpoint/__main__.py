@@ -10,7 +10,7 @@ import warnings
 
 import jax
 
-from qwen2_jax.checkpoint.merge import KEEP, METHODS, Merge, merge
+from qwen2_jax.checkpoint.merge_models import KEEP, METHODS, Merge, merge
 from qwen2_jax.checkpoint.sources import NotFound
 from qwen2_jax.checkpoint.transfer.write import WRITERS
 from qwen2_jax.config.model_config import DTYPES

@@ -22,7 +22,7 @@ import qwen2_jax
 from few import slow
 from qwen2_jax import checkpoint
 from qwen2_jax.config import ModelConfig, RopeScaling
-from qwen2_jax.model import Qwen2, declare, mlp, rope
+from qwen2_jax.model import Qwen2, declare, mlp, rope, yarn
 from qwen2_jax.model.cross_entropy import token_logprobs
 from qwen2_jax.weights.params import count
 
@@ -238,7 +238,7 @@ def yarn_vectors():
 
 def test_yarn_frequencies():
     for head_dim, theta, factor, original, inv_freq, attention_factor in yarn_vectors():
-        got = rope.yarn_frequencies(head_dim, theta=theta, factor=factor, original_length=original)
+        got = yarn.frequencies(head_dim, theta=theta, factor=factor, original_length=original)
         np.testing.assert_allclose(got, inv_freq, rtol=1e-6)
         scaling = RopeScaling(type="yarn", factor=factor, original_max_position_embeddings=original)
         config = ModelConfig(
@@ -254,7 +254,7 @@ def test_yarn_frequencies():
 
 
 def test_yarn_frequencies_of_qwen2_7b():
-    got = rope.yarn_frequencies(128, theta=1e6, factor=4.0, original_length=32768)
+    got = yarn.frequencies(128, theta=1e6, factor=4.0, original_length=32768)
     plain = 1e6 ** (-np.arange(64) / 64)
     ratio = np.interp(np.arange(64), [23, 40], [1.0, 0.25])  # 23 and 40: where 32 and 1 turns fall, rounded outwards
     np.testing.assert_allclose(got, plain * ratio, rtol=1e-6)

@@ -23,7 +23,7 @@ from typing import Any
 from qwen2_jax import validate
 from qwen2_jax.errors import UserError
 
-NAMESPACES = Path(__file__).with_name("namespaces.py")
+SCRIPT = Path(__file__).with_name("namespaces.py")
 STARTING = 10.0  # seconds for creating the sandbox, in addition to the program's limit
 SYSTEM = ("/usr", "/bin", "/lib", "/lib64", "/lib32", "/etc/ld.so.cache", "/etc/localtime")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
@@ -110,7 +110,7 @@ def _run(program: str, stdin: str, limits: Limits, folder: Path, unsandboxed: bo
         given.seek(0)
         task.seek(0)
         process = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(NAMESPACES), str(task.fileno()), str(report.fileno())],
+            [sys.executable, "-I", "-S", str(SCRIPT), str(task.fileno()), str(report.fileno())],
             stdin=given, stdout=output, stderr=errors, pass_fds=(task.fileno(), report.fileno()),
             env=kept, cwd="/", start_new_session=True,
         )  # fmt: skip
