@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from qwen2_jax.console import progress_bar
 from qwen2_jax.data.tokens import show
 from qwen2_jax.errors import UserError, exit_code
 
@@ -116,7 +117,6 @@ def _show(args: argparse.Namespace) -> int:
 def _tokenize(args: argparse.Namespace) -> int:
     from qwen2_jax.data.sources.records import open_records
     from qwen2_jax.data.tokens.encode import Encoder
-    from qwen2_jax.data.tokens.loader import progress_bar
     from qwen2_jax.data.tokens.store import build
 
     if Path(args.dst).exists():
@@ -126,7 +126,7 @@ def _tokenize(args: argparse.Namespace) -> int:
     parent.mkdir(parents=True, exist_ok=True)
     # Beside the result: /tmp may be small, and in memory.
     unpacked = tempfile.TemporaryDirectory(prefix=".unpacked-", dir=parent)
-    with unpacked, progress_bar(f"tokenizing {args.src}") as progress:
+    with unpacked, progress_bar(f"tokenizing {args.src}", in_bytes=False) as progress:
         records = open_records(args.src, Path(unpacked.name))
         meta = build(records, args.format, encoder, args.dst, name=args.src, progress=progress).meta
     left_out = (

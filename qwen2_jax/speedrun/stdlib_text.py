@@ -8,17 +8,9 @@ import sysconfig
 from pathlib import Path
 
 SKIPPED = {
-    "test",
-    "tests",
-    "idlelib",
-    "site-packages",
-    "dist-packages",
-    "lib2to3",
-    "encodings",
-    "ensurepip",
-    "turtledemo",
-    "__pycache__",
-}
+    "test", "tests", "idlelib", "site-packages", "dist-packages", "lib2to3",
+    "encodings", "ensurepip", "turtledemo", "__pycache__",
+}  # fmt: skip
 HELD_OUT_ONE_IN = 20
 
 

@@ -5,7 +5,6 @@ Each source is tokenised once (store.py), packed by a plan (packing_plan.py), an
 that needs no memory. A batch is the next B rows of the mixture. To resume at batch s, start there.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import os
@@ -16,9 +15,9 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from qwen2_jax import validate
+from qwen2_jax.console import progress_bar
 from qwen2_jax.data.sources.files import library
 from qwen2_jax.data.sources.records import is_store, open_records
 from qwen2_jax.data.spec import Data, Source
@@ -275,7 +274,7 @@ def _open_source(
             return made
     format = stores.detect(records, source.format, source.path)
     folder = _folder(cache, source, stores.recipe(records, format, encoder))
-    with progress_bar(f"tokenizing {source.path}", console) as progress:
+    with progress_bar(f"tokenizing {source.path}", console, in_bytes=False) as progress:
         return build(records, format, encoder, folder, name=source.path, progress=progress)
 
 
@@ -345,13 +344,3 @@ def _groups(data: Data) -> list[list[int]]:
 
 def _names(data: Data, group: Sequence[int]) -> str:
     return ", ".join(data.sources[i].path for i in group)
-
-
-@contextlib.contextmanager
-def progress_bar(description: str, console: Console | None = None) -> Iterator[stores.Progress]:
-    """Yields a function for the `progress` of `build`; shows a bar in records if there is a terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = console or Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(description, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

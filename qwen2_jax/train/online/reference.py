@@ -11,7 +11,8 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from qwen2_jax.data.tokens.loader import Loaded, progress_bar
+from qwen2_jax.console import progress_bar
+from qwen2_jax.data.tokens.loader import Loaded
 from qwen2_jax.data.tokens.packing import empty_row, stack
 from qwen2_jax.data.tokens.packing_plan import Rows
 from qwen2_jax.errors import UserError
@@ -77,7 +78,7 @@ def _write(
     (folder / ABOUT).unlink(missing_ok=True)
     rows = job.run.rows // job.run.accumulate
     total, done = sum(map(len, plans)), 0
-    with progress_bar("log-probabilities of the reference", console) as progress:
+    with progress_bar("log-probabilities of the reference", console, in_bytes=False) as progress:
         for i, plan in enumerate(plans):
             array = _open(folder, i, plan, "w+")
             for first in range(0, len(plan), rows):
