@@ -133,7 +133,7 @@ def test_agrees_with_recorded_vectors(attend):
             rotated, key = [x * factor for x in rotated], key * factor
         q_filled, q_succ, q_inter, k_filled, v_filled = (filled(x) for x in (*rotated, key, v))
         got = padded_attention(attend, (q_filled, q_succ, q_inter), k_filled, v_filled, n, s)
-        close(got[:, :n], out, units=25, what=case["name"])  # scores in float32, recorded ones in float64
+        close(got[:, :n], out, units=12, what=case["name"])  # 3.3 was seen
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
