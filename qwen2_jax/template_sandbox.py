@@ -58,7 +58,7 @@ def _refuse(what: str) -> Any:
 
 
 def _tick(value: Any = None) -> None:
-    """Compares the time with the deadline, every so many calls. value: what is worked on; a large one counts more."""
+    """Compares the time with the deadline, every TICKS calls. value: the operand; a large one counts more."""
     _render.ticks += 1 + (len(value) // 100 if isinstance(value, str | list | tuple | dict | range) else 0)
     if _render.ticks > TICKS:
         _render.ticks = 0

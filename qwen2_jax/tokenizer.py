@@ -143,7 +143,7 @@ class Tokenizer:
 
     @property
     def fill_id(self) -> int:
-        """The id that fills what is left of a row. Raises UserError if there is no token that could."""
+        """The id that pads a row. Raises UserError if there is no token that could."""
         fill = next((token for token in (self.pad_id, *self.eos_ids) if token is not None), None)
         if fill is None:
             raise UserError(
@@ -279,7 +279,7 @@ class StreamDecoder:
         return self._decoder.decode(self._tokenizer.token_bytes(token, self._skip))
 
     def flush(self) -> str:
-        """What was held back, as U+FFFD; call once after the last token."""
+        """The text held back, as U+FFFD; call once after the last token."""
         return self._decoder.decode(b"", final=True)
 
 

@@ -60,7 +60,7 @@ STAGES = (
         for stage in ("reward", "dpo", "online_dpo", "grpo")
         for seed, name in enumerate(named(stage))
     ),
-    # What learning to add costs in the text of pre-training, and whether online merging makes it less.
+    # How much the loss of pre-training text rises when the model learns to add, with and without online merging.
     SpeedrunStage("prose", "prose.py", data="tasks"),
     *(
         SpeedrunStage(name, f"tax_{method}.py", seed_flags(name, seed), "tasks", start=f"{RUNS}/prose/hf")

@@ -261,7 +261,7 @@ class ModelConfig:
     def trained_length(self) -> int:
         """Tokens up to which the model needs no context extension.
 
-        What YaRN or Dual Chunk Attention call the original length, else at most 32768: base checkpoints declare 131072
+        The original length of YaRN or Dual Chunk Attention, else at most 32768: base checkpoints declare 131072
         positions but were trained at 32768.
         """
         extensions = (self.dual_chunk_attention_config, self.rope_scaling)

@@ -49,7 +49,7 @@ class Lora:
 
     @property
     def scale(self) -> float:
-        """What the correction is multiplied by."""
+        """The factor of the correction."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 

@@ -30,7 +30,7 @@ _ARRAY = re.compile(r"\b(pred|bf16|[a-z]\d+[a-z0-9]*)\[([\d,<=]*)\]")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|called_computations)=\{?%?([\w.\-]+)")
 _BRANCHES = re.compile(r"(?:branch_computations=\{([^}]*)\}|(?:true|false)_computation=%?([\w.\-]+))")
 _CALLERS = ("while(", "fusion(", "call(", "conditional(", "async-start(", "custom-call(")
-_BETWEEN = "xla_megascale_runtime"  # who takes what is sent to other slices
+_BETWEEN = "xla_megascale_runtime"  # the receiver of data for other slices
 _SLICE = 100_000  # device ids of a slice begin at a multiple of it, where there are several
 
 
@@ -218,7 +218,7 @@ def _between_slices(
 ) -> Collective | None:
     """The collective that a send to other slices, or a recv from them, is a half of; None for the other half.
 
-    What is gathered has its full size where it is received; all else has it where it is sent.
+    An all-gather has its full size at the receiver, everything else at the sender.
     """
     match = re.search(r'_xla_megascale_transfer_type="(\w+)"', attributes)
     if match is None or opcode != ("recv" if match[1] == "ALL_GATHER" else "send"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What post-training stages hold and compute besides a training step: a reference model, and sampling."""
+"""Memory and work of post-training stages besides a training step: a reference model, and sampling."""
 
 import dataclasses
 from typing import Any

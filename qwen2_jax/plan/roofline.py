@@ -39,7 +39,7 @@ class Seconds:
 
     @property
     def bound(self) -> str:
-        """What takes longest: "compute", "memory" or "links"."""
+        """The bottleneck: "compute", "memory" or "links"."""
         times = dataclasses.asdict(self)
         return max(times, key=lambda name: times[name])
 

@@ -208,7 +208,7 @@ def advice(job: PlannedRun, made: Plan) -> list[str]:
         both = dataclasses.replace(run, remat="full", accumulate=cheap[-1][1].accumulate)
         after = made.needed + estimate.estimate(job.setting(both)).bytes - now
         found.append((after, " and ".join(flag for flag, _, _ in cheap)))
-    # What is cut over fsdp halves with twice as many devices along it: the state, and the activations of fewer rows.
+    # Twice as many devices along fsdp halve the state, and the activations of a device's rows.
     state = sum(arguments.get(kind, 0) for kind in STATE) + sum(within(job).values())
     cut = state + estimate.activation_bytes(job.setting(run))
     if copies > 1:

@@ -201,7 +201,7 @@ class Run:
     dry_run: bool = False  # print what would be done, and the first batch; train nothing
 
     def fixed(self) -> dict[str, Any]:
-        """What may not change when a run is continued: the arrays in its checkpoints, and the order of its data."""
+        """The settings that a continued run may not change: they decide its arrays or the order of its data."""
         return {name: getattr(self, name) for name in ("lora", "rows", "length", "seed")} | {
             "ema": self.ema is not None
         }

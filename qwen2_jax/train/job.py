@@ -40,7 +40,7 @@ class TrainingJob:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What must be equal in a checkpoint for this run to continue it, as JSON."""
+        """The settings and data that a checkpoint must share for this run to continue it, as JSON."""
         optim: dict[str, Any] = {"algorithm": self.run.optim.algorithm, "muon": self.run.optim.muon is not None}
         if (merging := self.run.optim.merging) is not None:  # the state holds the task vector, which depends on these
             optim["merging"] = {n: getattr(merging, n) for n in ("method", "variant", "keep", "every", "rescale")}

@@ -109,7 +109,7 @@ class RewardModel:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Online(Run):
-    """What stages that sample their own answers have in common. Use OnlineDpo or Grpo.
+    """The common fields of stages that sample their own answers. Use OnlineDpo or Grpo.
 
     An episode: `prompts` prompts are read, each is answered `sampling.samples` times by the current weights, the
     answers are rewarded, and `updates` steps, each on its share of the prompts, go over them `iterations` times.

@@ -39,7 +39,7 @@ FORGETTING = 0.98  # of the running mean and variance of the loss, per step
 
 
 class Health(NamedTuple):
-    """What the guard remembers; float32 and int32 scalars."""
+    """The guard's state; float32 and int32 scalars."""
 
     mean: jax.Array  # running mean of the loss
     variance: jax.Array  # running variance of it
@@ -52,7 +52,7 @@ class State(NamedTuple):
     """Everything a step changes."""
 
     step: jax.Array  # int32: number of steps done, skipped ones included
-    params: Tree  # what is trained, float32: the model's weights, or its adapters
+    params: Tree  # trained, float32: the model's weights, or its adapters
     optimizer: optax.OptState
     ema: Tree | None  # average of params over steps
     health: Health
@@ -61,7 +61,7 @@ class State(NamedTuple):
 class Trainer:
     """The compiled functions of one run: `init`, `step`, `score`, `policy` and `logprobs`.
 
-    specs: declarations of what is trained. shardings: of a State, in its structure. place: puts batches on the devices.
+    specs: of the trained parameters. shardings: of a State, in its structure. place: puts batches on the devices.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class Trainer:
         return jax.jit(make, out_shardings=shardings)(key)
 
     def init(self, params: Tree | None = None) -> State:
-        """The state before the first step. params: what is trained; by default random weights from the run's seed."""
+        """The state before the first step. params: those to train; by default random weights from the run's seed."""
         if params is None:
             params = self.random_params(self.run.seed)
         if self.shardings is not None:
@@ -273,7 +273,7 @@ class Trainer:
 
 
 def abstract(specs: Tree) -> Tree:
-    """Shapes and dtypes of what is declared, without arrays."""
+    """Shapes and dtypes of declared parameters, without arrays."""
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), specs, is_leaf=_is_spec)
 
 

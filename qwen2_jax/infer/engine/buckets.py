@@ -28,7 +28,7 @@ class Buckets:
 
     @classmethod
     def of(cls, config: ModelConfig) -> "Buckets":
-        """What suits the default backend."""
+        """The shapes for the default backend."""
         chunks = (32, 128, 512) if jax.default_backend() == "cpu" else (128, 512, 2048)
         return cls(rows=1, chunks=chunks, limit=max(context_limit(config, mode) for mode in rope.MODES))
 

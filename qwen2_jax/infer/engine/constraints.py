@@ -21,7 +21,7 @@ from qwen2_jax.infer.engine.sampling_params import MAX_EOS_IDS, MAX_INT, Samplin
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class HistoryArrays:
-    """What is compared with the tokens so far.
+    """The constraints that are compared with the tokens so far.
 
     ngram_B: int32, 0 is off. words: int32 [B, number, longest], sequences of two ids and more, -1 before each.
     """

@@ -23,7 +23,7 @@ from qwen2_jax.infer.engine.sampling_params import (
 
 FILE = "generation_config.json"
 _SETTINGS = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-# What transformers uses for a checkpoint that says do_sample and leaves these out.
+# The defaults of transformers for a checkpoint with do_sample and without these.
 _SAMPLING_DEFAULTS = {"temperature": 1.0, "top_k": 50}
 _COUNTS = ("min_new_tokens", "min_length", "max_length", "no_repeat_ngram_size")
 _IDS = ("eos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens")

@@ -184,8 +184,8 @@ class Generator:
     def for_cache(self, rows: int, length: int) -> Programs:
         """The programs for caches of this shape.
 
-        What a program returns is fed to the next call. Its sharding must be that of the first call's arguments, or the
-        second call would compile again; and it depends on the shape, whose dimensions may divide or not.
+        A program's result is an argument of the next call. Its sharding must be that of the first call's arguments, or
+        the second call would compile again; and it depends on the shape, whose dimensions may divide or not.
         """
         if (rows, length) not in self._by_cache:
             cache, small = self.shardings.cache(self.config, rows, length), self.shardings.replicated

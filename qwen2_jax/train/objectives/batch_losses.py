@@ -20,12 +20,12 @@ from qwen2_jax.train.objectives.loss_sums import Ratio, Sums, sequence_sums
 
 
 class Objective(Protocol):
-    """A loss over a batch's rows. temperature: what logits are divided by before they become log-probabilities."""
+    """A loss over a batch's rows. temperature: the divisor of the logits before the log-softmax."""
 
     temperature: float
 
     def counts(self, batch: Batch) -> Any:
-        """What the sums over the step's whole batch are divided by: known before anything is computed."""
+        """The divisors of the sums over the step's whole batch, known before the forward pass."""
         ...
 
     def sums(self, model: Qwen2, hidden_BTD: jax.Array, batch: Batch, counts: Any) -> Sums:

@@ -55,7 +55,7 @@ class Policy:
 
     @property
     def scaling(self) -> str:
-        """What advantages are divided by: `scale`, by default nothing for dr_grpo and the group's deviation else."""
+        """The divisor of advantages: `scale`, by default nothing for dr_grpo and the group's deviation else."""
         return self.scale or ("none" if self.aggregation == "dr_grpo" else "group")
 
 
@@ -93,7 +93,7 @@ def advantages(rewards_PQ: np.ndarray, config: Policy) -> np.ndarray:
 
 
 def policy_count(config: Policy, weights_BT: jax.Array, segments_BT: jax.Array, sequences: int) -> jax.Array:
-    """What the sums of `policy_sums` are divided by, a scalar; counts of micro-batches add up to the step's.
+    """The divisor of the sums of `policy_sums`, a scalar; counts of micro-batches add up to the step's.
 
     "grpo": the number of sequences, each being the mean of its tokens (the paper's 1/G sum 1/|o|; its G is Q here). A
     sequence without a counted token, such as a truncated one that is masked, adds nothing to the sum and still counts,

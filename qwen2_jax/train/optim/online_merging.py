@@ -179,7 +179,7 @@ def scale_by_early_epsilon(b1: float, b2: float, eps: float) -> optax.GradientTr
 
 
 def _merge(merging: OnlineMerging, specs: Tree, key: jax.Array, eps: float, d: Tree, tau: Tree) -> Tree:
-    """What a step adds to the parameters. tau: as `task_vector` gives it."""
+    """The update of a step. tau: as `task_vector` returns it."""
     if merging.method == "ondare":
         return _map(partial(_ondare, merging, key, eps), specs, d, tau)
     return jax.tree.map(partial(_onties, merging), _largest(merging, specs, d), tau)

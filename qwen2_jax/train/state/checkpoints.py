@@ -9,7 +9,7 @@ A folder gets its name, the step, when everything in it is on the disk. While it
 A checkpoint that was found damaged is renamed to 500.damaged and kept.
 
 The fingerprints (qwen2_jax/train/state/fingerprint.py) were computed from the arrays in memory, on the devices, and are
-computed again from what was read back.
+computed again from the arrays that were read back.
 """
 
 import concurrent.futures

@@ -136,7 +136,7 @@ def without_mlp(block: Tree) -> Tree:
 
 
 def _match(want: jax.Array, got: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """What a Match holds."""
+    """The two numbers of a Match."""
     want, got = want.astype(jnp.float32), got.astype(jnp.float32)
     length2 = jnp.vdot(want, want)
     return jnp.vdot(want, got) / length2, jnp.sqrt(jnp.sum((got - want) ** 2) / length2)

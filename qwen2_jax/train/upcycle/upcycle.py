@@ -331,7 +331,7 @@ def upcycle(config: ModelConfig, params: Tree, options: Upcycling) -> tuple[Mode
 
 
 def sizes(source: str | Path | checkpoint.Source, options: Upcycling) -> str:
-    """What upcycling this dense checkpoint would make, in a sentence; reads its config only."""
+    """A sentence with the sizes of the model that upcycling would make; reads the config only."""
     config = checkpoint.read_config(checkpoint.locate(source))
     sparse, F = sparse_config(config, options), config.intermediate_size
     return (
