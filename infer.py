@@ -8,7 +8,7 @@ from qwen2_jax.parallel import hosts
 
 
 def plan(args: argparse.Namespace) -> int:
-    """What --plan does: above the engine, which knows of no plans."""
+    """Runs --plan, which belongs to a layer above the command line of inference."""
     from qwen2_jax.plan import command
 
     return command.infer(args)

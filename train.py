@@ -29,7 +29,7 @@ GOES_ON = "The same command on all hosts continues from the last checkpoint"
 
 
 def _plan(flags: list[str]) -> tuple[str | None, dict[str, bool], list[str]]:
-    """(machine to plan for or None, how to plan, flags for the configuration)."""
+    """(machine to plan for or None, options of the plan, flags for the configuration)."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--plan")
     found, flags = parser.parse_known_args(flags)
@@ -42,7 +42,7 @@ def _plan(flags: list[str]) -> tuple[str | None, dict[str, bool], list[str]]:
 
 
 def _hosts(flags: list[str]) -> tuple[hosts.Flags, list[str]]:
-    """(what is said about several hosts, the other flags)."""
+    """(the flags for several hosts, the other flags)."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     hosts.add_flags(parser)
     found, flags = parser.parse_known_args(flags)

@@ -257,7 +257,7 @@ def work(args: argparse.Namespace) -> None:
 
 
 def turn(engine: str, python: str, args: argparse.Namespace) -> dict | str:
-    """What a worker measured, or the last line of why it could not."""
+    """A worker's measurements, or the last line of its error."""
     command = [python, str(Path(__file__).resolve()), "--worker", engine, "--steps", str(args.steps)]
     command += ["--accumulate", str(args.accumulate)] + ["--tiny"] * args.tiny
     command += ["--remat", args.remat] if args.remat else []

@@ -13,13 +13,13 @@ seconds on a laptop's CPU. A real model takes smaller steps: --optim.lr 1e-6.
 from pathlib import Path
 
 from qwen2_jax.data.spec import PromptData
-from qwen2_jax.rewards import Reward
+from qwen2_jax.rewards import RewardFunction
 from qwen2_jax.train import Grpo, Optim, Policy, Sampling, Start
 
 config = Grpo(
     start=Start(checkpoint="demo"),
     data=PromptData(sources=("prompts.jsonl",), max_tokens=128),
-    rewards=(Reward(function="number"),),
+    rewards=(RewardFunction(function="number"),),
     prompts=8,  # of a step
     sampling=Sampling(samples=8, max_new_tokens=32),  # eight answers to each, which are compared with each other
     policy=Policy(kl=0.0),  # above 0: stay near the model that the run starts from, such as 0.001

@@ -15,13 +15,13 @@ also ranked below that verdict, as there; without, right is 1 and wrong 0. Not r
 from pathlib import Path
 
 from qwen2_jax.data.spec import PromptData
-from qwen2_jax.rewards import Reward
+from qwen2_jax.rewards import RewardFunction
 from qwen2_jax.train import Checkpointing, Grpo, Logging, Mesh, Optim, Policy, Sampling, Start
 
 config = Grpo(
     start=Start(checkpoint="qwen2-7b-instruct"),
     data=PromptData(sources=("questions.jsonl",), max_tokens=1024),
-    rewards=(Reward(function="maths", batch=64, on_error="skip"),),
+    rewards=(RewardFunction(function="maths", batch=64, on_error="skip"),),
     prompts=128,
     sampling=Sampling(samples=32, max_new_tokens=2048, rows=1024, mesh=Mesh(data=8, fsdp=1)),  # each GPU has it all
     updates=8,

@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .chips import CHIPS, Chip, chip_of
+from .chip_limits import CHIPS, Chip, chip_of
 from .counts import added, count
 from .workloads import (
     OPERATIONS,

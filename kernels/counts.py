@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from .chips import Chip
+from .chip_limits import Chip
 
 PLATFORMS = {"tpu": ("v4", "v5e", "v5p", "v6e", "v7x"), "gpu": ("hopper",)}
 ATTENTION = ("B", "T", "S", "N", "K", "H")

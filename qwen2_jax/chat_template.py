@@ -71,7 +71,7 @@ class ChatTemplate:
     def check_nothing_left_out(self, messages: Messages, tools: Sequence[Any] | None) -> None:
         """Raises UserError naming the first tool, tool call or tool result that is not part of the text.
 
-        Each gets a mark of its own, and the marks are looked for in the text.
+        Each gets a unique mark, and the text is searched for the marks.
         """
         if not tools and not any(message["role"] == "tool" or message.get("tool_calls") for message in messages):
             return

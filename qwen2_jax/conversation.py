@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks the messages of a conversation and brings what clients and exports write to one form.
+"""Checks the messages of a conversation and converts the formats of clients and exports to one.
 
-Training, chat and batch files take conversations through here, so that a prompt is written as it was trained:
+Training, chat and batch files use it, so that a prompt is rendered as in training:
 
     content     text; a list of parts {"type": "text", "text": ...} is joined; null beside tool calls counts as ""
     tool_calls  a list of {"type": "function", "function": {"name", "arguments"}} or {"name", "arguments"}; arguments

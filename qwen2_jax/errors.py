@@ -14,10 +14,18 @@ class CheckpointError(UserError):
     """A checkpoint that cannot be used; the message says what is wrong with which tensor or file, and what to do."""
 
 
-def run_and_exit(main: Callable[[], int]) -> NoReturn:
-    """Ends the program with main's exit code; an error that the user can fix is one line on stderr, and code 2."""
+def exit_code(main: Callable[[], int], *, interrupted: str = "stopped") -> int:
+    """main's exit code. An error that the user can fix is one line on stderr and code 2; Ctrl-C prints a line, 130."""
     try:
-        sys.exit(main())
+        return main()
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        return 130
+
+
+def run_and_exit(main: Callable[[], int]) -> NoReturn:
+    """Ends the program with exit_code(main)."""
+    sys.exit(exit_code(main))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Jinja's sandbox with bounds: a template that a stranger wrote ends within SECONDS and writes a bounded text.
+"""Jinja's sandbox with bounds: an untrusted template ends within SECONDS and writes a bounded text.
 
 Jinja's own sandbox keeps a template from files, modules and Python's internals, but not from nested loops or from
 doubling a text forty times. Here every loop iteration, call and filter compares the thread's processor time with a
@@ -58,7 +58,7 @@ def _refuse(what: str) -> Any:
 
 
 def _tick(value: Any = None) -> None:
-    """Compares the time with the deadline, every so many calls. value: what is worked on; a large one counts more."""
+    """Compares the time with the deadline, every TICKS calls. value: the operand; a large one counts more."""
     _render.ticks += 1 + (len(value) // 100 if isinstance(value, str | list | tuple | dict | range) else 0)
     if _render.ticks > TICKS:
         _render.ticks = 0
@@ -173,9 +173,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def _generate(self, source: nodes.Template, *args: Any, **options: Any) -> str:
         for loop in source.find_all(nodes.For):
-            place = {"lineno": loop.lineno, "environment": self}
-            tick = nodes.Call(nodes.EnvironmentAttribute("tick", **place), [], [], None, None, **place)
-            loop.body.insert(0, nodes.ExprStmt(tick, **place))
+            position = {"lineno": loop.lineno, "environment": self}
+            tick = nodes.Call(nodes.EnvironmentAttribute("tick", **position), [], [], None, None, **position)
+            loop.body.insert(0, nodes.ExprStmt(tick, **position))
         return super()._generate(source, *args, **options)
 
     def tick(self) -> None:

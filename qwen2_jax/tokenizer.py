@@ -143,7 +143,7 @@ class Tokenizer:
 
     @property
     def fill_id(self) -> int:
-        """The id that fills what is left of a row. Raises UserError if there is no token that could."""
+        """The id that pads a row. Raises UserError if there is no token that could."""
         fill = next((token for token in (self.pad_id, *self.eos_ids) if token is not None), None)
         if fill is None:
             raise UserError(
@@ -171,7 +171,7 @@ class Tokenizer:
     ) -> list[list[int]]:
         """`encode` of many texts on all cores."""
         for text in texts:
-            _check_text(text)
+            validate.unicode_text(text, "the text to encode")
         before, after = self.added_around if add_special_tokens else ([], [])
         with self._lock:
             self._backend.encode_special_tokens = not allow_special
@@ -264,9 +264,9 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Turns ids into text one at a time; what the pieces add up to is `tokenizer.decode` of all ids.
+    """Turns ids into text one at a time; the pieces add up to `tokenizer.decode` of all ids.
 
-    A character split over tokens is held back until it is whole.
+    A character split over tokens is held back until it is complete.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True):
@@ -279,7 +279,7 @@ class StreamDecoder:
         return self._decoder.decode(self._tokenizer.token_bytes(token, self._skip))
 
     def flush(self) -> str:
-        """What was held back, as U+FFFD; call once after the last token."""
+        """The text held back, as U+FFFD; call once after the last token."""
         return self._decoder.decode(b"", final=True)
 
 
@@ -289,15 +289,6 @@ def _byte_of_character() -> dict[str, int]:
     own = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
     others = [byte for byte in range(256) if byte not in own]
     return {chr(byte): byte for byte in own} | {chr(256 + n): byte for n, byte in enumerate(others)}
-
-
-def _check_text(text: Any) -> None:
-    if not isinstance(text, str):
-        raise UserError(f"cannot encode {validate.short(text)}; it must be text")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"the text is not valid Unicode: {error.reason} at character {error.start}") from error
 
 
 def _template_tokens(settings: Mapping[str, Any], where: str | Path) -> dict[str, str | list[str]]:

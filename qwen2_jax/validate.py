@@ -70,6 +70,17 @@ def number(
             raise UserError(f"{where}: {name} is {short(value)}; it must be of type {kind.__name__}{finite}{bounds}")
 
 
+def unicode_text(value: Any, where: str) -> str:
+    """The value is text without lone surrogates, which cannot be encoded. Returns it."""
+    if not isinstance(value, str):
+        raise UserError(f"{where} is {short(value)}; it must be text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where} is not valid Unicode ({error.reason}, character {error.start + 1})") from error
+    return value
+
+
 def key(name: str) -> str:
     """A key or a name of a tensor from a file, as it stands in a message of one line."""
     return name if name.isprintable() and 0 < len(name) <= 120 else short(name)

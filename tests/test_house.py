@@ -204,6 +204,17 @@ def test_source_files_have_the_form():
     assert not found, "\n".join(found)
 
 
+def test_public_classes_have_distinct_names():
+    """`Source` alone has two meanings, of data and of a checkpoint; outside of checkpoint/ it is checkpoint.Source."""
+    found: dict[str, list[str]] = {}
+    for path in PACKAGE:
+        for node in TREES[path].body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                found.setdefault(node.name, []).append(str(path))
+    shared = {name: paths for name, paths in found.items() if len(paths) > 1}
+    assert shared == {"Source": ["qwen2_jax/checkpoint/sources.py", "qwen2_jax/data/spec.py"]}
+
+
 def test_packages_are_the_folders_on_disk():
     """An editable install hides a forgotten subpackage; a wheel does not."""
     found = {".".join(path.parent.parts) for path in SHIPPED if path.name == "__init__.py"}

@@ -26,6 +26,16 @@ def assert_no_worse(got, naive, exact, *, factor=2.0, floor=1e-5):
     return float(error / allowed)
 
 
+def close(got, want, units=32, what=""):
+    """Equal but for the order of float32 sums, in other shapes of the same work: the largest difference is at most so
+    many units in the last place of the largest value wanted, or of 1. Most places need 1 to 16; who needs more says so.
+    """
+    got, want = (np.asarray(x, np.float64) for x in (got, want))
+    assert got.shape == want.shape, f"{what} shape {got.shape} instead of {want.shape}"
+    error = np.abs(got - want).max(initial=0.0) / (2.0**-23 * max(1.0, np.abs(want).max(initial=0.0)))
+    assert error <= units, f"{what} {error:.1f} units in the last place, allowed {units}"
+
+
 def in_float64(function, *args):
     """The exact results for `assert_no_worse`: function(*args) in float64, every float32 array of `args` widened."""
     with jax.enable_x64(True):

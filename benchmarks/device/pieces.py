@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What there is to check and to time, in the order in which a short time is best spent. Imports nothing heavy."""
+"""The checks and timings, ordered by their worth per second. Imports nothing heavy."""
 
 from typing import NamedTuple
 

@@ -7,7 +7,7 @@ import time
 import jax
 import jax.numpy as jnp
 from qwen2_jax.kernels import bench
-from qwen2_jax.kernels.chips import chip_of
+from qwen2_jax.kernels.chip_limits import chip_of
 from qwen2_jax.kernels.workloads import OPERATIONS, draw, parse_shape
 
 from .pieces import Setting

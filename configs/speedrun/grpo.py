@@ -8,7 +8,7 @@ python train.py configs/speedrun/grpo.py
 from pathlib import Path
 
 from qwen2_jax.data.spec import PromptData, Source
-from qwen2_jax.rewards import Reward
+from qwen2_jax.rewards import RewardFunction
 from qwen2_jax.train import Checkpointing, Evaluation, Logging, Optim, Start
 from qwen2_jax.train.post_training_config import Grpo, Sampling
 
@@ -17,7 +17,7 @@ DATA = "runs/speedrun/tasks"
 config = Grpo(
     start=Start(checkpoint="demo"),
     data=PromptData(sources=(f"{DATA}/sums.jsonl",), max_tokens=32),
-    rewards=(Reward(function="number"),),
+    rewards=(RewardFunction(function="number"),),
     prompts=32,
     sampling=Sampling(samples=8, max_new_tokens=5, temperature=1.2, rows=256),
     rows=52,

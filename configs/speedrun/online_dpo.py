@@ -10,7 +10,7 @@ The Qwen2 report lets a reward model choose; for sums a function knows better.
 from pathlib import Path
 
 from qwen2_jax.data.spec import PromptData, Source
-from qwen2_jax.rewards import Reward
+from qwen2_jax.rewards import RewardFunction
 from qwen2_jax.train import Checkpointing, Evaluation, Logging, OnlineDpo, Optim, Sampling, Start
 
 DATA = "runs/speedrun/tasks"
@@ -18,7 +18,7 @@ DATA = "runs/speedrun/tasks"
 config = OnlineDpo(
     start=Start(checkpoint="demo"),
     data=PromptData(sources=(f"{DATA}/sums.jsonl",), max_tokens=32),
-    rewards=(Reward(function="number"),),
+    rewards=(RewardFunction(function="number"),),
     prompts=32,
     sampling=Sampling(samples=8, max_new_tokens=5, temperature=1.2, rows=256),
     rows=16,

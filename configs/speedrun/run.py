@@ -23,7 +23,7 @@ SEEDS = 3  # of the stages whose effect is measured more than once
 
 
 @dataclasses.dataclass(frozen=True)
-class Stage:
+class SpeedrunStage:
     """One training: a file beside this one, and what differs from it."""
 
     name: str  # of its run folder
@@ -47,30 +47,30 @@ def seed_flags(name: str, seed: int) -> tuple[str, ...]:
 
 
 STAGES = (
-    Stage("pretrain", "pretrain.py"),
-    Stage("long_context", "long_context.py"),
-    Stage("upcycle", "upcycle.py"),
-    Stage("moe", "moe.py"),
+    SpeedrunStage("pretrain", "pretrain.py"),
+    SpeedrunStage("long_context", "long_context.py"),
+    SpeedrunStage("upcycle", "upcycle.py"),
+    SpeedrunStage("moe", "moe.py"),
     # The comparison: the dense model on the tokens of the two stages above, in the same order.
-    Stage("dense", "moe.py", ("--start.checkpoint", f"{RUNS}/long_context/hf", "--out", f"{RUNS}/dense")),
-    Stage("sft", "sft.py"),
-    Stage("sft_dense", "sft.py", ("--start.checkpoint", f"{RUNS}/dense/hf", "--out", f"{RUNS}/sft_dense")),
+    SpeedrunStage("dense", "moe.py", ("--start.checkpoint", f"{RUNS}/long_context/hf", "--out", f"{RUNS}/dense")),
+    SpeedrunStage("sft", "sft.py"),
+    SpeedrunStage("sft_dense", "sft.py", ("--start.checkpoint", f"{RUNS}/dense/hf", "--out", f"{RUNS}/sft_dense")),
     *(
-        Stage(name, f"{stage}.py", seed_flags(name, seed), "tasks", words=stage != "reward")
+        SpeedrunStage(name, f"{stage}.py", seed_flags(name, seed), "tasks", words=stage != "reward")
         for stage in ("reward", "dpo", "online_dpo", "grpo")
         for seed, name in enumerate(named(stage))
     ),
-    # What learning to add costs in the text of pre-training, and whether online merging makes it less.
-    Stage("prose", "prose.py", data="tasks"),
+    # How much the loss of pre-training text rises when the model learns to add, with and without online merging.
+    SpeedrunStage("prose", "prose.py", data="tasks"),
     *(
-        Stage(name, f"tax_{method}.py", seed_flags(name, seed), "tasks", start=f"{RUNS}/prose/hf")
+        SpeedrunStage(name, f"tax_{method}.py", seed_flags(name, seed), "tasks", start=f"{RUNS}/prose/hf")
         for method in ("adamw", "ondare")
         for seed, name in enumerate(named(f"tax_{method}"))
     ),
 )
 
 
-def commands(stages: list[Stage], more: list[str]) -> list[tuple[Path, list[str], bool]]:
+def commands(stages: list[SpeedrunStage], more: list[str]) -> list[tuple[Path, list[str], bool]]:
     """(what it makes, the command, whether the file is the command's standard output), in order."""
     module = [sys.executable, "-m"]
     makers = {"data": "qwen2_jax.speedrun.corpus", "tasks": "qwen2_jax.speedrun.post_training_data"}

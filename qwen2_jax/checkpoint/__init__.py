@@ -11,18 +11,9 @@ if TYPE_CHECKING:
     from qwen2_jax.errors import CheckpointError
 
 __all__ = [
-    "CheckpointError",
-    "Source",
-    "convert",
-    "load_params",
-    "locate",
-    "model_bytes",
-    "open_checkpoint",
-    "read_config",
-    "save_hf",
-    "save_orbax",
-    "verify",
-]
+    "CheckpointError", "Source", "convert", "load_params", "locate", "model_bytes", "open_checkpoint",
+    "read_config", "save_hf", "save_orbax", "verify",
+]  # fmt: skip
 
 __getattr__, __dir__ = lazy_exports(
     __name__,

@@ -10,12 +10,12 @@ import warnings
 
 import jax
 
-from qwen2_jax.checkpoint.merge import KEEP, METHODS, Merge, merge
+from qwen2_jax.checkpoint.merge_models import KEEP, METHODS, Merge, merge
 from qwen2_jax.checkpoint.sources import NotFound
 from qwen2_jax.checkpoint.transfer.write import WRITERS
 from qwen2_jax.config.model_config import DTYPES
 from qwen2_jax.console import progress_bar, readable_bytes
-from qwen2_jax.errors import CheckpointError, UserError
+from qwen2_jax.errors import CheckpointError, UserError, exit_code
 from qwen2_jax.parallel.mesh_flag import mesh_sizes
 from qwen2_jax.parallel.sharding import RULES
 
@@ -124,19 +124,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code; a user's mistake is one line on stderr and 2."""
+    """Returns the exit code, as errors.exit_code."""
     args = parser().parse_args(argv)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("default", category=UserWarning, module="qwen2_jax")
-            warnings.showwarning = lambda message, *rest, **more: print(f"warning: {message}", file=sys.stderr)
-            return {"convert": _convert, "merge": _merge, "verify": _verify, "inspect": _inspect}[args.command](args)
-    except (UserError, OSError) as why:
-        print(f"error: {' '.join(str(why).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; nothing was left behind", file=sys.stderr)
-        return 130
+    command = {"convert": _convert, "merge": _merge, "verify": _verify, "inspect": _inspect}[args.command]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("default", category=UserWarning, module="qwen2_jax")
+        warnings.showwarning = lambda message, *rest, **more: print(f"warning: {message}", file=sys.stderr)
+        return exit_code(lambda: command(args), interrupted="stopped; nothing was left behind")
 
 
 def _convert(args: argparse.Namespace) -> int:

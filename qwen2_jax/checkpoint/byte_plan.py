@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each host reads, holds and writes when a checkpoint is converted or loaded: bytes by formula, no weights needed.
+"""Bytes that each host reads, holds and writes when a checkpoint is converted or loaded, by formula, without weights.
 
 The formulas follow the code that does it (transfer/, orbax_folder.py), and a test holds them against what two real
 processes read and write. Not counted: headers, indices and Orbax's own files, and the program itself (about 0.5 GiB).
@@ -99,7 +99,7 @@ def convert_step(source: Declared, to: str, count: int, *, dtype: str | None = N
     rows = [_rows(leaf, count) for leaf in arrays]
     written = [_nbytes(leaf, new) // parts for leaf, parts in zip(arrays, rows, strict=True)]
     read = [_nbytes(leaf, old) // parts for leaf, parts in zip(arrays, rows, strict=True)]
-    cut = [parts > 1 or count == 1 for parts in rows]  # what is not cut every host reads, and the first writes
+    cut = [parts > 1 or count == 1 for parts in rows]  # every host reads an uncut array, the first writes it
     group = _largest_group(arrays, new, dict(zip(arrays, rows, strict=True)))
     writes = tuple(sum(n for n, c in zip(written, cut, strict=True) if c or host == 0) for host in range(count))
     reads = tuple(sum(read) + (own if count > 1 else 0) for own in whole)  # once to write, and once whole to hash

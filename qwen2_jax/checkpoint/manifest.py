@@ -108,7 +108,7 @@ class Hasher:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What `verify` found.
+    """The result of `verify`.
 
     damaged: one line per tensor or file that is not what the manifest says. hashed: False where the folder has no
     manifest and only its structure was checked.

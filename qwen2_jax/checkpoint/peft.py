@@ -254,7 +254,7 @@ def _adapted_modules(data: dict[str, Any], config: ModelConfig, tensors: HfFolde
     """(Lora.targets, full names of the modules that have adapters) by PEFT's rules (check_target_module_exists).
 
     A name means a module that has it or ends with it; layers_to_transform counts for names that are not full ones.
-    Where PEFT takes a pattern, the tensors in the file say what it matched: a stranger's pattern may take for ever.
+    Where PEFT takes a pattern, the tensors in the file say what it matched: an untrusted pattern may run for ever.
     """
     given, excluded, layers = (data.get(key) for key in ("target_modules", "exclude_modules", "layers_to_transform"))
     if not isinstance(given, str | list) or (isinstance(given, list) and not _is_list_of(given, str)):

@@ -94,7 +94,7 @@ def locate(name: str | Path | Source) -> Source:
     """Finds a checkpoint, downloading it if it is on the Hugging Face Hub.
 
     name: "demo" (bundled), a folder, a gs:// path, a preset ("qwen2-7b-instruct") or a Hub id ("Qwen/Qwen2-7B").
-    Raises CheckpointError that says what was looked for and what to give instead.
+    Raises CheckpointError that names what was searched for and what to give instead.
     """
     if isinstance(name, Source):
         return name

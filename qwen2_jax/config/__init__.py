@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 from qwen2_jax.lazy_exports import lazy_exports
 
 if TYPE_CHECKING:
-    from qwen2_jax.config.layer_scans import Stack
+    from qwen2_jax.config.layer_scans import LayerScan
     from qwen2_jax.config.model_config import DTYPES, FULL, HUB_IDS, PRESETS, DualChunk, ModelConfig, RopeScaling
 
-__all__ = ["DTYPES", "FULL", "HUB_IDS", "PRESETS", "DualChunk", "ModelConfig", "RopeScaling", "Stack"]
+__all__ = ["DTYPES", "FULL", "HUB_IDS", "PRESETS", "DualChunk", "LayerScan", "ModelConfig", "RopeScaling"]
 
 __getattr__, __dir__ = lazy_exports(
     __name__,
@@ -23,6 +23,6 @@ __getattr__, __dir__ = lazy_exports(
             "PRESETS",
             "RopeScaling",
         ],
-        "qwen2_jax.config.layer_scans": ["Stack"],
+        "qwen2_jax.config.layer_scans": ["LayerScan"],
     },
 )

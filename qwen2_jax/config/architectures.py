@@ -9,14 +9,14 @@ from qwen2_jax import validate
 from qwen2_jax.errors import UserError
 
 HeadKind = Literal["linear", "two_layers"]
-# What follows "Qwen2For" or "Qwen2MoeFor" -> the head of a reward model; None: a word head.
+# What follows "Qwen2For" or "Qwen2MoeFor" -> the head of a reward model; None: an LM head.
 TASKS: dict[str, HeadKind | None] = {"CausalLM": None, "SequenceClassification": "linear", "RewardModel": "two_layers"}
 
 
 def score_head(data: Mapping[str, Any]) -> HeadKind | None:
-    """The score head of a parsed config.json. Names of other projects' classes say nothing: their models write words.
+    """The score head of a parsed config.json. Unknown class names mean a language model.
 
-    Raises UserError for another task of Qwen2's, and for another number of labels than a reward model's one.
+    Raises UserError for Qwen2's other tasks (token classification, ...) and for a number of labels other than 1.
     """
     names, given, by_id = data.get("architectures"), data.get("num_labels"), data.get("id2label")
     if not isinstance(names, list | tuple | None):

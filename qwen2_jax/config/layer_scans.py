@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers of several kinds cut into scans."""
+"""Divides layers of several kinds into scans."""
 
 import functools
 from typing import NamedTuple
 
 
-class Stack(NamedTuple):
+class LayerScan(NamedTuple):
     """Layers run by one scan: layer `first + r * len(kinds) + j` is block j of repeat r and is of kind `kinds[j]`."""
 
     kinds: tuple[str, ...]  # each "dense" or "sparse"
@@ -14,10 +14,10 @@ class Stack(NamedTuple):
 
 
 @functools.lru_cache(maxsize=64)
-def shortest(kinds: tuple[str, ...]) -> tuple[Stack, ...]:
-    """Stacks of layers of these kinds with as few blocks to compile as possible, then as few scans as possible."""
+def shortest(kinds: tuple[str, ...]) -> tuple[LayerScan, ...]:
+    """Scans over layers of these kinds with as few blocks to compile as possible, then as few scans as possible."""
     # Dynamic programme from the last layer: best[i] = (distinct blocks, scans) for the layers from i on, and chosen[i]
-    # the first of these stacks as (period, repeats). equal[p]: how many layers from i on are of the kind of those p on.
+    # the first of these scans as (period, repeats). equal[p]: how many layers from i on are of the kind of those p on.
     n = len(kinds)
     best, chosen = [(0, 0)] * (n + 1), [(0, 0)] * n
     equal = [0] * (n + 1)
@@ -32,6 +32,6 @@ def shortest(kinds: tuple[str, ...]) -> tuple[Stack, ...]:
     stacks, i = [], 0
     while i < n:
         period, repeats = chosen[i]
-        stacks.append(Stack(kinds[i : i + period], i, repeats))
+        stacks.append(LayerScan(kinds[i : i + period], i, repeats))
         i += period * repeats
     return tuple(stacks)

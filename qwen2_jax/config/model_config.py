@@ -2,7 +2,7 @@
 """The architecture of a Qwen2 model, read from and written to Hugging Face's config.json.
 
 `ModelConfig` keeps Hugging Face's field names. Everything in a config.json that changes the mathematics is read here or
-refused here with an error that names the key, its value and what is supported; nothing is dropped in silence.
+refused here with an error that names the key, its value and what is supported; nothing is ignored silently.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from typing import Any, Self
 from qwen2_jax import validate
 from qwen2_jax.config import architectures, presets
 from qwen2_jax.config.architectures import HeadKind
-from qwen2_jax.config.layer_scans import Stack, shortest
+from qwen2_jax.config.layer_scans import LayerScan, shortest
 from qwen2_jax.config.rope_settings import (
     FULL,
     LAYER_TYPES,
@@ -100,7 +100,7 @@ class ModelConfig:
     head_dim, num_key_value_heads: None becomes hidden_size // num_attention_heads and num_attention_heads.
     layer_types: None, or one of LAYER_TYPES per layer where that differs from what use_sliding_window and
     max_window_layers say; a tuple that says the same becomes None. num_experts: 0 for a dense model. attention_dropout
-    is recorded and has no effect on inference. score_head: of a reward model, which has it in place of a word head:
+    is recorded and has no effect on inference. score_head: of a reward model, which replaces the LM head:
     "linear" (transformers' ForSequenceClassification with one label) or "two_layers" (Qwen's own ForRewardModel).
     dtype: of the weights in the file.
 
@@ -254,14 +254,14 @@ class ModelConfig:
 
     @property
     def scores(self) -> bool:
-        """Whether this is a reward model: it gives a text a number, and has no logits."""
+        """Whether this is a reward model, which returns scores and has no logits."""
         return self.score_head is not None
 
     @property
     def trained_length(self) -> int:
         """Tokens up to which the model needs no context extension.
 
-        What YaRN or Dual Chunk Attention call the original length, else at most 32768: base checkpoints declare 131072
+        The original length of YaRN or Dual Chunk Attention, else at most 32768: base checkpoints declare 131072
         positions but were trained at 32768.
         """
         extensions = (self.dual_chunk_attention_config, self.rope_scaling)
@@ -279,15 +279,15 @@ class ModelConfig:
         chosen = layer not in self.mlp_only_layers and (layer + 1) % self.decoder_sparse_step == 0
         return self.num_experts > 0 and chosen
 
-    def stacks(self, unroll: bool = False) -> tuple[Stack, ...]:
+    def stacks(self, unroll: bool = False) -> tuple[LayerScan, ...]:
         """Cuts the layers into scans with as few blocks to compile as possible, then as few scans as possible.
 
-        Dense and all-sparse models give one stack of one kind, a periodic pattern one stack of its period.
-        unroll=True gives one stack per layer.
+        Dense and all-sparse models give one scan of one kind, a periodic pattern one scan of its period.
+        unroll=True gives one scan per layer.
         """
         kinds = tuple("sparse" if self.is_sparse(i) else "dense" for i in range(self.num_hidden_layers))
         if unroll:
-            return tuple(Stack((kind,), i, 1) for i, kind in enumerate(kinds))
+            return tuple(LayerScan((kind,), i, 1) for i, kind in enumerate(kinds))
         return shortest(kinds)
 
     @classmethod
@@ -295,7 +295,7 @@ class ModelConfig:
         """Reads a parsed config.json, spelled as the Hub does or as transformers 5 does.
 
         Raises UserError for a missing size, a value of the wrong kind, and a setting that is not supported.
-        Warns about a key nobody here knows.
+        Warns about unknown keys.
         """
         validate.choice("model_type", data.get("model_type"), MODEL_TYPES)
         required = (*SIZES, "num_key_value_heads", *(SPARSE_SIZES if data["model_type"] == "qwen2_moe" else ()))

@@ -2,8 +2,8 @@
 """The released Qwen2, Qwen2.5 and Qwen1.5-MoE checkpoints as data: one shape per size, one row per checkpoint.
 
 `config.PRESETS` is built from this table. Base and instruct checkpoints of one size differ in `rms_norm_eps`,
-`eos_token_id` and `max_position_embeddings`, so every checkpoint has its own row. None switches its sliding window on:
-`sliding_window` is recorded as published, and None where the published value is not known.
+`eos_token_id` and `max_position_embeddings`, so every checkpoint has its own row. None of them enables its sliding
+window: `sliding_window` is recorded as published, None where the published value is unknown.
 """
 
 _DENSE = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size vocab_size"
@@ -49,7 +49,7 @@ ROWS: list[tuple[str, str, float, int, int | None, int, int]] = [
     ("Qwen2-72B",               "72B",      1e-5, _K128, _K128, 80, END_OF_TEXT),
     ("Qwen2-72B-Instruct",      "72B",      1e-6, _K32,  _K128, 80, IM_END),
     ("Qwen2-57B-A14B",          "57B-A14B", 1e-6, _K128, _K128, 28, END_OF_TEXT),
-    ("Qwen2-57B-A14B-Instruct", "57B-A14B", 1e-6, _K32,  None,  28, END_OF_TEXT),  # so published, unlike the others
+    ("Qwen2-57B-A14B-Instruct", "57B-A14B", 1e-6, _K32,  None,  28, END_OF_TEXT),  # as published, unlike the others
     ("Qwen1.5-MoE-A2.7B",       "A2.7B",    1e-6, 8192,  _K32,  21, END_OF_TEXT),
     ("Qwen1.5-MoE-A2.7B-Chat",  "A2.7B",    1e-6, _K32,  _K32,  21, IM_END),
     ("Qwen2.5-0.5B",            "0.5B",     1e-6, _K32,  None,  24, END_OF_TEXT),

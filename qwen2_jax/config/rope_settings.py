@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The part of a config.json that says how far positions reach: RoPE, YaRN and Dual Chunk Attention."""
+"""The position settings of a config.json: RoPE, YaRN and Dual Chunk Attention."""
 
 import dataclasses
 import functools

@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from qwen2_jax.console import progress_bar
 from qwen2_jax.data.tokens import show
-from qwen2_jax.errors import UserError
+from qwen2_jax.errors import UserError, exit_code
 
 EPILOG = """SRC is a file, a folder or a glob of .jsonl, .json, .txt, .md, .py (each also .gz or .zst), .parquet or
 .array_record, or a folder written by Hugging Face's datasets. CKPT is a folder with a tokenizer, a checkpoint's name,
@@ -67,16 +68,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code; errors that the user can fix are one line on stderr and exit code 2."""
+    """Returns the exit code, as errors.exit_code."""
     args = parser().parse_args(argv)
-    try:
-        return {"show": _show, "tokenize": _tokenize, "inspect": _inspect}[args.command](args)
-    except (UserError, OSError) as why:
-        print(f"error: {' '.join(str(why).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; nothing was left behind", file=sys.stderr)
-        return 130
+    command = {"show": _show, "tokenize": _tokenize, "inspect": _inspect}[args.command]
+    return exit_code(lambda: command(args), interrupted="stopped; nothing was left behind")
 
 
 def _tokenizer(name: str):
@@ -122,7 +117,6 @@ def _show(args: argparse.Namespace) -> int:
 def _tokenize(args: argparse.Namespace) -> int:
     from qwen2_jax.data.sources.records import open_records
     from qwen2_jax.data.tokens.encode import Encoder
-    from qwen2_jax.data.tokens.loader import progress_bar
     from qwen2_jax.data.tokens.store import build
 
     if Path(args.dst).exists():
@@ -132,7 +126,7 @@ def _tokenize(args: argparse.Namespace) -> int:
     parent.mkdir(parents=True, exist_ok=True)
     # Beside the result: /tmp may be small, and in memory.
     unpacked = tempfile.TemporaryDirectory(prefix=".unpacked-", dir=parent)
-    with unpacked, progress_bar(f"tokenizing {args.src}") as progress:
+    with unpacked, progress_bar(f"tokenizing {args.src}", in_bytes=False) as progress:
         records = open_records(args.src, Path(unpacked.name))
         meta = build(records, args.format, encoder, args.dst, name=args.src, progress=progress).meta
     left_out = (

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A folder or a file appears complete or not at all: it has another name until all of it is on the disk."""
+"""Writes a folder or a file atomically: it has a temporary name until all of it is on the disk."""
 
 import contextlib
 import errno
@@ -16,18 +16,18 @@ except ModuleNotFoundError:  # not on Windows: two writers of one folder then go
 
 from qwen2_jax.errors import CheckpointError
 
-UNFINISHED = ".unfinished"  # suffix of the folder that a conversion works in until the result gets its name
+UNFINISHED = ".unfinished"  # suffix of the folder that is written until it gets its name
 MARKER = "UNFINISHED"  # file in that folder
-REPLACED = "replaced"  # in the folder that is worked in: what was at the target until the new one took its place
+REPLACED = "replaced"  # in that folder: the old target, between the two renames
 
 
 @contextlib.contextmanager
 def new_folder(path: str | os.PathLike, nbytes: int, *, replace: bool = False) -> Iterator[Path]:
     """Yields an empty folder that becomes `path` when the block ends, and is removed when it fails.
 
-    nbytes: what will be written; checked against the free space first. What an earlier run left when it was killed is
-    removed. replace: a folder that is at `path` stays there until the new one is complete, gives its place to it by
-    two renames and is removed then; a kill between the renames is repaired by the next call. Raises CheckpointError if
+    nbytes: size of the result, checked against the free space first. Leftovers of a killed run are removed. replace: an
+    existing folder at `path` stays until the new one is complete, and is then replaced by two renames and removed; a
+    kill between the renames is repaired by the next call. Raises CheckpointError if
     `path` holds something that may not be replaced, OSError if the disk is too small.
     """
     target = _local(path)
@@ -36,7 +36,7 @@ def new_folder(path: str | os.PathLike, nbytes: int, *, replace: bool = False) -
     folder = unfinished(path)
     work = folder.parent
     if work.exists() and not (work / MARKER).exists() and (not work.is_dir() or any(work.iterdir())):
-        raise CheckpointError(f"{work} is in the way and was not made by a conversion; move it elsewhere")
+        raise CheckpointError(f"{work} is in the way, and was not left by a stopped run; move it elsewhere")
     work.mkdir(parents=True, exist_ok=True)
     with open(work / MARKER, "w") as marker:
         _lock(marker, path)
@@ -48,7 +48,7 @@ def new_folder(path: str | os.PathLike, nbytes: int, *, replace: bool = False) -
             _need_space(target.parent, nbytes)
             folder.mkdir()
             yield folder
-            for inside, _, _ in os.walk(folder):  # the names of its files; what is in them was written by write_file
+            for inside, _, _ in os.walk(folder):  # entries of the folders; write_file has synced the contents
                 _sync(Path(inside))
             if target.exists() and any(target.iterdir()):
                 os.replace(target, work / REPLACED)
@@ -65,7 +65,7 @@ def new_folder(path: str | os.PathLike, nbytes: int, *, replace: bool = False) -
 def new_file(path: str | os.PathLike, nbytes: int) -> Iterator[BinaryIO]:
     """Yields an empty file of `nbytes` bytes that becomes `path` when the block ends, and is removed when it fails.
 
-    What an earlier run left when it was killed is written over. Raises CheckpointError if `path` exists or another
+    Leftovers of a killed run are overwritten. Raises CheckpointError if `path` exists or another
     process writes it, OSError if the disk is too small.
     """
     target = _local(path)
@@ -73,7 +73,7 @@ def new_file(path: str | os.PathLike, nbytes: int) -> Iterator[BinaryIO]:
         raise CheckpointError(f"{path} exists already; choose another name or remove it first")
     part = target.with_name(target.name + UNFINISHED)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with open(part, "ab") as file:  # not emptied before it is ours
+    with open(part, "ab") as file:  # not truncated before it is locked
         _lock(file, path)
         try:
             _need_space(target.parent, nbytes)
@@ -113,7 +113,7 @@ def _explained(why: OSError, path: str | os.PathLike) -> OSError:
 
 
 def unfinished(path: str | os.PathLike) -> Path:
-    """Where `new_folder` works until the folder gets its name."""
+    """The folder in which `new_folder` works until it is renamed."""
     target = Path(path).expanduser().absolute()
     return target.with_name(target.name + UNFINISHED) / "checkpoint"
 
@@ -125,8 +125,8 @@ def _put_back(work: Path, target: Path) -> None:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Writes a small file that is on the disk when this returns."""
-    path.parent.mkdir(exist_ok=True)
+    """Writes a small new file and syncs it to disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "xb") as f:
         f.write(data)
         f.flush()

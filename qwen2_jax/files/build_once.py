@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A folder of tokens appears complete or not at all; one process builds it while others wait for it.
 
-Unlike atomic_folder.py, which refuses a second writer and a folder that is there: here both are welcome.
+Unlike atomic_folder.py, which refuses a second writer and a folder that is there: here both are allowed.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ UNFINISHED, OLD = ".unfinished", ".old"
 
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[bool]:
-    """One builder of this machine at a time; yields whether the file system's lock holds the others off.
+    """One builder on this machine at a time; yields whether the file system's lock excludes the others.
 
     On a disk that machines share, or without locks, see publish.
     """
@@ -34,7 +34,7 @@ def alone_in(folder: Path) -> Iterator[bool]:
             lock = stack.enter_context(open(path, "w"))
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                # The one before removed the file: whoever waited for that has a lock that others cannot see.
+                # The previous holder removed the file: a lock on the removed file excludes nobody.
                 held = os.path.samestat(os.fstat(lock.fileno()), os.stat(path))
             except FileNotFoundError:
                 continue
@@ -65,8 +65,8 @@ def aside(folder: Path, alone: bool) -> Iterator[Path]:
         yield work
     except OSError as why:
         if why.errno == errno.ENOSPC:
-            told = f"the disk became full while tokenising; nothing was left behind. Free some space: {folder.parent}"
-            raise OSError(errno.ENOSPC, told) from None
+            text = f"the disk became full while tokenising; nothing was left behind. Free some space: {folder.parent}"
+            raise OSError(errno.ENOSPC, text) from None
         raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -86,7 +86,7 @@ def _alive(process: int) -> bool:
 
 
 def publish(work: Path, folder: Path, is_wanted: Callable[[], bool]) -> None:
-    """Gives the finished folder its name, replacing an outdated one. is_wanted: whether that one is as good."""
+    """Gives the finished folder its name, replacing an outdated one. is_wanted: whether that one is current."""
     for _ in range(10):
         try:
             os.replace(work, folder)  # fails where a folder with something in it is in the way
@@ -100,4 +100,4 @@ def publish(work: Path, folder: Path, is_wanted: Callable[[], bool]) -> None:
         with contextlib.suppress(FileNotFoundError):  # another machine moved it first
             os.replace(folder, old)
         shutil.rmtree(old, ignore_errors=True)
-    raise UserError(f"{folder} changes all the time; stop the other processes that write it")
+    raise UserError(f"{folder} keeps changing; stop the other processes that write it")

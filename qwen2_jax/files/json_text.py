@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads JSON that somebody else wrote: a file of a checkpoint, a line of prompts or records.
+"""Reads untrusted JSON: a file of a checkpoint, a line of prompts or records.
 
 What json.loads accepts and the code behind it cannot use is refused here, with the reason: deep nesting, integers of
 hundreds of digits, half of a surrogate pair, bytes that are not UTF-8. Whether a number or a type suits its key is

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a name that somebody else wrote into a file to a path inside a folder; the one place that checks such names.
+"""Turns an untrusted file name, read from a file, into a path inside a folder; all such names are checked here.
 
 A checkpoint names files: in an index of weights, a record of their layout, a manifest. Joined to a folder unchecked, a
 name such as ../../x or /etc/x reads or writes outside of it.

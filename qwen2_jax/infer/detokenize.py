@@ -19,7 +19,7 @@ class Generation:
     the model itself (log-softmax of the logits, without temperature, filters and penalty).
     finish_reason: "stop" (end-of-sequence token or stop text), "length" (max_new_tokens or the context is used up) or
     "not_finite": the next token's logits are not finite numbers (NaN in the weights, an overflow), or every token is
-    barred by the generation_config.json. The answer is what was there before.
+    barred by the generation_config.json. The answer ends before that token.
     """
 
     text: str

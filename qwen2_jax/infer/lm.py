@@ -180,7 +180,7 @@ class LM:
         stop: a text or a list of texts; the answer ends before the first that appears.
         ignore_eos: do not end at an end-of-sequence token.
 
-        What is None or not given comes from the checkpoint's generation_config.json as in transformers, else:
+        Parameters not given (None) come from the checkpoint's generation_config.json as in transformers, else:
         max_new_tokens=64, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, repetition_penalty=1.0, seed=0, stop=(),
         ignore_eos=False. Generation.logprobs do not depend on any of these: they are the model's own.
         """

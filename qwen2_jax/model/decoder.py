@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Qwen2 decoder: embedding, layers of attention and feed-forward, a final norm and the output head.
 
-Read it from the top: RMSNorm, Block (one layer), Stack (equal layers, scanned), ScoreHead, Qwen2 (the whole).
+Read it from the top: RMSNorm, Block (one layer), Stack (equal layers, scanned), ScoreHead, Qwen2 (the model).
 """
 
 import dataclasses
@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from qwen2_jax.config.layer_scans import LayerScan
 from qwen2_jax.config.model_config import FULL, ModelConfig
-from qwen2_jax.config.model_config import Stack as StackPlan
 from qwen2_jax.errors import UserError
 from qwen2_jax.model.attention import Attention, Tokens
 from qwen2_jax.model.kv_cache import Cache, LayerCache
@@ -68,7 +68,7 @@ class Block(nnx.Module):
 class Stack(nnx.Module):
     """A period of layers, repeated: parameters are [R, ...] and a scan runs them, so compile time ignores depth."""
 
-    def __init__(self, config: ModelConfig, plan: StackPlan, key: jax.Array, dtype):
+    def __init__(self, config: ModelConfig, plan: LayerScan, key: jax.Array, dtype):
         period = len(plan.kinds)
         layers = [tuple(plan.first + r * period + j for r in range(plan.repeats)) for j in range(period)]
         declare = partial(Declare, key, dtype=dtype, std=config.initializer_range)
@@ -153,8 +153,7 @@ jax.tree_util.register_dataclass(Output)
 
 
 class Qwen2(nnx.Module):
-    """Every Qwen2: dense and mixture of experts (Qwen2 report, arXiv:2407.10671, sec. 2), with an LM head or a score
-    head.
+    """All Qwen2 models: dense or mixture of experts, LM head or score head (Qwen2 report, arXiv:2407.10671, sec. 2).
 
     unroll=False stacks equal layers and scans them; unroll=True keeps one array per layer, for decoding where a scan
     would copy each layer's slice (CPU).

@@ -27,7 +27,7 @@ class LayerCache:
     def write(self, repeat, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT: jax.Array) -> "LayerCache":
         """The cache with new tokens of layer `repeat` in the slots of their positions.
 
-        A token whose position is negative (padding) or not below S is dropped, never written elsewhere.
+        Tokens whose position is negative (padding) or S and above are dropped.
         """
         written = ops.write_cache((self.k, self.v), repeat, (k_BTKH, v_BTKH), positions_BT)
         # Without the barrier XLA may fuse the write into its readers too, and then keeps the old cache by copying it.

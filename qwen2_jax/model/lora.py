@@ -2,7 +2,7 @@
 """LoRA: fine-tuning a low-rank correction b a of the weight matrices, whose base is frozen (Hu et al. 2021).
 
 y = W x + alpha / rank * b (a x), with a random and b zero at the start, so that training begins at the base model
-(arXiv:2106.09685, sec. 4.1). What is trained are the adapters: a nested dict like the parameters', in which each
+(arXiv:2106.09685, sec. 4.1). Only the adapters are trained: a nested dict like the parameters', in which each
 adapted weight is {"a": [R, rank, *in], "b": [R, *out, rank]} in float32. `attach` puts them beside the weights inside
 the jitted step; the base may be float32, bfloat16 or int8 (as in QLoRA, Dettmers et al. 2023, arXiv:2305.14314).
 """
@@ -49,14 +49,14 @@ class Lora:
 
     @property
     def scale(self) -> float:
-        """What the correction is multiplied by."""
+        """The factor of the correction."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
 def modules(config: ModelConfig, target: str) -> tuple[str, ...]:
     """The modules of a layer that one of Lora.targets means, by Hugging Face's names, such as self_attn.q_proj.
 
-    Raises UserError with what can be adapted where there are none.
+    Raises UserError, which lists the adaptable modules, if there are none.
     """
     can = adaptable(config)
     found = tuple(name for name in can if f".{name}".endswith(f".{target}"))  # PEFT's rule
@@ -67,14 +67,14 @@ def modules(config: ModelConfig, target: str) -> tuple[str, ...]:
 
 
 def all_modules(config: ModelConfig, lora: Lora) -> tuple[str, ...]:
-    """The modules of a layer that all targets together mean, sorted: equal for settings that adapt the same."""
+    """The modules of a layer that all targets together mean, sorted: equal for equivalent settings."""
     return tuple(sorted({name for target in lora.targets for name in modules(config, target)}))
 
 
 def declare(config: ModelConfig, lora: Lora, *, unroll: bool = False) -> Tree:
     """The adapters' declarations: a nested dict of ParamSpec, as model.declare gives them for the parameters.
 
-    Like those they serve optimizer, sharding and checkpoints. unroll: for parameters that are one array per layer.
+    Optimizer, sharding and checkpoints read them. unroll: for parameters that are one array per layer.
     """
     chosen = all_modules(config, lora)
 

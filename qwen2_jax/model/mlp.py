@@ -88,7 +88,7 @@ class SparseMLP(nnx.Module):
         weight_Mk = p_Mk / p_Mk.sum(axis=-1, keepdims=True) if self.renormalise else p_Mk
 
         E, real_M = p_ME.shape[-1], real_BT.reshape(-1)
-        in_rows = lambda x_M: x_M.reshape(*real_BT.shape, -1)  # noqa: E731
+        in_rows = lambda x_Mk: x_Mk.reshape(*real_BT.shape, -1)  # noqa: E731
         routed_BTD = ops.experts(
             x_BTD,
             in_rows(jnp.where(real_M[:, None], expert_Mk, E)),  # padding goes to no expert

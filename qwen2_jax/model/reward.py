@@ -14,7 +14,7 @@ from qwen2_jax.parallel import sharding
 from qwen2_jax.weights.params import Declare, ParamSpec, Tree
 
 
-def from_words(params: Tree, config: ModelConfig, head: HeadKind, seed: int = 0) -> tuple[Tree, ModelConfig]:
+def from_language_model(params: Tree, config: ModelConfig, head: HeadKind, seed: int = 0) -> tuple[Tree, ModelConfig]:
     """(params, config) of a reward model with this language model's layers and a randomly initialised score head.
 
     params: stacked or unrolled; everything but the LM head is shared with the result, not copied. The new head's

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rotary positions: plain RoPE, YaRN and Dual Chunk Attention, all as run-time arrays.
+"""Rotary positions: plain RoPE, YaRN (yarn.py) and Dual Chunk Attention, all as run-time arrays.
 
 One compiled program serves every kind of request, because they differ in numbers, not in code: the frequencies (YaRN
 lowers the slow ones), the chunk length (plain attention is one endless chunk) and the factor on the logits. Each row of
@@ -15,7 +15,6 @@ three ways, and the key's chunk decides which of the three it is multiplied with
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -25,6 +24,7 @@ import numpy as np
 
 from qwen2_jax.config.model_config import FULL, DualChunk, ModelConfig, RopeScaling
 from qwen2_jax.errors import UserError
+from qwen2_jax.model import yarn
 
 # A rotations  B batch (1 serves every row)  T query  N heads  H head width  f = H / 2 frequencies
 LongContext = Literal["auto", "off", "yarn", "dca"]
@@ -103,50 +103,6 @@ def plain_frequencies(head_dim: int, *, theta: float) -> np.ndarray:
     return (theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)).astype(np.float32)
 
 
-def yarn_frequencies(
-    head_dim: int,
-    *,
-    theta: float,
-    factor: float,
-    original_length: int,
-    beta_fast: float = 32.0,
-    beta_slow: float = 1.0,
-    truncate: bool = True,
-) -> np.ndarray:
-    """Frequencies under YaRN (Peng et al. 2023, arXiv:2309.00071, sec. 3.2), float32 [H/2], radians per token.
-
-    Dimensions with more than beta_fast rotations within original_length keep their frequency, those with fewer than
-    beta_slow rotations have it divided by `factor`, and a linear ramp joins the two. factor=1 gives plain frequencies
-    exactly.
-    """
-    plain = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-
-    def dimension(rotations: float) -> float:
-        return head_dim * math.log(original_length / (rotations * 2 * math.pi)) / (2 * math.log(theta))
-
-    low, high = dimension(beta_fast), dimension(beta_slow)
-    if truncate:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, head_dim - 1)
-    if low == high:
-        high += 0.001
-    ramp = np.clip((np.arange(head_dim // 2) - low) / (high - low), 0, 1)
-    return (plain * (1 - ramp) + plain / factor * ramp).astype(np.float32)
-
-
-def yarn_attention_factor(scaling: RopeScaling, factor: float) -> float:
-    """YaRN's factor on cos and sin: the config's, else the ratio of two mscales, else 0.1 ln(factor) + 1."""
-
-    def mscale(weight: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
-
-    if scaling.attention_factor is not None:
-        return scaling.attention_factor
-    if scaling.mscale and scaling.mscale_all_dim:
-        return mscale(scaling.mscale) / mscale(scaling.mscale_all_dim)
-    return mscale(1.0)
-
-
 def dual_chunk_defaults(trained_length: int) -> DualChunk:
     """Sizes where the config gives none: chunk 32768, local 512 and trained length 32768, or in that ratio."""
     return DualChunk(
@@ -191,7 +147,7 @@ def _row(config: ModelConfig, length: int, mode: LongContext) -> tuple:
     if mode == "off":
         return _plain_row(config)
     if mode == "yarn":
-        return _yarn_row(config, yarn_scaling(config, length))
+        return _yarn_row(config, yarn.scaling_for(config, length))
     chunk = config.dual_chunk_attention_config or dual_chunk_defaults(config.trained_length)
     inv_freq = _plain_row(config)[0]
     return (
@@ -210,16 +166,8 @@ def _plain_row(config: ModelConfig) -> tuple:
     return inv_freq, 1.0, FULL, FULL, 0
 
 
-def yarn_scaling(config: ModelConfig, length: int) -> RopeScaling:
-    """YaRN for rows of `length` tokens: the config's, else with the factor length / trained_length."""
-    if config.rope_scaling is not None and config.rope_scaling.type == "yarn":
-        return config.rope_scaling
-    factor = max(1.0, length / config.trained_length)
-    return RopeScaling(type="yarn", factor=factor, original_max_position_embeddings=config.trained_length)
-
-
 def _yarn_row(config: ModelConfig, scaling: RopeScaling) -> tuple:
-    inv_freq = yarn_frequencies(
+    inv_freq = yarn.frequencies(
         config.head_dim,
         theta=config.rope_theta,
         factor=scaling.factor,
@@ -228,7 +176,7 @@ def _yarn_row(config: ModelConfig, scaling: RopeScaling) -> tuple:
         beta_slow=scaling.beta_slow,
         truncate=scaling.truncate,
     )
-    return inv_freq, yarn_attention_factor(scaling, scaling.factor) ** 2, FULL, FULL, 0
+    return inv_freq, yarn.attention_factor(scaling) ** 2, FULL, FULL, 0
 
 
 def _stack(rows: list[tuple]) -> Rope:

@@ -32,7 +32,7 @@ def programs_compiled() -> int:
 
 
 class Goodput:
-    """A clock that is always in exactly one phase, so that the phases add up to the elapsed time.
+    """A clock that is always in exactly one phase: the phases add up to the elapsed time.
 
         with goodput("data", behind=loss): batch = next(batches)
         with goodput("step"): state, metrics = step(state, batch)

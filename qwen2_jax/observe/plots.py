@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of runs, from their metrics.jsonl: how one went, and how several compare.
+"""Plots of runs from their metrics.jsonl: the curves of one run, or a comparison of several.
 
 python -m qwen2_jax.observe.plots runs/sft                    # runs/sft/curves.png, also during the run
-python -m qwen2_jax.observe.plots runs/a runs/b --out ab.png  # side by side, over the tokens each has seen
+python -m qwen2_jax.observe.plots runs/a runs/b --out ab.png  # compared, over tokens
 """
 
 import importlib.util
@@ -28,13 +28,13 @@ STYLE: dict[Any, Any] = {
     "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "legend.fontsize": 8,
 }  # fmt: skip
 UNITS = ((1e9, "billion tokens"), (1e6, "million tokens"), (1e3, "thousand tokens"), (1.0, "tokens"))
-SCORES = (  # what is larger the better: name in metrics, title, unit
+SCORES = (  # metrics of which larger is better: name, title, unit
     ("accuracy", "Accuracy", "targets predicted right"),
     ("rewards/accuracies", "Preferences", "pairs in the right order"),
     ("reward", "Reward", "mean over answers"),
 )
 MISSING = "curves need matplotlib: pip install matplotlib, or the extra 'logging'"
-SMOOTH_FROM = 40  # lines from which on a running mean is drawn over the noise
+SMOOTH_FROM = 40  # from this many lines on, a running mean is drawn over the curve
 
 
 class History:
@@ -46,7 +46,7 @@ class History:
         self.scored = [line for line in lines if "held_out" in line]
         self.resumed = [line["tokens"] for line in lines if line.get("resumed") and line["step"]]
         if not self.steps:
-            raise UserError(f"{path} has no line with a loss, so there is nothing to draw")
+            raise UserError(f"{path} has no line with a loss, so there is nothing to plot")
 
     def __contains__(self, name: str) -> bool:
         return any(line.get(name) is not None for line in self.steps)
@@ -74,9 +74,9 @@ def available() -> bool:
 
 
 def draw(metrics: Path, png: Path) -> None:
-    """One run: loss with held-out losses, learning rate, gradient norm, speed; accuracies and experts if it has them.
+    """One run: training and held-out loss, learning rate, gradient norm, speed; accuracies and expert load if logged.
 
-    Raises UserError where there is nothing to draw, or no matplotlib to draw it with.
+    Raises UserError if there is nothing to draw, or if matplotlib is missing.
     """
     run = History(metrics)
     panels = [partial(_losses, run=run)]
@@ -96,7 +96,7 @@ def draw(metrics: Path, png: Path) -> None:
 
 
 def overlay(runs: Sequence[tuple[str, Path]], png: Path, *, title: str = "") -> None:
-    """Several runs over the tokens each has seen: training loss, and the loss of each held-out source.
+    """Several runs over tokens: training loss, and the loss of each held-out source.
 
     runs: (label, metrics.jsonl) of each.
     """
@@ -130,7 +130,7 @@ def _number(value: Any) -> float:
 
 
 def _figure(panels: Sequence[Callable[[Any], None]], png: Path, title: str, tokens: float) -> None:
-    """Draws each panel into a grid and writes the file; `tokens`: where the horizontal axes end."""
+    """Draws each panel into a grid and writes the file; `tokens`: the end of the horizontal axes."""
     if not available():
         raise UserError(MISSING)
     import matplotlib
@@ -220,7 +220,7 @@ def _noisy(axes, x: np.ndarray, y: np.ndarray, colour: str, dash: str, label: st
 
 
 def _enlarge(axes) -> None:
-    """Gives the height to what comes after the first tenth of the run: that is where runs differ by little."""
+    """Scales the vertical axis to the values after the first tenth of the run, where runs differ little."""
     curves = [line.get_xydata() for line in axes.lines]
     end = max(xy[:, 0].max() for xy in curves)
     shown = np.concatenate([xy[xy[:, 0] >= 0.1 * end, 1] for xy in curves])
@@ -248,14 +248,14 @@ def _points(axes, x: np.ndarray, y: np.ndarray, number: int, label: str) -> None
 
 
 def main(runs: tyro.conf.Positional[tuple[Path, ...]], *, out: Path | None = None) -> int:
-    """Draws the curves of one run folder, or of several side by side.
+    """Plots one run folder, or compares several.
 
     Args:
         runs: folders with a metrics.jsonl.
-        out: the picture, a .png; of one run by default curves.png in its folder.
+        out: the .png file; default for a single run: curves.png in its folder.
     """
     if not runs or (len(runs) > 1 and out is None):
-        raise UserError("give one run folder, or several and --out PICTURE.png")
+        raise UserError("give one run folder, or several and --out FILE.png")
     png = out or runs[0] / "curves.png"
     if len(runs) == 1:
         draw(runs[0] / "metrics.jsonl", png)

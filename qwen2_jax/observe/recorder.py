@@ -34,7 +34,7 @@ class Due(NamedTuple):
 
 
 class Recorder:
-    """Writes out/metrics.jsonl, the display and what `config` asks for; docs/metrics.md describes the lines.
+    """Writes out/metrics.jsonl, the display and the outputs in `config`; docs/metrics.md describes the lines.
 
         with Recorder(config.log, config.out, total=steps, cost=partial(train_flops, model)) as recorder:
             recorder.start(step, state_of_the_recorder_from_the_checkpoint)
@@ -42,11 +42,11 @@ class Recorder:
                 with recorder.goodput("data", behind=recorder.newest): batch = next(batches)
                 with recorder.goodput("step"): state, metrics = trainer.step(state, batch)
                 recorder.step(done, metrics, batch)
-                recorder.flush()  # before anything else that uses the devices: the wait for the step is the step's
+                recorder.flush()  # before anything else uses the devices, so that this wait counts as "step"
                 with recorder.goodput("save"): save(state, recorder.state())
 
     Values are fetched while the next step is running, and only for lines. `step` waits for the previous step, so that
-    the loop is never more than one step ahead of the devices: times are accurate, and no queue of batches fills device
+    the loop is never more than one step ahead of the devices: times are accurate, and batches do not queue up in device
     memory. Every process records; process 0 writes.
     """
 
@@ -66,7 +66,7 @@ class Recorder:
         self.writes = jax.process_index() == 0
         self.goodput = Goodput()
         self.newest: jax.Array | None = None  # a result of the newest step: ready when the step is done
-        self.tokens = 0  # that the lines so far are about
+        self.tokens = 0  # covered by the lines so far
         self.console = console or Console(stderr=True)
         self._lines = MetricsFile(out / "metrics.jsonl")
         self._display = Display(self.console, total)
@@ -86,7 +86,7 @@ class Recorder:
         self.close(failed=kind is not None)
 
     def start_over(self) -> None:
-        """Forgets an earlier run in the folder; call before `start` where that run is not continued."""
+        """Deletes the metrics of an earlier run in the folder; call before `start` if that run is not continued."""
         if self.writes:
             for name in ("metrics.jsonl", "wandb.id"):
                 (self.out / name).unlink(missing_ok=True)
@@ -94,7 +94,7 @@ class Recorder:
                 shutil.rmtree(self.out / name, ignore_errors=True)
 
     def start(self, step: int, state: Mapping[str, Any] | None = None) -> None:
-        """Begins after `step` with the `state` that its checkpoint has; None where there is no checkpoint."""
+        """Begins after `step` with the `state` from its checkpoint; None without a checkpoint."""
         state = state or {}
         self.tokens = int(state.get("tokens", 0))
         self._waiting = [dict(metrics) for metrics in state.get("waiting", ())]
@@ -102,7 +102,7 @@ class Recorder:
         if self.writes:
             before = self._lines.resume(step)
             saved = sum(state.get("seconds", {}).values())
-            # Time that is in the lines but not in the checkpoint was lost.
+            # Time in the lines but not in the checkpoint was lost.
             self.goodput.lose(max((float(line.get("seconds") or 0) for line in before), default=0.0) - saved)
             if self.config.tensorboard:
                 self._sinks.append(TensorBoard(self.out / "tensorboard", step))
@@ -170,7 +170,7 @@ class Recorder:
             self._sinks = []
 
     def _wait(self) -> None:
-        """For the newest step to be done."""
+        """Waits for the newest step."""
         with self.goodput("step"):
             if self.newest is not None:
                 self.newest.block_until_ready()
@@ -187,7 +187,7 @@ class Recorder:
         return facts
 
     def _write_due(self) -> Line | None:
-        """The line that is due, if one is: call it when its last step is done, so that the clock shows its time."""
+        """Writes the line that is due, if any. Call it when its last step is done, so that the clock shows its time."""
         if self._due is None:
             return None
         due, self._due = self._due, None
@@ -231,7 +231,7 @@ class Recorder:
             return
         first, last = self.config.profile
         if done == first - 1:
-            self._wait()  # the step before the window stays out of it
+            self._wait()  # keeps the step before the window out of it
             jax.profiler.start_trace(self.out / "profile")
             self._profiling = True
         elif done == last and self._profiling:
@@ -245,10 +245,10 @@ class Recorder:
 
 
 def reduce(steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One set of values for several steps: "ratios", pairs (total, count), as the totals' sum over the counts', counts
-    as sums, all else as it was last.
+    """One set of values for several steps: counts are summed; "ratios", pairs (total, count), are summed and divided;
+    everything else has its last value.
 
-    Steps whose loss is not finite are left out of the ratios; a line of such steps only has a loss of NaN.
+    Steps whose loss is not finite are left out of the ratios; if all are, the loss is NaN.
     """
     values = dict(steps[-1])
     for name in (*SUMMED, "flops"):

@@ -115,8 +115,8 @@ def write_cache(
 ) -> tuple[jax.Array, ...]:
     """Each cache with the new tokens of layer `repeat` written to the slots of their positions.
 
-    A token whose position is negative (padding) or not below S is dropped, never written elsewhere. On a mesh every
-    device writes its own slots, so no part of a cache moves.
+    Tokens whose position is negative (padding) or S and above are dropped. On a mesh every device writes its own slots,
+    so no part of a cache moves.
     """
     args = (caches_RBKSH, jax.tree.map(before_weights, new_BTKH), positions_BT, jnp.asarray(repeat, jnp.int32))
     names = (CACHE, ("batch", None, "kv_heads", None), ("batch", None), ())

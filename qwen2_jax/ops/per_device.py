@@ -24,18 +24,18 @@ def per_row(numbers, B: int):
     return tuple(None if x is None else jnp.broadcast_to(jnp.asarray(x), (B,)) for x in numbers)
 
 
-def before_weights(x_BT: jax.Array) -> jax.Array:
+def before_weights(x: jax.Array) -> jax.Array:
     """The same activations [B, T, ...]; those of a decode step on a mesh have their rows sharded as sharding.step_rows
     says.
 
     Applied before and after matrix products; otherwise XLA would shard them as the kernels in between do.
     """
     mesh = sharding.current_mesh()
-    if mesh is None or x_BT.shape[1] > FEW_QUERIES:
-        return x_BT
-    rows = sharding.step_rows(len(x_BT), mesh)
-    free = (PartitionSpec.UNCONSTRAINED,) * (x_BT.ndim - 1)
-    return jax.lax.with_sharding_constraint(x_BT, PartitionSpec(rows or None, *free))
+    if mesh is None or x.shape[1] > FEW_QUERIES:
+        return x
+    rows = sharding.step_rows(len(x), mesh)
+    free = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(rows or None, *free))
 
 
 def axes_of_names(args: tuple, names: tuple[Names, ...]) -> dict[str, tuple[str, ...]]:

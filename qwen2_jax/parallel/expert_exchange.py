@@ -50,7 +50,7 @@ class Exchange:
     begin_pE: jax.Array  # first row of a slice at its source
     rows_pE: jax.Array  # rows of a slice
     place_pE: jax.Array  # its first row in the holder's order: by expert, and for each expert by source
-    window: int  # C
+    window: int  # rows of a window
     axis: tuple[str, ...]
     everywhere: tuple[str, ...]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The flag --mesh of the command lines: sizes of axes. Imports no jax: a mistake is found before the devices are."""
+"""The flag --mesh of the command lines: sizes of axes. Without jax: errors are found before devices are initialised."""
 
 from qwen2_jax.errors import UserError
 
@@ -9,8 +9,8 @@ MAX_DIGITS = 9
 def mesh_sizes(text: str, example: str = "tensor=8,fsdp=2") -> dict[str, int]:
     """Sizes of axes from "tensor=8,fsdp=2", each 1 or above, or -1 for the remaining devices.
 
-    example: for the error. Raises UserError for another form or an axis that is there twice. Whether the mesh has such
-    axes and so many devices is checked where it is made (sharding.mesh_of).
+    example: for the error. Raises UserError for another form or a repeated axis. sharding.mesh_of checks the axes and
+    the number of devices.
     """
     sizes: dict[str, int] = {}
     for part in text.split(","):

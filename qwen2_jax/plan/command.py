@@ -41,7 +41,7 @@ def infer(args: "argparse.Namespace") -> int:
     from qwen2_jax.parallel.mesh_flag import mesh_sizes
     from qwen2_jax.plan import infer as inference
 
-    job = inference.Job(
+    job = inference.InferenceJob(
         context=args.context, rows=args.batch, dtype=args.dtype, long_context=args.long_context,
         mesh=None if args.mesh is None else mesh_sizes(args.mesh), implementation=args.implementation,
     )  # fmt: skip

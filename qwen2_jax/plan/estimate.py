@@ -76,7 +76,7 @@ class Setting:
         return ops.exchange_of(self.run.implementation, self.parts("experts"), choices, self.itemsize)
 
     @property
-    def places(self) -> float:
+    def buffer_rows(self) -> float:
         """Rows in the buffers of experts for each copy of a token: a gather has room for all tokens of all devices that
         hold experts, an exchange's window for SLACK times its own."""
         if self.parts("experts") == 1 or not self.config.num_experts:
@@ -88,7 +88,11 @@ class Setting:
         """Numbers per token in all layers' activations, as memory traffic: kept_per_token, and the rows of experts'
         buffers beyond those that it counts."""
         config = self.config
-        rows = (self.places - 1) * config.num_experts_per_tok * (2 * config.hidden_size + config.moe_intermediate_size)
+        rows = (
+            (self.buffer_rows - 1)
+            * config.num_experts_per_tok
+            * (2 * config.hidden_size + config.moe_intermediate_size)
+        )
         return kept_per_token(config, None) + rows * sum(map(config.is_sparse, range(config.num_hidden_layers)))
 
     def held(self, trained: bool = False) -> int:
@@ -124,7 +128,7 @@ def activation_bytes(setting: Setting) -> float:
     # Of one layer's experts, backward: tokens, gradients of their sums and of themselves, and four arrays in between,
     # which kept_per_token counts for the rows that there are.
     D, F, k = config.hidden_size, config.moe_intermediate_size, config.num_experts_per_tok
-    rows = k * (setting.places * (3 * D + 4 * F) - 4 * F) if config.num_experts else 0.0
+    rows = k * (setting.buffer_rows * (3 * D + 4 * F) - 4 * F) if config.num_experts else 0.0
     kept = setting.tokens * (kept_per_token(config, setting.run.remat) + rows) * setting.itemsize
     tile = min(CHUNK, setting.tokens)
     words = 0 if config.scores else config.vocab_size
@@ -202,11 +206,11 @@ def _messages(setting: Setting) -> float:
     if setting.exchange == "all_to_all":  # tokens and results forward, tokens and both gradients backward
         spend("ragged-all-to-all", holders, config.num_experts_per_tok * activations * width, 5 * sparse)
     else:  # tokens of all, their sums, and the gradients of both
-        everybody = setting.parts("experts") * activations
-        spend("all-gather", holders, everybody * width, (1 + again) * sparse)
-        spend("reduce-scatter", holders, everybody * width, sparse)
-        spend("all-gather", holders, everybody * 4, sparse)
-        spend("reduce-scatter", holders, everybody * 4, sparse)
+        gathered = setting.parts("experts") * activations
+        spend("all-gather", holders, gathered * width, (1 + again) * sparse)
+        spend("reduce-scatter", holders, gathered * width, sparse)
+        spend("all-gather", holders, gathered * 4, sparse)
+        spend("reduce-scatter", holders, gathered * 4, sparse)
     return total
 
 

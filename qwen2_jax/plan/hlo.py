@@ -30,7 +30,7 @@ _ARRAY = re.compile(r"\b(pred|bf16|[a-z]\d+[a-z0-9]*)\[([\d,<=]*)\]")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|called_computations)=\{?%?([\w.\-]+)")
 _BRANCHES = re.compile(r"(?:branch_computations=\{([^}]*)\}|(?:true|false)_computation=%?([\w.\-]+))")
 _CALLERS = ("while(", "fusion(", "call(", "conditional(", "async-start(", "custom-call(")
-_BETWEEN = "xla_megascale_runtime"  # who takes what is sent to other slices
+_BETWEEN = "xla_megascale_runtime"  # the receiver of data for other slices
 _SLICE = 100_000  # device ids of a slice begin at a multiple of it, where there are several
 
 
@@ -93,8 +93,8 @@ class _Computation:
 def collectives(text: str, ids: Sequence[int]) -> list[Collective]:
     """All collectives of a compiled module's text (`compiled.as_text()`), `times` filled in.
 
-    ids: of the mesh's devices, in its order. A loop whose trip count is not known at compile time counts as one
-    turn: of a decoding loop, one token.
+    ids: of the mesh's devices, in its order. A loop whose trip count is not known at compile time counts
+    once: for a decoding loop, one token.
     """
     computations, entry = _parse(text, ids)
     return [found for found, _ in _walk(computations, entry, frozenset())]
@@ -218,15 +218,17 @@ def _between_slices(
 ) -> Collective | None:
     """The collective that a send to other slices, or a recv from them, is a half of; None for the other half.
 
-    What is gathered has its full size where it is received; all else has it where it is sent.
+    An all-gather has its full size at the receiver, everything else at the sender.
     """
     match = re.search(r'_xla_megascale_transfer_type="(\w+)"', attributes)
     if match is None or opcode != ("recv" if match[1] == "ALL_GATHER" else "send"):
         return None
     kind = "collective-permute" if match[1] == "ONE_TO_ONE" else match[1].lower().replace("_", "-")
     if product := re.search(r'_xla_megascale_target="\{([\d,]+)\}x\{(\d+):(\d+)\}"', attributes):
-        places = range(int(product[2]), int(product[3]) + 1)  # from slices x partitions of each, the last one included
-        groups = [tuple(slices[number][place] for number in _numbers(product[1])) for place in places]
+        positions = range(
+            int(product[2]), int(product[3]) + 1
+        )  # from slices x partitions of each, the last one included
+        groups = [tuple(slices[number][position] for number in _numbers(product[1])) for position in positions]
     else:
         listed = re.search(r"_xla_megascale_target=\{(\{.*?\})\}", attributes)
         position = {device: i for i, device in enumerate(ids)}
@@ -335,12 +337,12 @@ def _calls(opcode: str, attributes: str, conditions: Mapping[str, list[str]]) ->
         names = [name for pair in _BRANCHES.findall(attributes) for name in re.findall(r"[\w.\-]+", " ".join(pair))]
         return [_Call(tuple(names), 1, True)]
     targets = tuple(dict.fromkeys(_CALLED.findall(attributes)))
-    times = _turns(attributes, conditions) if opcode == "while" else 1
+    times = _trip_count(attributes, conditions) if opcode == "while" else 1
     return [_Call(targets, times, False)] if targets else []
 
 
-def _turns(attributes: str, conditions: Mapping[str, list[str]]) -> int:
-    """How often a loop runs: as XLA says, or the constant below which its counter stays; 1 where neither is there."""
+def _trip_count(attributes: str, conditions: Mapping[str, list[str]]) -> int:
+    """A loop's trip count: as XLA states it, or the constant that bounds its counter; 1 without either."""
     if known := re.search(r"known_trip_count\D*?(\d+)", attributes):
         return int(known[1])
     condition = re.search(r"condition=%?([\w.\-]+)", attributes)

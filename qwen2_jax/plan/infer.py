@@ -20,7 +20,7 @@ from qwen2_jax.plan import architecture, device_work, machine, roofline
 from qwen2_jax.plan.program import Program, compiled, device_bytes
 from qwen2_jax.plan.report import GIB, Part, Plan
 from qwen2_jax.plan.shapes import form_shapes
-from qwen2_jax.train.step import places_of
+from qwen2_jax.train.step import shardings_of
 from qwen2_jax.weights.forms import FORMS, array_dtype, nbytes
 from qwen2_jax.weights.params import Tree
 
@@ -28,7 +28,7 @@ CHUNKS = (128, 512, 2048)  # of a prefill, as Buckets.of chooses on accelerators
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Job:
+class InferenceJob:
     """An inference workload. context: tokens of prompt and completion together in each row; None: 4,096, or the
     model's limit. mesh: sizes of axes; None lets default_mesh choose."""
 
@@ -40,7 +40,7 @@ class Job:
     implementation: str | None = None
 
 
-def plan(checkpoint: str, name: str, job: Job) -> Plan:
+def plan(checkpoint: str, name: str, job: InferenceJob) -> Plan:
     """Compiles prefill and decoding of a checkpoint's architecture for the machine called `name`.
 
     checkpoint: as architecture.named; no weights are needed. Raises UserError for what contradicts itself, and where
@@ -96,7 +96,7 @@ def default_mesh(config: ModelConfig, devices: int) -> dict[str, int]:
         found = sizes({"fsdp": left // expert, "expert": expert, "tensor": tensor}, devices)
         try:
             abstract = AbstractMesh(tuple(found.values()), tuple(found))
-            places_of(specs, abstract, sharding.SERVING)  # type: ignore[arg-type]  # shapes need no devices
+            shardings_of(specs, abstract, sharding.SERVING)  # type: ignore[arg-type]  # shapes need no devices
         except UserError:
             continue
         return found
@@ -111,7 +111,7 @@ def sizes(asked: Mapping[str, int], devices: int) -> dict[str, int]:
     return {axis: given.get(axis, 1) for axis in sharding.AXES}
 
 
-def make_generator(config: ModelConfig, mesh: Mesh, job: Job) -> Generator:
+def make_generator(config: ModelConfig, mesh: Mesh, job: InferenceJob) -> Generator:
     """The generator as load() makes it, with shapes for parameters."""
     dtype = jnp.dtype(array_dtype(job.dtype))
     if (wider := head_padding.spread(config, mesh)) is not None:
@@ -185,7 +185,7 @@ def _experts(params: Tree) -> list[Any]:
     return found
 
 
-def advice(config: ModelConfig, made: Plan, job: Job, rows: int, context: int) -> list[str]:
+def advice(config: ModelConfig, made: Plan, job: InferenceJob, rows: int, context: int) -> list[str]:
     """Changes that would make both programs fit, judged by formula from what they need now."""
     weights, cache = (max(part.program.arguments[kind] for part in made.parts) for kind in ("parameters", "cache"))
     room = made.limit - (made.needed - cache)

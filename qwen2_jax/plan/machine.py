@@ -123,7 +123,7 @@ def mesh_of(machine: Machine, sizes: Mapping[str, int]) -> Mesh:
     if needed != machine.devices or min(sizes.values()) < 1:
         raise UserError(
             f"mesh {dict(sizes)} is of {needed} devices; {machine.name} has {machine.devices}: the sizes' product must "
-            f"be {machine.devices} (-1 takes what is left)"
+            f"be {machine.devices} (-1 takes the remaining devices)"
         )
     devices = _devices(machine.chip.name, machine.slices, machine.shape)
     assert len(devices) == machine.devices, (machine, len(devices))

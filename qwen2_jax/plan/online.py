@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What post-training stages hold and compute besides a training step: a reference model, and sampling."""
+"""Memory and work of post-training stages besides a training step: a reference model, and sampling."""
 
 import dataclasses
 from typing import Any
@@ -54,13 +54,13 @@ def sampling(run: Online, config: ModelConfig, where: Machine, mesh: Mesh, held:
     generator = Generator(
         graphdef, params, served, dtype=jnp.dtype(run.dtype), mesh=mesh, implementation=run.implementation
     )
-    turns = -(-run.prompts * run.sampling.samples // rows)
+    batches = -(-run.prompts * run.sampling.samples // rows)
     lower: Any = lambda: lowering.lower_decode(generator, rows, run.longest, run.long_context)  # noqa: E731
     axes = "" if run.sampling.mesh is None else " on " + ", ".join(f"{a}={n}" for a, n in mesh.shape.items() if n > 1)
     program = compiled(f"sampling, {rows} answers at a time{axes}", lower, mesh)
     part = decode_part(
         served, where, mesh, program, rows=rows, length=run.longest, slots=run.longest, params=params,
-        steps=turns * run.sampling.max_new_tokens,
+        steps=batches * run.sampling.max_new_tokens,
     )  # fmt: skip
     arguments = {**program.arguments, **held}
     return dataclasses.replace(part, program=dataclasses.replace(program, arguments=arguments))

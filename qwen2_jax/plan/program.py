@@ -44,7 +44,7 @@ class Program:
 def compiled(name: str, lower: Callable[[], tuple[jax.stages.Lowered, Mapping[str, Any]]], mesh: Mesh) -> Program:
     """Lowers and compiles a function for the devices of a mesh.
 
-    lower: gives what is to be compiled and its arguments by kind, trees of jax.ShapeDtypeStruct with shardings.
+    lower: returns the lowered function and its arguments by kind, trees of jax.ShapeDtypeStruct with shardings.
     """
     begin = time.perf_counter()
     lowered, arguments = lower()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plans as tables for eyes and as JSON for programs."""
+"""Plans as tables for people and as JSON for programs."""
 
 import dataclasses
 import math
@@ -34,7 +34,7 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a job needs on a machine. settings: of the job, for the reader. advice: changes that would fit, or help."""
+    """The requirements of a job on a machine. settings: of the job, for the reader. advice: changes to try."""
 
     title: str
     machine: Machine

@@ -39,7 +39,7 @@ class Seconds:
 
     @property
     def bound(self) -> str:
-        """What takes longest: "compute", "memory" or "links"."""
+        """The bottleneck: "compute", "memory" or "links"."""
         times = dataclasses.asdict(self)
         return max(times, key=lambda name: times[name])
 
@@ -151,9 +151,9 @@ class Network:
         near = set()
         for dim, (side, wraps) in enumerate(zip(self.machine.shape, self.machine.wraps, strict=True)):
             for step in (-1, 1):
-                place = chip[dim] + step
-                if wraps or 0 <= place < side:
-                    near.add((*chip[:dim], place % side, *chip[dim + 1 :]))
+                position = chip[dim] + step
+                if wraps or 0 <= position < side:
+                    near.add((*chip[:dim], position % side, *chip[dim + 1 :]))
         return near - {tuple(chip)}
 
 

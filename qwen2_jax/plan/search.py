@@ -16,7 +16,7 @@ from qwen2_jax.plan.report import GIB
 from qwen2_jax.train.config import Mesh, Run
 
 REMAT = ("full", "dots", None)
-MOST_TENSOR = 16  # parts of heads and widths: beyond, sums of activations outweigh everything
+MOST_TENSOR = 16  # parts of heads and widths: beyond, sums of activations dominate
 COMPILED = 3  # of the best ones
 
 

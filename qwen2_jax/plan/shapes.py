@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from qwen2_jax.parallel import sharding
-from qwen2_jax.train.step import places_of
+from qwen2_jax.train.step import shardings_of
 from qwen2_jax.weights.forms import array_dtype, form_of
 from qwen2_jax.weights.params import Tree, is_spec
 
@@ -17,7 +17,7 @@ from qwen2_jax.weights.params import Tree, is_spec
 def shapes(specs: Tree, mesh: Mesh, dtype: Any, rules: Mapping = sharding.RULES) -> Tree:
     """jax.ShapeDtypeStruct of every declared parameter, all of one dtype, with its sharding on the mesh."""
     place = lambda spec, where: jax.ShapeDtypeStruct(spec.shape, dtype, sharding=where)  # noqa: E731
-    return jax.tree.map(place, specs, places_of(specs, mesh, rules), is_leaf=is_spec)
+    return jax.tree.map(place, specs, shardings_of(specs, mesh, rules), is_leaf=is_spec)
 
 
 def form_shapes(

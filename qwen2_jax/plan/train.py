@@ -28,7 +28,7 @@ STEPS = 1000  # of a schedule whose length depends on data that need not exist; 
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class PlannedRun:
     """A run on a machine, before anything is compiled."""
 
     run: Run
@@ -79,14 +79,14 @@ def plan(run: Run, name: str, path: Path | None = None) -> Plan:
     return describe(job, program)
 
 
-def prepare(run: Run, name: str, path: Path | None = None) -> Job:
+def prepare(run: Run, name: str, path: Path | None = None) -> PlannedRun:
     """The run on a mesh of the machine's devices."""
     where = machine.parse(name)
     config = architecture.of_run(run, path)
     mesh = machine.mesh_of(where, run.mesh.sizes(where.devices))
     objective = stage_of(run).objective(groups=online.GROUPS, ranks=online.RESPONSES)
     trainer = Trainer(run, config, run.steps or STEPS, mesh=mesh, objective=objective)
-    job = Job(run, config, where, mesh, trainer)
+    job = PlannedRun(run, config, where, mesh, trainer)
     if run.rows % (pieces := run.accumulate * job.row_parts):
         raise UserError(
             f"rows={run.rows} cannot be cut into {run.accumulate} micro-batches for {job.row_parts} parts of the mesh "
@@ -96,7 +96,7 @@ def prepare(run: Run, name: str, path: Path | None = None) -> Job:
     return job
 
 
-def compile_step(job: Job) -> Program:
+def compile_step(job: PlannedRun) -> Program:
     """The step as the training loop calls it, for the job's devices."""
     state, batch, frozen = job.trainer.abstract, job.batch, job.frozen
     kinds: dict[str, Any] = {
@@ -112,7 +112,7 @@ def compile_step(job: Job) -> Program:
     return dataclasses.replace(step, arguments={**step.arguments, **there})
 
 
-def describe(job: Job, program: Program) -> Plan:
+def describe(job: PlannedRun, program: Program) -> Plan:
     """The plan from a compiled step: memory, time, advice."""
     run, config, mesh = job.run, job.config, job.mesh
     chip = job.machine.chip
@@ -163,7 +163,7 @@ def describe(job: Job, program: Program) -> Plan:
     return made if made.fits else dataclasses.replace(made, advice=tuple(advice(job, made)))
 
 
-def within(job: Job) -> dict[str, int]:
+def within(job: PlannedRun) -> dict[str, int]:
     """Temporaries of a step whose size a formula gives: gradients, and the weights in the step's dtype.
 
     The gradients are in the copy's dtype; the sum over micro-batches is in float32. What is left of the compiler's
@@ -177,7 +177,7 @@ def within(job: Job) -> dict[str, int]:
     return sizes
 
 
-def advice(job: Job, made: Plan) -> list[str]:
+def advice(job: PlannedRun, made: Plan) -> list[str]:
     """Changes that would make the step fit: what the compiled one needs, and the difference between two estimates."""
     run, arguments = job.run, made.parts[0].program.arguments
     now = estimate.estimate(job.setting(run)).bytes
@@ -203,7 +203,7 @@ def advice(job: Job, made: Plan) -> list[str]:
         both = dataclasses.replace(run, remat="full", accumulate=cheap[-1][1].accumulate)
         after = made.needed + estimate.estimate(job.setting(both)).bytes - now
         found.append((after, " and ".join(flag for flag, _, _ in cheap)))
-    # What is cut over fsdp halves with twice as many devices along it: the state, and the activations of fewer rows.
+    # Twice as many devices along fsdp halve the state, and the activations of a device's rows.
     state = sum(arguments.get(kind, 0) for kind in STATE) + sum(within(job).values())
     cut = state + estimate.activation_bytes(job.setting(run))
     if copies > 1:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Built-in reward functions, selected by name: Reward(function="number"). Options are their keyword arguments."""
+"""Built-in reward functions, selected by name: RewardFunction(function="number"). `options` are their keywords."""
 
 import logging
 import re
@@ -10,7 +10,7 @@ from typing import Any
 from qwen2_jax.errors import UserError
 from qwen2_jax.rewards.sandbox import execute
 
-NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")  # the minus in 23-45 is no sign
+NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")  # the minus in 23-45 is not a sign
 FENCED = re.compile(r"^```(?:python|py)?[ \t]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -18,7 +18,7 @@ def number(completions: Sequence[str], *, column: str = "answer", **columns: Seq
     """1 where the last number of the text equals the column's, exactly (7, 7.0 and "7" are one number), else 0."""
     right = [_last_number(str(value)) for value in _column(columns, column)]
     if None in right:
-        raise ValueError(f"{column} {_column(columns, column)[right.index(None)]!r} holds no number")
+        raise ValueError(f"{column} {_column(columns, column)[right.index(None)]!r} contains no number")
     return [float(_last_number(text) == value) for text, value in zip(completions, right, strict=True)]
 
 
@@ -37,14 +37,14 @@ def maths(
         raise UserError(f"reward maths: {missing}; pip install 'qwen2-jax[rewards]' brings math-verify") from missing
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it logs the whole answer on a timeout
     latex = LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)
-    ways = [latex] if strict else [latex, ExprExtractionConfig()]
+    targets = [latex] if strict else [latex, ExprExtractionConfig()]
     scores = []
     for text, value in zip(completions, _column(columns, column), strict=True):
         gold = parse(_last_boxed(str(value)) or rf"\boxed{{{value}}}", [latex], fallback_mode="no_fallback")
         if not gold:
             raise ValueError(f"{column} {value!r} cannot be read as mathematics")
-        answer = parse(_last_boxed(text) or text, ways, fallback_mode="no_fallback")
-        scores.append(float(verify(gold, answer)))  # the order matters: x = 7 is a correct answer to 7, not the reverse
+        answer = parse(_last_boxed(text) or text, targets, fallback_mode="no_fallback")
+        scores.append(float(verify(gold, answer)))  # in this order: x = 7 is a correct answer to 7, not the reverse
     return scores
 
 
@@ -70,7 +70,7 @@ def code(
     space of lines and of the text is ignored). seconds of wall time and bytes of memory limit one execution. Asserts
     run in the answer's process, which could tamper with them; printed output is compared outside.
 
-    Programs run in sandbox.run, which raises UserError if it cannot isolate them.
+    Programs run in the sandbox (sandbox/execute.py). Raises UserError if it cannot isolate them.
     """
     limits = execute.Limits(seconds=seconds, memory=memory)
     scores = []

@@ -34,22 +34,22 @@ def load(reference: str) -> Function:
 
     Raises UserError when there is none, or when the file or module cannot be executed.
     """
-    place, _, name = (f"qwen2_jax.rewards.builtin:{reference}" if reference in BUILTINS else reference).rpartition(":")
-    is_file = place.endswith(".py")
-    if is_file and not Path(place).is_file():
-        raise UserError(f"reward function {reference}: no file {str(Path(place).absolute())!r}")
+    origin, _, name = (f"qwen2_jax.rewards.builtin:{reference}" if reference in BUILTINS else reference).rpartition(":")
+    is_file = origin.endswith(".py")
+    if is_file and not Path(origin).is_file():
+        raise UserError(f"reward function {reference}: no file {str(Path(origin).absolute())!r}")
     try:
         if is_file:
             sys.path.insert(
-                0, str(Path(place).absolute().parent)
+                0, str(Path(origin).absolute().parent)
             )  # as for a script, so that it can import files in its folder
-            found = runpy.run_path(place).get(name)
+            found = runpy.run_path(origin).get(name)
         else:
-            found = getattr(importlib.import_module(place), name, None)
+            found = getattr(importlib.import_module(origin), name, None)
     except (Exception, SystemExit) as why:  # user code may raise anything
         raise UserError(f"reward function {reference} cannot be loaded: {described(why)}") from why
     if not callable(found):
-        raise UserError(f"reward function {reference}: {place} defines no function {name!r}")
+        raise UserError(f"reward function {reference}: {origin} defines no function {name!r}")
     return found
 
 

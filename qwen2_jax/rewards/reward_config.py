@@ -15,7 +15,7 @@ BY_PATH = "<run_path>"  # __module__ of functions in config files, which runpy l
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Reward:
+class RewardFunction:
     """A reward function and how it is called. call.py documents its arguments and result."""
 
     function: Any  # "number", "file.py:name", "package.module:name", or the function itself

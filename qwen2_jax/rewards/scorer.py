@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Self
 from qwen2_jax import validate
 from qwen2_jax.errors import UserError
 from qwen2_jax.rewards.call import Failed, call
-from qwen2_jax.rewards.reward_config import Reward
+from qwen2_jax.rewards.reward_config import RewardFunction
 from qwen2_jax.rewards.shaping import weighted
 from qwen2_jax.rewards.worker import Lost, Slow, Worker
 
@@ -40,20 +40,20 @@ class Problem(NamedTuple):
 class Scorer:
     """Calls reward functions on completions and adds up their scores.
 
-    workers: processes for the importable functions (Reward.reference). The others run in this process without a time
-    limit; `notes` names them. Raises UserError if a function cannot be loaded.
+    workers: processes for the importable functions (RewardFunction.reference). The others run in this process without
+    a time limit; `notes` names them. Raises UserError if a function cannot be loaded.
     """
 
-    def __init__(self, rewards: Sequence[Reward], workers: int = 2):
+    def __init__(self, rewards: Sequence[RewardFunction], workers: int = 2):
         self.rewards = tuple(rewards)
         titles = [reward.title for reward in self.rewards]
         if not titles or len({*titles}) < len(titles):
-            raise UserError(f"rewards are {titles}: give at least one, and each a name of its own (Reward.name)")
+            raise UserError(f"rewards are {titles}: give at least one, each with its own name=...")
         if workers < 1:
             raise UserError(f"rewards need 1 worker or more, not {workers}")
         self.notes = [
-            f"reward {r.title} runs in this process, without a time limit: it has no place that another process could "
-            'load it from; give it as "file.py:name"'
+            f"reward {r.title} runs in this process, without a time limit: no other process can import it; "
+            'give it as "file.py:name"'
             for r in self.rewards
             if r.reference is None
         ]
@@ -126,7 +126,7 @@ class Scorer:
         self.close()
 
     def _score(
-        self, reward: Reward, columns: dict[str, Sequence[Any]], rows: range, hangs: Counter[str]
+        self, reward: RewardFunction, columns: dict[str, Sequence[Any]], rows: range, hangs: Counter[str]
     ) -> tuple[list[float | None], list[Problem]]:
         """Scores a part of a batch; if the call fails, one completion at a time, to find the one that fails.
 
@@ -134,7 +134,7 @@ class Scorer:
         """
         try:
             if hangs[reward.title] >= HANGS:
-                raise Failed(f"it was not called any more after {HANGS} calls that took too long")
+                raise Failed(f"it is no longer called after {HANGS} consecutive timeouts")
             scores, wrong = self._call(reward, {name: [values[i] for i in rows] for name, values in columns.items()})
             hangs[reward.title] = 0
             problems = [Problem(row, reason) for row, reason in zip(rows, wrong, strict=True) if reason]
@@ -148,16 +148,21 @@ class Scorer:
         return scores, problems
 
     def _one_by_one(
-        self, reward: Reward, columns: dict[str, Sequence[Any]], rows: range, hangs: Counter[str], together: Exception
+        self,
+        reward: RewardFunction,
+        columns: dict[str, Sequence[Any]],
+        rows: range,
+        hangs: Counter[str],
+        why: Exception,
     ) -> tuple[list[float | None], list[Problem]]:
         done = [self._score(reward, columns, range(row, row + 1), hangs) for row in rows]
         problems = [problem for _, found in done for problem in found]
-        if not problems and reward.on_error == "stop" and not isinstance(together, Slow):  # slow: only too many at once
-            alone = f"{together} (in a call with {len(rows)} completions; with each of them alone it did not fail)"
+        if not problems and reward.on_error == "stop" and not isinstance(why, Slow):  # too slow only as one call
+            alone = f"{why} (in a call with {len(rows)} completions; it does not fail on each of them alone)"
             raise UserError(_message(reward, columns, Problem(rows[0], alone)))
         return [score for scores, _ in done for score in scores], problems
 
-    def _call(self, reward: Reward, columns: dict[str, list[Any]]) -> tuple[list[float | None], list[str]]:
+    def _call(self, reward: RewardFunction, columns: dict[str, list[Any]]) -> tuple[list[float | None], list[str]]:
         """One call in a free worker, which is replaced if it has exited. Raises Failed and Lost."""
         if reward.reference is None:
             return call(reward.function, columns, reward.options)
@@ -175,7 +180,7 @@ class Scorer:
             self._idle.put(worker)
 
 
-def _message(reward: Reward, columns: dict[str, Sequence[Any]], problem: Problem) -> str:
+def _message(reward: RewardFunction, columns: dict[str, Sequence[Any]], problem: Problem) -> str:
     """Reward, prompt, completion and reason in one line."""
     prompt, answer = columns["prompts"][problem.row], columns["completions"][problem.row]
     asked = prompt if isinstance(prompt, str) or not prompt else prompt[-1].get("content")

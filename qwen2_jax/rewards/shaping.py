@@ -13,7 +13,7 @@ def weighted(scores: Sequence[Sequence[float | None]], weights: Sequence[float])
 
 
 def shaped(model: Sequence[float | None], verifier: Sequence[float | None]) -> list[float | None]:
-    """A reward model's scores below a verifier's verdict: sigmoid(r_model / 2) + (r_verifier - 1).
+    """A reward model's scores combined with a verifier's verdict: sigmoid(r_model / 2) + (r_verifier - 1).
 
     Qwen2.5-Math (arXiv:2409.12122, eq. 3). verifier: 1 right, 0 wrong. A right answer gets a reward in (0, 1), a wrong
     one in (-1, 0), and the model orders them inside. None where either has no score.

@@ -80,7 +80,7 @@ class Worker:
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             assert pipe is not None
-            with contextlib.suppress(BrokenPipeError):  # a partly written request
+            with contextlib.suppress(BrokenPipeError):  # an incomplete request
                 pipe.close()
 
     def _ask(self, request: Any, seconds: float) -> Any:
@@ -106,10 +106,10 @@ class Worker:
             timer.join()
         if over.is_set():  # even if a reply arrived just before
             self.end()
-            raise Slow(f"it took longer than {seconds:g} s and was ended")
+            raise Slow(f"it took longer than {seconds:g} s and was killed")
         if not line.endswith("\n"):
             self.end()
-            raise Lost(f"it ended the process it ran in (exit code {self._process.returncode})")
+            raise Lost(f"its process exited (exit code {self._process.returncode})")
         kind, value = json.loads(line)
         if kind == "mistake":
             raise UserError(value)
@@ -123,7 +123,7 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "tolist"):
         return value.tolist()
     kind = type(value).__name__
-    raise UserError(f"reward functions cannot be given {validate.short(value)} of type {kind}: give JSON's types")
+    raise UserError(f"reward functions get values that JSON has, not {validate.short(value)} of type {kind}")
 
 
 def main() -> None:

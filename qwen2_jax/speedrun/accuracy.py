@@ -19,7 +19,7 @@ from qwen2_jax.tokenizer import Tokenizer
 
 SKILLS = ("sums", "compare", "copy", "recall", "recall_named")
 LONGEST_ANSWER = 64  # tokens
-TRIES = 100  # draws per item that is wanted, before it is said that there are no more
+TRIES = 100  # draws per requested item before giving up
 
 
 class HeldOut:
@@ -50,7 +50,7 @@ class HeldOut:
                 return list(found.values())
         raise UserError(
             f"{len(found)} different items of {skill} found, {count} asked for, that leave room for the answer in "
-            f"{self.length} tokens; ask for fewer items, or a greater length"
+            f"{self.length} tokens; ask for fewer items or a larger length"
         )
 
     def prompt(self, item: skills.Item) -> list[int]:
@@ -63,7 +63,7 @@ def measure(lm: LM, held_out: HeldOut, count: int, *, batch: int = 32, seed: int
     results = {}
     for skill in SKILLS:
         items = held_out.items(skill, count, seed)
-        order = sorted(items, key=lambda item: len(held_out.prompt(item)))  # equal lengths together: less padding
+        order = sorted(items, key=lambda item: len(held_out.prompt(item)))  # similar lengths in a batch: less padding
         wrong = []
         for start in range(0, len(order), batch):
             part = order[start : start + batch]
@@ -85,18 +85,18 @@ def main(
     """Prints one JSON line per skill.
 
     Args:
-        ckpt: a checkpoint that chats: a folder, a name, or "demo".
+        ckpt: a chat checkpoint: a folder, a name, or "demo".
         items: held-out items per skill.
-        length: tokens up to which texts with a hidden code reach; None: what the model was trained for.
-        seed: another seed draws other items.
-        dtype: in which the model computes.
+        length: most tokens of a text with a hidden code; None: the trained length.
+        seed: of the drawn items.
+        dtype: of weights and activations.
         show_wrong: print a few of the wrong answers.
     """
     if items < 1:
-        raise UserError(f"items is {items}; ask for one or more of each skill")
+        raise UserError(f"items is {items}; give 1 or more")
     lm = load(ckpt, dtype=dtype)
     if lm.tokenizer is None:
-        raise UserError(f"{ckpt} has no tokenizer; the skills are asked in text")
+        raise UserError(f"{ckpt} has no tokenizer, which the questions need")
     held_out = HeldOut(lm.tokenizer, length=length or lm.config.trained_length)
     start = time.perf_counter()
     for skill, result in measure(lm, held_out, items, seed=seed).items():

@@ -15,7 +15,7 @@ from qwen2_jax.errors import UserError
 from qwen2_jax.observe import plots
 from qwen2_jax.observe.lines import Line, read
 
-# Stage -> (held-out source, key, what that is)
+# Stage -> (held-out source, metric, title)
 MEASURED = {
     "reward": ("pairs", "accuracy", "reward model: pairs in the right order"),
     "dpo": ("pairs", "rewards/accuracies", "DPO: pairs whose margin grew"),
@@ -27,7 +27,7 @@ TAX = {"tax_adamw": "AdamW", "tax_ondare": "OnDARE"}
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """One run of a stage. lines: of its metrics. tax: alignment_tax.py's, of its first checkpoint and its last."""
+    """One run of a stage. lines: of its metrics. tax: alignment_tax.py's results for its first and last checkpoint."""
 
     lines: list[Line]
     tax: list[dict[str, float]]
@@ -60,7 +60,7 @@ def found(runs: Path, stage: str) -> list[Trained]:
 
 
 def write(runs: Path, out: Path, written: str) -> Path | None:
-    """Writes post-training.md and its pictures into the folder `out`; None where no such stage was run.
+    """Writes post-training.md and its plots into the folder `out`; None if no such stage was run.
 
     written: a sentence about where and how the report was made.
     """
@@ -83,7 +83,7 @@ def write(runs: Path, out: Path, written: str) -> Path | None:
 
 
 EXPLAINED = (
-    "Each stage starts from the bundled demo model. Sums are asked in words that it never met, with numbers that no"
+    "Each stage starts from the bundled demo model. Sums are asked in a wording that it never saw, with numbers that no"
     "\nstage was trained on. A pair is the right sum and one near it; DPO begins with margins of 0: wrong."
     "\nThe wording was chosen of twenty, as one where the demo's samples differ; GRPO with three other"
     "\nwordings went from 55% to 73% and was stopped at step 125. Settings were chosen with seed 0 on these same"
@@ -111,7 +111,7 @@ def gains(stages: dict[str, list[Trained]]) -> str:
 
 
 def taxes(taxed: dict[str, list[Trained]]) -> str:
-    """The gain of each method, and the rise of the text's loss."""
+    """The gain of each method, and the increase of the loss of prose."""
     rows = ["| optimizer | sums right | preferred | prose | seeds |", "| --- | ---: | ---: | ---: | ---: |"]
     first = next(iter(taxed.values()))[0].tax[0]
     rows.append(f"| before | {first['sums']:.1%} | {first['preferred']:.1%} | {first['prose']:.3f} | |")
@@ -159,7 +159,7 @@ def _tax(taxed: dict[str, list[Trained]], png: Path) -> None:
 
 
 def _figure(panels: Sequence[Callable[[Any], None]], png: Path) -> None:
-    """The panels side by side."""
+    """Draws the panels side by side."""
     if not plots.available():
         raise UserError(plots.MISSING)
     import matplotlib

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a stage after fine-tuning gained and lost: sums in new words (post_training_data.py), text of pre-training.
+"""Gain and loss of a stage after fine-tuning: sums in a new wording (post_training_data.py), and pre-training text.
 
 python -m qwen2_jax.speedrun.alignment_tax demo runs/speedrun/grpo/hf
 """
@@ -23,7 +23,7 @@ def measure(lm: LM, *, sums: int = 200, texts: int = 32, length: int = 256) -> d
     assert lm.tokenizer is not None
     held_out = list(
         post_training_data.sums(np.random.default_rng([0, True]), sums, held_out=True)
-    )  # as in the data's own files
+    )  # the same as in the data files
     asked = [lm.tokenizer.chat_ids([{"role": "user", "content": item.prompt}]) for item in held_out]
     right, near = [item.ranked[0] for item in held_out], [item.near for item in held_out]
     answers = lm.generate(asked, max_new_tokens=8, temperature=0.0)
@@ -37,7 +37,7 @@ def measure(lm: LM, *, sums: int = 200, texts: int = 32, length: int = 256) -> d
 
 
 def _probable(lm: LM, asked: list[list[int]], answers: list[str]) -> np.ndarray:
-    """log p of each answer with its end, [n]."""
+    """log p of each answer and its end token, [n]."""
     assert lm.tokenizer is not None
     ends = [[*lm.tokenizer.encode(answer), *lm.tokenizer.encode(IM_END)] for answer in answers]
     found = lm.logprobs([[*ids, *end] for ids, end in zip(asked, ends, strict=True)])
@@ -49,7 +49,7 @@ def main(checkpoints: tyro.conf.Positional[tuple[str, ...]], *, out: Path | None
 
     Args:
         checkpoints: folders, or "demo".
-        out: a file that the lines are added to.
+        out: file to which the lines are appended.
     """
     for name in checkpoints:
         line: dict[str, Any] = {"checkpoint": name} | measure(load(name, dtype="float32"))

@@ -8,10 +8,11 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from qwen2_jax.chat_template import CHATML
+from qwen2_jax.files.atomic_folder import write_file
 from qwen2_jax.tokenizer import END_OF_TEXT, IM_END, IM_START, PATTERN
 
 SPECIALS = (END_OF_TEXT, IM_START, IM_END)  # appended after the learned vocabulary, in Qwen2's order
-SYSTEM = "You are a helpful assistant."  # what the chat template says where no system message is given
+SYSTEM = "You are a helpful assistant."  # the chat template's default
 
 
 def train(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
@@ -38,14 +39,13 @@ def train(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
 
 
 def padded_size(tokenizer: Tokenizer, multiple: int = 128) -> int:
-    """Rows of the embedding: the vocabulary rounded up, as the released checkpoints do. The extra ids mean nothing."""
+    """Rows of the embedding: the vocabulary rounded up, as the released checkpoints do. The extra ids are unused."""
     return -(-tokenizer.get_vocab_size() // multiple) * multiple
 
 
 def save(tokenizer: Tokenizer, folder: Path, *, max_length: int) -> None:
-    """Writes tokenizer.json, tokenizer_config.json and generation_config.json (ends at <|im_end|>)."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    """Writes new files tokenizer.json, tokenizer_config.json and generation_config.json (end: <|im_end|>)."""
+    write_file(folder / "tokenizer.json", tokenizer.to_str(pretty=True).encode())
     ids = {s: tokenizer.token_to_id(s) for s in SPECIALS}
     special = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
     config = {
@@ -65,7 +65,7 @@ def save(tokenizer: Tokenizer, folder: Path, *, max_length: int) -> None:
     }
     generation = {
         "bos_token_id": ids[END_OF_TEXT],
-        "do_sample": True,  # mild, as the released instruct models: a small model that only takes the best token loops
+        "do_sample": True,  # mild, as in the released instruct models: greedy decoding of a small model loops
         "eos_token_id": [ids[IM_END], ids[END_OF_TEXT]],
         "pad_token_id": ids[END_OF_TEXT],
         "temperature": 0.7,
@@ -73,4 +73,4 @@ def save(tokenizer: Tokenizer, folder: Path, *, max_length: int) -> None:
         "top_p": 0.8,
     }
     for name, value in (("tokenizer_config.json", config), ("generation_config.json", generation)):
-        (folder / name).write_text(json.dumps(value, indent=2) + "\n", "utf-8")
+        write_file(folder / name, (json.dumps(value, indent=2) + "\n").encode())

@@ -5,19 +5,18 @@ python -m qwen2_jax.speedrun.corpus runs/speedrun/data
 
 tokenizer/                a byte-level BPE built as Qwen2's, learned from the training text
 text/{prose,code}.jsonl   {"text": ...}: docstrings and language reference, and sources
-text/stories.jsonl        {"text": ...}: short tales from sentence patterns
+text/stories.jsonl        {"text": ...}: short stories from sentence patterns
 sums.jsonl                {"prompt": ..., "completion": ...}: worksheets of sums, one line each
 chats.jsonl               {"messages": [...]}: short questions of every skill
 recall.jsonl              {"messages": [...]}: codes hidden in texts of up to LONG characters
-held_out/*.jsonl          the same kinds, of other documents, sums, strings and codes: a hash decides where each goes.
-                          Not all text in them is new: one topic of the language reference, about 2% of the prose,
-                          is repeated inside a longer one, and a string of four digits may equal a code
+held_out/*.jsonl          the same, from other documents, sums, strings and codes: a hash assigns each to one split.
+                          Not all of it is unseen: one topic of the language reference, about 2% of the prose, is
+                          repeated inside a longer one, and a string of four digits may equal a code
 """
 
 import dataclasses
 import json
 import re
-import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -26,12 +25,13 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from qwen2_jax.errors import UserError, run_and_exit
+from qwen2_jax.errors import run_and_exit
+from qwen2_jax.files.atomic_folder import new_folder, write_file
 from qwen2_jax.speedrun import bpe, skills, stdlib_text
 
 SENTENCE = re.compile(r"[A-Z][a-z]+(?: [a-z,'-]+){4,18}\.")
 WORD = re.compile(r"\b[a-z]{3,9}\b")
-MIXED = ("sums", "sums", "sums", "copy", "copy", "compare", "small_talk")  # how often each skill is asked in a chat
+MIXED = ("sums", "sums", "sums", "copy", "copy", "compare", "small_talk")  # frequency of each skill in a chat
 LONG = 3000  # characters: about 1000 tokens of such prose
 Record = dict[str, object]
 
@@ -54,41 +54,40 @@ def write(
     *,
     seed: int = 0,
     documents: Mapping[str, tuple[str, bool]] | None = None,
-):
-    """Makes the corpus in the folder `out`, which appears whole or not at all.
+) -> None:
+    """Writes the corpus to the folder `out`, which appears complete or not at all.
 
-    documents: name -> (text, is_prose), by default the standard library's (stdlib_text.py).
+    documents: name -> (text, is_prose), by default the standard library's (stdlib_text.py). Raises UserError if `out`
+    exists, OSError if the disk is too small.
     """
-    if out.exists():
-        raise UserError(f"{out} exists already; choose a new folder or remove that one first")
     documents = stdlib_text.stdlib_documents() if documents is None else documents
-    work = out.with_name(out.name + ".unfinished")
-    shutil.rmtree(work, ignore_errors=True)
     train, unseen = (stdlib_text.split(dict(documents), held_out=h) for h in (False, True))
-    tokenizer = bpe.train(tokenizer_texts(train), vocab_size=size.vocabulary)
-    bpe.save(tokenizer, work / "tokenizer", max_length=32768)
-    draw = Skills.of(train, unseen, tokenizer.get_vocab())
-
-    def put(name: str, records: Iterable[Record]) -> None:
-        file = work / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), "utf-8")
 
     def rng(number: int) -> np.random.Generator:
         return np.random.default_rng([seed, number])
 
-    put("text/prose.jsonl", ({"text": t} for t, is_prose in train.values() if is_prose))
-    put("text/code.jsonl", ({"text": t} for t, is_prose in train.values() if not is_prose))
-    put("text/stories.jsonl", ({"text": t} for t in draw.stories(rng(0), size.stories)))
-    put("sums.jsonl", draw.worksheets(rng(1), size.sums))
-    put("chats.jsonl", draw.chats(rng(2), size.chats, MIXED))
-    put("recall.jsonl", draw.recalls(rng(3), size.recall))
-    put("held_out/prose.jsonl", ({"text": t} for t, is_prose in unseen.values() if is_prose))
-    put("held_out/code.jsonl", ({"text": t} for t, is_prose in unseen.values() if not is_prose))
-    for i, kind in enumerate(("sums", "copy", "compare")):
-        put(f"held_out/{kind}.jsonl", draw.chats(rng(4 + i), size.held_out, (kind,), held_out=True))
-    put("held_out/recall.jsonl", draw.recalls(rng(9), size.held_out, held_out=True))
-    work.rename(out)
+    with new_folder(out, sum(len(text) for text, _ in documents.values())) as folder:
+        tokenizer = bpe.train(tokenizer_texts(train), vocab_size=size.vocabulary)
+        bpe.save(tokenizer, folder / "tokenizer", max_length=32768)
+        draw = Skills.of(train, unseen, tokenizer.get_vocab())
+        put = partial(write_jsonl, folder)
+        put("text/prose", ({"text": t} for t, is_prose in train.values() if is_prose))
+        put("text/code", ({"text": t} for t, is_prose in train.values() if not is_prose))
+        put("text/stories", ({"text": t} for t in draw.stories(rng(0), size.stories)))
+        put("sums", draw.worksheets(rng(1), size.sums))
+        put("chats", draw.chats(rng(2), size.chats, MIXED))
+        put("recall", draw.recalls(rng(3), size.recall))
+        put("held_out/prose", ({"text": t} for t, is_prose in unseen.values() if is_prose))
+        put("held_out/code", ({"text": t} for t, is_prose in unseen.values() if not is_prose))
+        for i, kind in enumerate(("sums", "copy", "compare")):
+            put(f"held_out/{kind}", draw.chats(rng(4 + i), size.held_out, (kind,), held_out=True))
+        put("held_out/recall", draw.recalls(rng(9), size.held_out, held_out=True))
+
+
+def write_jsonl(folder: Path, name: str, records: Iterable[Record]) -> None:
+    """Writes the new file folder/NAME.jsonl."""
+    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    write_file(folder / f"{name}.jsonl", lines.encode())
 
 
 def tokenizer_texts(documents: Mapping[str, tuple[str, bool]]) -> list[str]:
@@ -101,8 +100,8 @@ def tokenizer_texts(documents: Mapping[str, tuple[str, bool]]) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Skills:
-    """Draws items and conversations. sentences, unseen: filler of training and of held-out texts. words, pieces: of
-    the strings to be copied."""
+    """Draws items and conversations. sentences, unseen: filler of training and of held-out texts. words, pieces: to
+    make the strings that are copied."""
 
     sentences: list[str]
     unseen: list[str]
@@ -131,7 +130,7 @@ class Skills:
     def recall(
         self, rng: np.random.Generator, characters: int, *, named: bool = False, held_out: bool = False
     ) -> list[skills.Item]:
-        """A text with hidden codes and the questions about them, the text in front of the first."""
+        """A text with hidden codes and the questions about them; the first question contains the text."""
         sentences = self.unseen if held_out else self.sentences
         return skills.recall(rng, sentences, characters=characters, named=named, held_out=held_out)
 
@@ -150,7 +149,7 @@ class Skills:
             yield messages(self.item(rng, skills.pick(rng, kinds), held_out=held_out) for _ in range(turns))
 
     def recalls(self, rng: np.random.Generator, count: int, *, held_out: bool = False) -> Iterator[Record]:
-        """Conversations about texts of up to LONG characters. Short ones are more frequent: more to learn per token."""
+        """Conversations about texts of up to LONG characters. Short ones are more frequent: more targets per token."""
         for _ in range(count):
             named = not held_out and rng.random() < 0.3
             yield messages(self.recall(rng, int(rng.random() ** 2 * LONG), named=named, held_out=held_out))
@@ -175,7 +174,7 @@ def pools(documents: Mapping[str, tuple[str, bool]]) -> tuple[list[str], list[st
 
 def pieces(vocabulary: Iterable[str]) -> list[str]:
     """The tokens of two or more lower-case letters, without their leading space, sorted."""
-    tokens = {token.removeprefix("\u0120") for token in vocabulary}  # the byte-level sign of a space
+    tokens = {token.removeprefix("\u0120") for token in vocabulary}  # a space in byte-level spelling
     return sorted(t for t in tokens if t.isascii() and t.isalpha() and t.islower() and len(t) > 1)
 
 

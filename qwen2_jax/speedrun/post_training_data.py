@@ -1,19 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data of the speedrun's stages after fine-tuning: sums phrased in words that are new to the demo.
+"""Data of the speedrun's stages after fine-tuning: sums in a wording that is new to the demo.
 
 python -m qwen2_jax.speedrun.post_training_data runs/speedrun/tasks
 
 sums.jsonl           {"prompt": "What do 23 and 45 make?", "answer": "68"}
 pairs.jsonl          {"prompt": ..., "chosen": "68", "rejected": "78"}: the right sum and one near it
-ranked.jsonl         {"prompt": ..., "responses": ["68", "69", "88", "38"]}: the right sum, then ever farther from it
-prose.jsonl          {"text": ...}: docstrings and language reference, as the demo was pre-trained on
-held_out/*.jsonl     the same kinds, of other numbers and documents: a hash decides where they go, as it did for what
-                     the demo was trained on. No question is there twice.
+ranked.jsonl         {"prompt": ..., "responses": ["68", "69", "88", "38"]}: the right sum, then ever larger errors
+prose.jsonl          {"text": ...}: docstrings and language reference, as in pre-training
+held_out/*.jsonl     the same, from other numbers and documents: the hash of the demo's training data assigns the
+                     split. No question occurs twice.
 """
 
 import dataclasses
-import json
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,13 +20,15 @@ from typing import NamedTuple
 import numpy as np
 import tyro
 
-from qwen2_jax.errors import UserError, run_and_exit
+from qwen2_jax.errors import run_and_exit
+from qwen2_jax.files.atomic_folder import new_folder
 from qwen2_jax.speedrun import skills, stdlib_text
+from qwen2_jax.speedrun.corpus import write_jsonl
 
-# The demo adds two numbers nearly without fault in the words of skills.SUM_QUESTIONS. Asked like this, its likeliest
-# answer is right about every second time, and of eight that are drawn one nearly always: something to learn from.
+# The demo adds two numbers almost perfectly in the wordings of skills.SUM_QUESTIONS. In this one its greedy answer is
+# right about half of the time, and one of eight samples nearly always: there is something to learn.
 QUESTION = "What do {a} and {b} make?"
-NEAR = ((1, 2), (10, 20), (30, 40))  # how far the second, third and fourth response to a prompt are from the sum
+NEAR = ((1, 2), (10, 20), (30, 40))  # errors of the second, third and fourth response
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class DataSize:
 
 
 class Sum(NamedTuple):
-    """A question, responses to it, the best (right) one first, and one of the two that come next."""
+    """A question, its responses, the best (right) one first, and one of the next two."""
 
     prompt: str
     ranked: list[str]
@@ -66,34 +66,28 @@ def _asked(rng: np.random.Generator) -> skills.Item:
 
 
 def responses(rng: np.random.Generator, total: int) -> list[str]:
-    """The sum and one answer for each distance of NEAR, the best first."""
+    """The sum and one answer for each error in NEAR, the best first."""
     off = [int(rng.choice(far)) for far in NEAR]
     return [str(total), *(str(total - x if x <= total and rng.random() < 0.5 else total + x) for x in off)]
 
 
 def write(out: Path, size: DataSize = DataSize(), *, seed: int = 0) -> None:
-    """Writes the data to the folder `out`, atomically."""
-    if out.exists():
-        raise UserError(f"{out} exists already; choose a new folder or remove that one first")
-    work = out.with_name(out.name + ".unfinished")
-    shutil.rmtree(work, ignore_errors=True)
+    """Writes the data to the folder `out`, which appears complete or not at all.
+
+    Raises UserError if `out` exists, OSError if the disk is too small.
+    """
     documents = stdlib_text.stdlib_documents()
-    for folder, held_out in ((work, False), (work / "held_out", True)):
-        rng = np.random.default_rng([seed, held_out])
-        files: dict[str, list[dict[str, object]]] = {"sums": [], "pairs": [], "ranked": []}
-        files["prose"] = [
-            {"text": t} for t, is_prose in stdlib_text.split(documents, held_out=held_out).values() if is_prose
-        ]
-        for prompt, ranked, near in sums(rng, size.held_out if held_out else size.train, held_out=held_out):
-            files["sums"].append({"prompt": prompt, "answer": ranked[0]})
-            files["pairs"].append({"prompt": prompt, "chosen": ranked[0], "rejected": near})
-            files["ranked"].append({"prompt": prompt, "responses": ranked})
-        folder.mkdir(parents=True)
-        for name, records in files.items():
-            (folder / f"{name}.jsonl").write_text(
-                "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), "utf-8"
+    with new_folder(out, sum(len(text) for text, is_prose in documents.values() if is_prose)) as folder:
+        for inside, held_out in ((folder, False), (folder / "held_out", True)):
+            rng = np.random.default_rng([seed, held_out])
+            split = stdlib_text.split(documents, held_out=held_out)
+            asked = list(sums(rng, size.held_out if held_out else size.train, held_out=held_out))
+            write_jsonl(inside, "prose", ({"text": text} for text, is_prose in split.values() if is_prose))
+            write_jsonl(inside, "sums", ({"prompt": p, "answer": ranked[0]} for p, ranked, _ in asked))
+            write_jsonl(
+                inside, "pairs", ({"prompt": p, "chosen": ranked[0], "rejected": near} for p, ranked, near in asked)
             )
-    work.rename(out)
+            write_jsonl(inside, "ranked", ({"prompt": p, "responses": ranked} for p, ranked, _ in asked))
 
 
 def main(out: tyro.conf.Positional[Path], *, seed: int = 0, size: DataSize = DataSize()) -> int:

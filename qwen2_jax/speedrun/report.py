@@ -3,8 +3,9 @@
 
 python -m qwen2_jax.speedrun.report runs/speedrun docs/speedrun
 
-Writes report.md and its pictures into the second folder, from what the stages left in the first: hf/, metrics.jsonl and
-skills.jsonl of each. Missing stages are left out. Those after fine-tuning get post-training.md (alignment_report.py).
+Writes report.md and its plots into the second folder, from the results of the stages in the first: hf/, metrics.jsonl
+and skills.jsonl of each. Missing stages are left out. The stages after fine-tuning are in post-training.md
+(alignment_report.py).
 """
 
 import dataclasses
@@ -30,9 +31,9 @@ from qwen2_jax.speedrun import alignment_report
 STAGES = {
     "pretrain": "dense model from random weights, rows of 256 tokens",
     "long_context": "context 256 to 1,024 tokens, rotary base 1e4 to 1e6",
-    "upcycle": "mixture of experts made of it; nothing is trained",
-    "moe": "the mixture of experts trains on",
-    "dense": "for comparison, the dense model trains on the same tokens",
+    "upcycle": "mixture of experts made from it, without training",
+    "moe": "continued training of the mixture of experts",
+    "dense": "for comparison, the dense model on the same tokens",
     "sft": "fine-tuning of the mixture of experts on chats",
     "sft_dense": "the same fine-tuning of the dense model",
 }
@@ -43,7 +44,7 @@ SKILLS = {
     "recall": "recall",
     "recall_named": "recall by name",
 }
-# (title, file, {label: stage}) of pictures that compare runs
+# (title, file, {label: stage}) of plots that compare runs
 COMPARED = (
     ("Dense and upcycled model, the same tokens", "moe-or-dense", {"dense": "dense", "upcycled": "moe"}),
     ("Fine-tuning", "fine-tuning", {"dense": "sft_dense", "upcycled": "sft"}),
@@ -56,8 +57,8 @@ class ReportedStage:
 
     name: str
     config: ModelConfig
-    lines: list[Line]  # of its metrics, none if it trained nothing
-    skills: dict[str, float]  # share of held-out questions answered word for word
+    lines: list[Line]  # of its metrics; empty if nothing was trained
+    skills: dict[str, float]  # exact-match accuracy on held-out questions
 
     @classmethod
     def of(cls, folder: Path) -> "ReportedStage":
@@ -85,7 +86,7 @@ class ReportedStage:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Markdown; all columns but the first are aligned to the right."""
+    """A Markdown table; all columns but the first are right-aligned."""
     ruler = ["---", *["---:"] * (len(header) - 1)]
     return "\n".join(f"| {' | '.join(row)} |" for row in (header, ruler, *rows))
 
@@ -111,7 +112,7 @@ def costs(stages: Sequence[ReportedStage]) -> str:
 
 
 def losses(stages: Sequence[ReportedStage]) -> str:
-    """Held-out losses at the end of every stage, and before the first step of those that measured it."""
+    """Held-out losses at the end of every stage, and, where measured, before the first step."""
     sources = list(dict.fromkeys(name for stage in stages for name in stage.held_out(-1)))
     rows = []
     for stage in stages:
@@ -131,7 +132,7 @@ def answers(stages: Sequence[ReportedStage]) -> str:
 
 
 def effects(stages: dict[str, ReportedStage]) -> list[str]:
-    """The goal of each stage, with the numbers that show whether it was reached."""
+    """One line per comparison of stages."""
 
     def compare(
         what: str, after: str, before: str, values: Callable[[ReportedStage], dict[str, float]], form: str
@@ -162,7 +163,7 @@ def machine() -> str:
 
 def write(runs: Path, out: Path) -> Path:
     """Writes the reports of the stages found in `runs` into the folder `out`: report.md, and post-training.md for those
-    after fine-tuning. Returns the first that there is."""
+    after fine-tuning. Returns the path of the first one written."""
     written = f"Written by `python -m qwen2_jax.speedrun.report` from the runs themselves. {date.today()}, {machine()}."
     stages = {name: ReportedStage.of(runs / name) for name in STAGES if (runs / name / "hf").is_dir()}
     later = alignment_report.write(runs, out, written)
@@ -206,7 +207,7 @@ def write(runs: Path, out: Path) -> Path:
 
 
 def main(runs: tyro.conf.Positional[Path], out: tyro.conf.Positional[Path]) -> int:
-    """Writes report.md and its pictures into the folder `out`, from the speedrun's folder."""
+    """Writes report.md and its plots into the folder `out`, from the speedrun's folder."""
     print(f"wrote {write(runs, out)}", file=sys.stderr)
     return 0
 

@@ -11,32 +11,14 @@ from qwen2_jax.speedrun.stdlib_text import is_held_out
 Words = list[str]  # a pool of words or sentences to draw from
 
 NAMES = [
-    "Anna",
-    "Ben",
-    "Clara",
-    "David",
-    "Emma",
-    "Frank",
-    "Grace",
-    "Henry",
-    "Ida",
-    "Jack",
-    "Kate",
-    "Leo",
-    "Mia",
-    "Noah",
-    "Olga",
-    "Paul",
-    "Rosa",
-    "Sam",
-    "Tina",
-    "Victor",
-]
+    "Anna", "Ben", "Clara", "David", "Emma", "Frank", "Grace", "Henry", "Ida", "Jack", "Kate",
+    "Leo", "Mia", "Noah", "Olga", "Paul", "Rosa", "Sam", "Tina", "Victor",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Item:
-    """One question and its answer. `key` identifies what must not cross the split; same key, same side."""
+    """One question and its answer. Items with equal `key` are always in the same split."""
 
     skill: str
     key: str
@@ -107,7 +89,7 @@ COPY_QUESTIONS = ("Repeat: {x}", "Say: {x}", "Repeat after me: {x}", "Copy this:
 def copy(rng: np.random.Generator, words: Words, pieces: Words) -> Item:
     """Repeats one to ten words, a run of digits, or a random lower-case string.
 
-    Half of the words are put together from pieces, so that copying is learned and not a list of words.
+    Half of the words are random combinations of pieces, so that copying is learned and not a list of words.
     """
     kind = rng.random()
     if kind < 0.6:
@@ -205,7 +187,7 @@ UNKNOWN_QUESTIONS = (
 
 
 def small_talk(rng: np.random.Generator, words: Words) -> Item:
-    """A greeting, a question about the model, a story request, or an unanswerable question. Nothing is held out."""
+    """A greeting, a question about the model, a story request, or a question it cannot answer. Nothing is held out."""
     kind = rng.random()
     if kind < 0.2:
         question = pick(rng, STORY_QUESTIONS)
@@ -251,7 +233,7 @@ TIMES = ("a cold night", "a warm day", "early in the morning", "late in the even
 
 
 def story(rng: np.random.Generator) -> str:
-    """A short story from sentence patterns in a fixed order, some omitted; the library has little prose."""
+    """A short story from sentence patterns in a fixed order, some omitted; the standard library has little prose."""
     words = {
         "name": pick(rng, NAMES),
         "animal": pick(rng, ANIMALS),
@@ -268,7 +250,7 @@ def story(rng: np.random.Generator) -> str:
 
 
 def worksheet(rng: np.random.Generator, lines: int) -> list[tuple[str, str]]:
-    """Lines of training sums as (task, answer) pairs, "23+45=" and "68": the densest way to show addition."""
+    """Lines of training sums as (task, answer) pairs, "23+45=" and "68": the fewest tokens per sum."""
     pairs = []
     for _ in range(lines):
         item = draw(rng, sums, held_out=False)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text from every Python installation: the standard library's source code and docstrings."""
+"""Text that every Python installation has: source code and docstrings of the standard library."""
 
 import ast
 import hashlib
@@ -8,22 +8,14 @@ import sysconfig
 from pathlib import Path
 
 SKIPPED = {
-    "test",
-    "tests",
-    "idlelib",
-    "site-packages",
-    "dist-packages",
-    "lib2to3",
-    "encodings",
-    "ensurepip",
-    "turtledemo",
-    "__pycache__",
-}
+    "test", "tests", "idlelib", "site-packages", "dist-packages", "lib2to3",
+    "encodings", "ensurepip", "turtledemo", "__pycache__",
+}  # fmt: skip
 HELD_OUT_ONE_IN = 20
 
 
 def is_held_out(key: str, one_in: int = 10) -> bool:
-    """Whether an item belongs to the held-out split. A hash of the item decides, so no seed or order can leak it."""
+    """Whether an item belongs to the held-out split. A hash of the item decides: it depends on no seed or order."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()) % one_in == 0
 
 
@@ -68,5 +60,5 @@ def docstrings(tree: ast.Module) -> list[str]:
 
 
 def split(documents: dict[str, tuple[str, bool]], *, held_out: bool) -> dict[str, tuple[str, bool]]:
-    """The training or the held-out documents; a file's code and its docstrings always fall on the same side."""
+    """The training or the held-out documents; a file's code and its docstrings are always in the same split."""
     return {n: d for n, d in documents.items() if is_held_out(n.removesuffix("#doc"), HELD_OUT_ONE_IN) == held_out}

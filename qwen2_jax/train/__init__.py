@@ -17,30 +17,10 @@ if TYPE_CHECKING:
     from qwen2_jax.train.upcycle.upcycle import Upcycling
 
 __all__ = [
-    "Checkpointing",
-    "Dpo",
-    "Evaluation",
-    "Grpo",
-    "Guard",
-    "Logging",
-    "Lora",
-    "Mesh",
-    "Moe",
-    "Muon",
-    "OnlineDpo",
-    "OnlineMerging",
-    "Optim",
-    "Policy",
-    "Preference",
-    "Pretrain",
-    "Reward",
-    "RewardModel",
-    "Sampling",
-    "Sft",
-    "Start",
-    "Upcycle",
-    "Upcycling",
-]
+    "Checkpointing", "Dpo", "Evaluation", "Grpo", "Guard", "Logging", "Lora", "Mesh", "Moe", "Muon", "OnlineDpo",
+    "OnlineMerging", "Optim", "Policy", "Preference", "Pretrain", "Reward", "RewardModel", "Sampling", "Sft",
+    "Start", "Upcycle", "Upcycling",
+]  # fmt: skip
 
 __getattr__, __dir__ = lazy_exports(
     __name__,

@@ -31,7 +31,7 @@ class Feed(Protocol):
     def next(self, done: int, state: State, frozen: Tree | None) -> Next: ...
 
     def kept(self, done: int) -> dict[str, Any]:
-        """What the checkpoint of step `done` must hold besides the state, as JSON."""
+        """JSON for the checkpoint of step `done`, besides the state."""
         ...
 
 

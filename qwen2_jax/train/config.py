@@ -65,7 +65,7 @@ class Optim:
     lr: float  # at its peak
     schedule: str = "cosine"  # "constant", "linear", "cosine", or "wsd": warm-up, stable, then linear decay
     warmup: int = 0  # steps of linear warm-up from 0
-    final: float = 0.1  # where the learning rate ends, as a share of its peak
+    final: float = 0.1  # final learning rate, as a share of its peak
     fall: float = 0.2  # share of the steps over which "wsd" decays
     algorithm: Literal["adamw", "adafactor"] = "adamw"  # adafactor keeps factored second moments: less memory
     b1: float = 0.9
@@ -114,7 +114,7 @@ class Moe:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mesh:
-    """Sizes of the device mesh's axes; their product is the number of devices. -1: whatever the others leave.
+    """Sizes of the device mesh's axes; their product is the number of devices. -1: the remaining devices.
 
     The order is that of sharding.AXES: the first go across slices or nodes, the last are neighbours.
     """
@@ -129,7 +129,7 @@ class Mesh:
     def __post_init__(self):
         validate.number(self, "mesh", [f.name for f in dataclasses.fields(self)], int, -1)
         if list(dataclasses.astuple(self)).count(-1) > 1 or 0 in dataclasses.astuple(self):
-            raise UserError(f"{self}: one axis at most may be -1 (what is left), and none 0")
+            raise UserError(f"{self}: at most one axis may be -1 (the remaining devices), and none 0")
 
     def sizes(self, devices: int) -> dict[str, int]:
         """Sizes of the axes for a number of devices. Raises UserError if the sizes do not divide it."""
@@ -140,7 +140,7 @@ class Mesh:
         if devices % known:
             raise UserError(
                 f"{self} is for a multiple of {known} devices, and {devices} are here: the sizes' product must be "
-                f"{devices}, with -1 for what the other axes leave"
+                f"{devices}, with -1 for the remaining devices"
             )
         return {axis: devices // known if size == -1 else size for axis, size in sizes.items()}
 
@@ -201,7 +201,7 @@ class Run:
     dry_run: bool = False  # print what would be done, and the first batch; train nothing
 
     def fixed(self) -> dict[str, Any]:
-        """What may not change when a run is continued: the arrays in its checkpoints, and the order of its data."""
+        """The settings that a continued run may not change: they decide its arrays or the order of its data."""
         return {name: getattr(self, name) for name in ("lora", "rows", "length", "seed")} | {
             "ema": self.ema is not None
         }

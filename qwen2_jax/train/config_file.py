@@ -14,7 +14,7 @@ import tyro
 
 from qwen2_jax.data.spec import Source
 from qwen2_jax.errors import UserError
-from qwen2_jax.rewards import Reward as RewardFunction
+from qwen2_jax.rewards import RewardFunction
 from qwen2_jax.train.config import Run, Upcycle
 
 Recipe = Run | Upcycle
@@ -31,7 +31,7 @@ def load(path: Path, flags: Sequence[str] = ()) -> Recipe:
         values = _executed(path)
     except (SyntaxError, ImportError, NameError, TypeError, AttributeError) as mistake:
         lines = [frame.lineno for frame in traceback.extract_tb(mistake.__traceback__) if frame.filename == str(path)]
-        other = "; the Reward that takes a function is that of qwen2_jax.rewards" * ("Reward.__init__" in str(mistake))
+        other = "; for a function give a RewardFunction of qwen2_jax.rewards" * ("Reward.__init__" in str(mistake))
         raise UserError(f"{path}{f' line {lines[-1]}' if lines else ''}: {mistake}{other}") from mistake
     config = values.get("config")
     if not isinstance(config, Recipe):
@@ -50,7 +50,7 @@ def load(path: Path, flags: Sequence[str] = ()) -> Recipe:
 
 
 def _executed(path: Path) -> dict[str, Any]:
-    """The names that a Python file defines. It stays importable: tyro looks up a dataclass that the file brings."""
+    """The names that a Python file defines. The file stays importable: tyro looks up dataclasses that it defines."""
     values = runpy.run_path(str(path))
     module = types.ModuleType(values["__name__"])
     vars(module).update(values)
@@ -59,9 +59,9 @@ def _executed(path: Path) -> dict[str, Any]:
 
 
 def _as_words() -> tyro.constructors.ConstructorRegistry:
-    """Lets a source or a reward function be one word: --data.sources chats.jsonl,weight=0.7 --rewards number
+    """Reads a source or a reward function from one word: --data.sources chats.jsonl,weight=0.7 --rewards number
 
-    What these dataclasses have besides, such as a reward's options, only a config file can say.
+    Their other fields, such as a reward's options, can only be given in a config file.
     """
     registry = tyro.constructors.ConstructorRegistry()
     for kind, first in ((Source, "path"), (RewardFunction, "function")):
@@ -70,7 +70,7 @@ def _as_words() -> tyro.constructors.ConstructorRegistry:
 
 
 def _word(kind: Any, first: str) -> Callable[[Any], tyro.constructors.PrimitiveConstructorSpec | None]:
-    """The rule that reads `kind` from its field `first`, and others behind commas."""
+    """The rule that reads `kind` from a word: the field `first`, then NAME=VALUE after commas."""
     fields = [field for field in dataclasses.fields(kind) if field.name not in (first, "options")]
     shape = f"{first.upper()}[,FIELD=VALUE...]"
 

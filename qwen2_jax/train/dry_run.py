@@ -24,7 +24,7 @@ from qwen2_jax.tokenizer import Tokenizer
 
 
 class Bytes(NamedTuple):
-    """Bytes of arrays: of all, and on the device that holds the most of them."""
+    """Bytes of arrays: in all, and on the device with the most."""
 
     total: float
     device: float
@@ -154,7 +154,7 @@ def kept_per_token(config: ModelConfig, remat: str | None) -> int:
 
 
 def size(tree: Any) -> Bytes:
-    """Bytes of a tree of arrays or their shapes. Leaves without a sharding are whole on every device."""
+    """Bytes of a tree of arrays or their shapes. Leaves without a sharding are replicated."""
     total = device = 0.0
     for leaf in jax.tree.leaves(tree):
         sharding = getattr(leaf, "sharding", None)

@@ -40,7 +40,7 @@ class TrainingJob:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What must be equal in a checkpoint for this run to continue it, as JSON."""
+        """The settings and data that a checkpoint must share for this run to continue it, as JSON."""
         optim: dict[str, Any] = {"algorithm": self.run.optim.algorithm, "muon": self.run.optim.muon is not None}
         if (merging := self.run.optim.merging) is not None:  # the state holds the task vector, which depends on these
             optim["merging"] = {n: getattr(merging, n) for n in ("method", "variant", "keep", "every", "rescale")}
@@ -56,12 +56,14 @@ class TrainingJob:
         """Messages for fields of the identity that are digests, whose values explain nothing."""
         data = self.run.data
         paths = [s.path for s in data.sources] if isinstance(data, Data) else [", ".join(data.sources)]
-        said = {f"data.tokens.{i}": f"the data of {p} has changed, or the tokenizer has" for i, p in enumerate(paths)}
-        said["base"] = (
+        messages = {
+            f"data.tokens.{i}": f"the data of {p} has changed, or the tokenizer has" for i, p in enumerate(paths)
+        }
+        messages["base"] = (
             "the weights below the adapters differ from those that the checkpoint's adapters were trained on: give the "
             "same start.checkpoint and lora_base"
         )
-        return said
+        return messages
 
     @property
     def settings(self) -> dict[str, Any]:

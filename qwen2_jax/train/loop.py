@@ -30,13 +30,13 @@ from qwen2_jax.train.state.checkpoints import Checkpoints
 from qwen2_jax.train.state.fingerprint import digest
 from qwen2_jax.train.state.lock import alone
 from qwen2_jax.train.state.preemption import Preemption
-from qwen2_jax.train.step import State, Trainer, abstract, places_of
+from qwen2_jax.train.step import State, Trainer, abstract, shardings_of
 from qwen2_jax.weights.forms import array_dtype, form_of
 from qwen2_jax.weights.params import Tree, count, is_spec
 
 
 def run(config: Run, console: Console | None = None, *, group: Group | None = None) -> Path | None:
-    """Trains as a configuration says, from the beginning or from the last checkpoint in its folder.
+    """Trains a configuration, from the beginning or from the last checkpoint in its folder.
 
     group: the processes that train together, default this one alone; all of them call this, on one shared folder.
     Returns the folder with the result: config.out / "hf", or "adapter" where that is all. None when a signal asked to
@@ -96,7 +96,7 @@ def _run(job: TrainingJob, trainer: Trainer, console: Console, group: Group) -> 
         else:
             done, state, about = restored
             console.print(_where_it_goes_on(job, done), soft_wrap=True)
-        del begin, restored  # the arrays they hold: the first step gives the state's buffers away
+        del begin, restored  # and the arrays they hold: the first step donates the state's buffers
         recorder.start(done, about.get("recorder"))
         if 0 < done < job.steps and saved.export_due(done) and _lost(config, done):
             with recorder.goodput("save"):
@@ -143,11 +143,11 @@ def _print_dry_run(job: TrainingJob, trainer: Trainer, console: Console) -> None
     data, epochs = job.data, list[tuple[str, float]]()
     if isinstance(data, Loaded) and isinstance(run.data, Data):
         epochs = [*zip((s.path for s in run.data.sources), data.epochs(job.steps, run.rows), strict=True)]
-    specs, places = trainer.model_specs, job.mesh and places_of(trainer.model_specs, job.mesh)
+    specs, shardings = trainer.model_specs, job.mesh and shardings_of(trainer.model_specs, job.mesh)
     dtype = jnp.dtype(array_dtype(run.lora_base))
     frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), abstract(specs))
-    if places:
-        frozen = jax.tree.map(lambda x, p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=p), frozen, places)
+    if shardings:
+        frozen = jax.tree.map(lambda x, p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=p), frozen, shardings)
     if form := form_of(run.lora_base, only_layers=True):
         frozen = jax.tree.map(lambda spec, x: form.shape(x, spec), specs, frozen, is_leaf=is_spec)
     dry_run.report(
@@ -291,7 +291,7 @@ def export(
 
 
 def _draw(config: Run, console: Console) -> None:
-    if not plots.available():  # said before the first step
+    if not plots.available():  # reported before the first step
         return
     try:
         plots.draw(config.out / "metrics.jsonl", config.out / "curves.png")

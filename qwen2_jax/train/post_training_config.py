@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, Self
 from qwen2_jax import validate
 from qwen2_jax.data.spec import Data, PromptData
 from qwen2_jax.errors import UserError
-from qwen2_jax.rewards import Reward as RewardFunction
+from qwen2_jax.rewards import RewardFunction
 from qwen2_jax.train.config import Mesh, Optim, Run
 from qwen2_jax.train.objectives.dpo import Preference
 from qwen2_jax.train.objectives.grpo import Policy
@@ -109,7 +109,7 @@ class RewardModel:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Online(Run):
-    """What stages that sample their own answers have in common. Use OnlineDpo or Grpo.
+    """The common fields of stages that sample their own answers. Use OnlineDpo or Grpo.
 
     An episode: `prompts` prompts are read, each is answered `sampling.samples` times by the current weights, the
     answers are rewarded, and `updates` steps, each on its share of the prompts, go over them `iterations` times.
@@ -142,13 +142,14 @@ class Online(Run):
         given = self.rewards if isinstance(self.rewards, tuple | list) else [None]
         if not all(isinstance(reward, RewardFunction) for reward in given):
             raise UserError(
-                f"rewards is {validate.short(self.rewards)}; it must be (Reward(function=...),) with the Reward of "
+                f"rewards is {validate.short(self.rewards)}; it must be (RewardFunction(function=...),) of "
                 "qwen2_jax.rewards: mind the comma"
             )
         object.__setattr__(self, "rewards", tuple(self.rewards))
         if not self.rewards and self.reward_model is None:
             raise UserError(
-                "no reward for the answers: give rewards=(Reward(function=...),), mind the comma, or reward_model"
+                "no reward for the answers: give a reward_model, or rewards=(RewardFunction(function=...),), mind the "
+                "comma"
             )
         if self.reward_model is not None and self.reward_model.shaped and not self.rewards:
             raise UserError("reward_model.shaped orders answers with equal verdicts: give rewards that judge them")

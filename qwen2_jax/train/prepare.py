@@ -14,7 +14,7 @@ from qwen2_jax.data.formats.prompts import Prompts
 from qwen2_jax.data.spec import Data, PromptData, Source
 from qwen2_jax.data.tokens.loader import Loaded, open_data
 from qwen2_jax.errors import UserError
-from qwen2_jax.model import rope
+from qwen2_jax.model import yarn
 from qwen2_jax.parallel import sharding
 from qwen2_jax.tokenizer import Tokenizer
 from qwen2_jax.train.config import Mesh, Run
@@ -85,7 +85,7 @@ def _architecture(run: Run, source: checkpoint.Source | None, tokenizer: Tokeniz
         config = dataclasses.replace(config, **{n: v for n, v in changes.items() if v is not None})
     config = stage_of(run).architecture(config, str(source.path) if source else "model")
     if run.long_context == "yarn":  # the result's config names the positions that the weights were trained with
-        config = dataclasses.replace(config, rope_scaling=rope.yarn_scaling(config, run.length))
+        config = dataclasses.replace(config, rope_scaling=yarn.scaling_for(config, run.length))
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
             f"the model has vocab_size {config.vocab_size}; the tokenizer has ids up to {tokenizer.vocab_size - 1}: "

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The folders that a run writes its result to, and the check that none of them is one that the run reads."""
+"""The folders that a run writes its result to, and the check that the run reads none of them."""
 
 import os
 from pathlib import Path

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What kinds of training differ in. A run's dataclass names its stage; everybody else asks `stage_of(run)`.
+"""The differences between kinds of training. A run's dataclass names its stage; other code calls `stage_of(run)`.
 
 A new stage is one file: a dataclass derived from config.Run, and a class derived from Stage that it names
 (docs/training.md has an example). The stages that come with the package are in stages/; their dataclasses, in config.py
@@ -37,7 +37,7 @@ def unchanged(batch: Batch) -> Batch:
 
 @dataclasses.dataclass(frozen=True)
 class OpenedStage:
-    """What the loop works with. feed: batches on the host. evaluator: scores on held-out data.
+    """The inputs of the loop. feed: batches on the host. evaluator: scores on held-out data.
 
     complete: adds to a batch on the devices what only a model can compute, such as a reference's log-probabilities.
     """
@@ -113,7 +113,7 @@ class Stage:
         """Feed and evaluator for the steps after `done`. kept: what the checkpoint of that step holds of the feed."""
         yield on_rows(job, trainer, done)
 
-    # What is minimised.
+    # The objective.
 
     def objective(self, *, groups: int = 1, ranks: int = 1) -> Objective:
         """groups, ranks: the most groups that a row holds, and the most sequences of a group, in data with groups."""
@@ -125,7 +125,7 @@ class Stage:
         groups, ranks = (max((getattr(x, n) for x in rows), default=1) for n in ("groups_per_row", "ranks"))
         return self.objective(groups=groups, ranks=ranks)
 
-    # What a plan has to count (plan/train.py).
+    # For plans (plan/train.py).
 
     @property
     def extra_columns(self) -> tuple[str, ...]:

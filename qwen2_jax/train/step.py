@@ -39,7 +39,7 @@ FORGETTING = 0.98  # of the running mean and variance of the loss, per step
 
 
 class Health(NamedTuple):
-    """What the guard remembers; float32 and int32 scalars."""
+    """The guard's state; float32 and int32 scalars."""
 
     mean: jax.Array  # running mean of the loss
     variance: jax.Array  # running variance of it
@@ -52,7 +52,7 @@ class State(NamedTuple):
     """Everything a step changes."""
 
     step: jax.Array  # int32: number of steps done, skipped ones included
-    params: Tree  # what is trained, float32: the model's weights, or its adapters
+    params: Tree  # trained, float32: the model's weights, or its adapters
     optimizer: optax.OptState
     ema: Tree | None  # average of params over steps
     health: Health
@@ -61,7 +61,7 @@ class State(NamedTuple):
 class Trainer:
     """The compiled functions of one run: `init`, `step`, `score`, `policy` and `logprobs`.
 
-    specs: declarations of what is trained. shardings: of a State, in its structure. place: puts batches on the devices.
+    specs: of the trained parameters. shardings: of a State, in its structure. place: puts batches on the devices.
     """
 
     def __init__(
@@ -93,9 +93,9 @@ class Trainer:
         self.shardings = None if mesh is None else self._shardings(mesh)
         # Also on one device: without shardings Orbax restores to the devices that wrote the checkpoint.
         single = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        places = self.shardings or jax.tree.map(lambda _: single, self.abstract)
+        shardings = self.shardings or jax.tree.map(lambda _: single, self.abstract)
         self.abstract = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), self.abstract, places
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), self.abstract, shardings
         )
         self.begin = jax.jit(self._begin, out_shardings=self.shardings, donate_argnums=0)
         self.step = jax.jit(sharding.on(mesh, self._step), donate_argnums=0, out_shardings=self._outs())
@@ -106,12 +106,12 @@ class Trainer:
     def random_params(self, seed: int) -> Tree:
         """Random weights of the model, float32, created with their shardings."""
         key = jax.random.key(seed)
-        places = None if self.mesh is None else places_of(self.model_specs, self.mesh)
+        shardings = None if self.mesh is None else shardings_of(self.model_specs, self.mesh)
         make = lambda key: decoder.split(decoder.Qwen2(self.config, rngs=nnx.Rngs(key)))[1]  # noqa: E731
-        return jax.jit(make, out_shardings=places)(key)
+        return jax.jit(make, out_shardings=shardings)(key)
 
     def init(self, params: Tree | None = None) -> State:
-        """The state before the first step. params: what is trained; by default random weights from the run's seed."""
+        """The state before the first step. params: those to train; by default random weights from the run's seed."""
         if params is None:
             params = self.random_params(self.run.seed)
         if self.shardings is not None:
@@ -139,10 +139,10 @@ class Trainer:
     def _shardings(self, mesh) -> State:
         """Of a State: parameters by their declarations, their moments likewise, everything else replicated."""
         whole = NamedSharding(mesh, PartitionSpec())
-        places = dict(leaves(places_of(self.specs, mesh)))
-        by_path = {path: (spec.shape, places[path]) for path, spec in leaves(self.specs)}
+        shardings = dict(leaves(shardings_of(self.specs, mesh)))
+        by_path = {path: (spec.shape, shardings[path]) for path, spec in leaves(self.specs)}
 
-        def place(path, leaf):
+        def of_leaf(path, leaf):
             keys = tuple(getattr(k, "key", getattr(k, "name", getattr(k, "idx", None))) for k in path)
             for start in range(len(keys)):
                 shape, found = by_path.get(keys[start:], (None, whole))
@@ -150,7 +150,7 @@ class Trainer:
                     return found
             return whole
 
-        return jax.tree.map_with_path(place, self.abstract)
+        return jax.tree.map_with_path(of_leaf, self.abstract)
 
     def _outs(self):
         return None if self.mesh is None else (self.shardings, NamedSharding(self.mesh, PartitionSpec()))
@@ -273,11 +273,11 @@ class Trainer:
 
 
 def abstract(specs: Tree) -> Tree:
-    """Shapes and dtypes of what is declared, without arrays."""
+    """Shapes and dtypes of declared parameters, without arrays."""
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), specs, is_leaf=is_spec)
 
 
-def places_of(specs: Tree, mesh: jax.sharding.Mesh, rules: Mapping = sharding.RULES) -> Tree:
+def shardings_of(specs: Tree, mesh: jax.sharding.Mesh, rules: Mapping = sharding.RULES) -> Tree:
     """The sharding of each declared parameter on the mesh."""
     return jax.tree.map(lambda s: sharding.sharding(s.axes, s.shape, mesh, rules), specs, is_leaf=is_spec)
 

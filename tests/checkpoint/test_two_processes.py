@@ -252,7 +252,7 @@ def test_what_two_processes_write_is_what_one_writes(root, told):
 def test_an_error_of_one_process_is_an_error_of_all(root, told):
     """Nothing is left behind, nobody waits for ever, and the next attempt works."""
     a, b = (process["said"] for process in told)
-    assert "failed in process 1, whose own message says why" in a[0]
+    assert "failed in process 1, see its message" in a[0]
     assert "process 1 does not see" in b[0] and "give a path on a disk that all of them mount" in b[0]
     assert "writing" in a[1] and "failed in process 1" in a[1]
     assert "No space left" in b[1]

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from few import MANY
-from qwen2_jax.config import FULL, HUB_IDS, PRESETS, DualChunk, ModelConfig, RopeScaling, Stack
+from qwen2_jax.config import FULL, HUB_IDS, PRESETS, DualChunk, LayerScan, ModelConfig, RopeScaling
 from qwen2_jax.errors import UserError
 from qwen2_jax.model import flops
 
@@ -375,16 +375,16 @@ def test_trained_length():
 @pytest.mark.parametrize(
     ("changes", "want"),
     [
-        ({}, [Stack(("sparse",), 0, 4)]),
-        ({"num_experts": 0}, [Stack(("dense",), 0, 4)]),
-        ({"decoder_sparse_step": 2}, [Stack(("dense", "sparse"), 0, 2)]),
+        ({}, [LayerScan(("sparse",), 0, 4)]),
+        ({"num_experts": 0}, [LayerScan(("dense",), 0, 4)]),
+        ({"decoder_sparse_step": 2}, [LayerScan(("dense", "sparse"), 0, 2)]),
         (
             {"decoder_sparse_step": 2, "num_hidden_layers": 5},
-            [Stack(("dense",), 0, 1), Stack(("sparse", "dense"), 1, 2)],
+            [LayerScan(("dense",), 0, 1), LayerScan(("sparse", "dense"), 1, 2)],
         ),
-        ({"mlp_only_layers": (0,)}, [Stack(("dense",), 0, 1), Stack(("sparse",), 1, 3)]),
-        ({"mlp_only_layers": (0, 1, 2, 3)}, [Stack(("dense",), 0, 4)]),
-        ({"decoder_sparse_step": 3, "num_hidden_layers": 9}, [Stack(("dense", "dense", "sparse"), 0, 3)]),
+        ({"mlp_only_layers": (0,)}, [LayerScan(("dense",), 0, 1), LayerScan(("sparse",), 1, 3)]),
+        ({"mlp_only_layers": (0, 1, 2, 3)}, [LayerScan(("dense",), 0, 4)]),
+        ({"decoder_sparse_step": 3, "num_hidden_layers": 9}, [LayerScan(("dense", "dense", "sparse"), 0, 3)]),
     ],
 )
 def test_stacks(changes, want):

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A byte tokenizer and a two-layer model that answer in milliseconds."""
 
-import numpy as np
 import pytest
 from tokenizers import AddedToken, models
 
@@ -20,16 +19,6 @@ TINY = {
     "max_position_embeddings": 512,
     "eos_token_id": 256,
 }
-
-
-def close(got, want, units=32):
-    """Equal but for the order of float32 sums, over other shapes of the same work: the largest difference is at most so
-    many units in the last place of the largest value wanted, or of 1. Measured in these tests: at most 15.1.
-    """
-    got, want = (np.asarray(x, np.float64) for x in (got, want))
-    assert got.shape == want.shape
-    error = np.abs(got - want).max() / (2.0**-23 * max(1.0, np.abs(want).max()))
-    assert error <= units, f"{error:.1f} units in the last place, allowed {units}"
 
 
 @pytest.fixture(scope="session")

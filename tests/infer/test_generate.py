@@ -16,8 +16,9 @@ from qwen2_jax.infer.engine.buckets import Buckets, context_limit
 from qwen2_jax.infer.engine.programs import Generator, Request
 from qwen2_jax.infer.engine.sampling_params import SamplingParams
 from tiny import random_params
+from tolerance import close
 
-from .conftest import TINY, close
+from .conftest import TINY
 
 SPARSE = {
     "model_type": "qwen2_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,

@@ -18,8 +18,7 @@ from qwen2_jax.model import declare
 from qwen2_jax.tokenizer import IM_END, Tokenizer
 from qwen2_jax.weights.int8 import quantize
 from tiny import random_params
-
-from .conftest import close
+from tolerance import close
 
 PROMPTS = ["The quick brown fox", "a", "Zwölf Boxkämpfer jagen"]
 

@@ -16,9 +16,10 @@ from qwen2_jax.infer.engine.rollouts import Rollouts
 from qwen2_jax.infer.engine.sampling_params import SamplingParams
 from qwen2_jax.model import cross_entropy
 from tiny import random_params
+from tolerance import close
 from worker import Worker
 
-from .conftest import TINY, close
+from .conftest import TINY
 from .test_generate import SPARSE
 
 CONFIGS = {"dense": ModelConfig(**TINY), "experts": ModelConfig(**TINY, **SPARSE)}

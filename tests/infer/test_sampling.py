@@ -10,8 +10,7 @@ import pytest
 
 from qwen2_jax.infer.engine import sampling
 from qwen2_jax.infer.engine.sampling_params import SamplingParams
-
-from .conftest import close
+from tolerance import close
 
 V, REAL = 400, 390  # ids from REAL on are padding
 

@@ -18,8 +18,7 @@ from qwen2_jax.infer.cli import main
 from qwen2_jax.infer.lm import LM
 from qwen2_jax.model import rope
 from tiny import CONFIGS, random_params
-
-from .conftest import close
+from tolerance import close
 
 TALK = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from qwen2_jax.kernels import bench, workloads
-from qwen2_jax.kernels.chips import CHIPS, chip_of
+from qwen2_jax.kernels.chip_limits import CHIPS, chip_of
 from qwen2_jax.kernels.target import KINDS
 
 from few import slow

@@ -13,8 +13,7 @@ from qwen2_jax.model import decoder, rope
 from qwen2_jax.model.kv_cache import Cache
 from qwen2_jax.weights import params
 from tiny import random_params
-
-TOLERANCE = 2e-5  # float32 with another order of summation: 6.4e-6 was seen, for logits of up to 8.7
+from tolerance import close
 
 
 def logits_of(config, weights, ids, *, unroll=False, **arguments):
@@ -40,9 +39,7 @@ def test_stacked_and_unrolled_are_one_model(name):
     assert jax.tree.structure(sliced) == jax.tree.structure(unrolled)
     assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), sliced, unrolled)))
     ids = random_ids(config, 2, 20)
-    np.testing.assert_allclose(
-        logits_of(config, stacked, ids), logits_of(config, unrolled, ids, unroll=True), atol=TOLERANCE, rtol=0
-    )
+    close(logits_of(config, stacked, ids), logits_of(config, unrolled, ids, unroll=True), units=16)  # equal was seen
 
 
 def test_mixed_stacks_scan_over_their_period():
@@ -64,7 +61,7 @@ def test_packed_documents_equal_each_alone(name):
         positions_BT=jnp.concatenate([jnp.arange(9), jnp.arange(14)])[None],
         segments_BT=jnp.repeat(jnp.array([1, 2]), jnp.array([9, 14]), total_repeat_length=23)[None],
     )
-    np.testing.assert_allclose(packed, np.concatenate(alone, axis=1), atol=TOLERANCE, rtol=0)
+    close(packed, np.concatenate(alone, axis=1), units=16)  # 6.2 was seen
 
 
 @pytest.mark.parametrize("name", ["dense", *slow("sliding", "dual_chunk", "moe_mixed", "untied", "moe")])
@@ -76,7 +73,7 @@ def test_padding_changes_nothing(name):
     padded = logits_of(config, weights, ids, positions_BT=jnp.asarray(positions))
     alone = logits_of(config, weights, ids[1:, :11])
     assert np.isfinite(padded).all()
-    np.testing.assert_allclose(padded[1:, :11], alone, atol=TOLERANCE, rtol=0)
+    close(padded[1:, :11], alone, units=16)  # equal was seen
 
 
 @pytest.mark.parametrize(
@@ -107,9 +104,8 @@ def test_cached_steps_equal_one_forward(name, unroll):
         pieces.append(logits)
         at += width
     assert at == 40
-    # Of the largest logit, as test_golden_training.py has it: how XLA:CPU orders a sum depends on the rows and on the
-    # processor, and 2.2e-5 of 9.4 was seen on an AMD EPYC where an Intel Xeon had less than 2e-5.
-    np.testing.assert_allclose(np.concatenate(pieces, axis=1), whole, atol=1e-5 * np.abs(whole).max(), rtol=0)
+    # How XLA:CPU orders a sum depends on the rows, its optimizations and the processor: 20 to 39 were seen.
+    close(np.concatenate(pieces, axis=1), whole, units=80)
 
 
 @pytest.mark.parametrize("name", slow("dense", "moe_mixed"))  # quick: test_step.py
@@ -125,7 +121,7 @@ def test_recomputation_keeps_the_gradient(name):
     plain = jax.jit(jax.grad(loss), static_argnums=1)(weights, None)  # below, equal was seen: XLA may fuse otherwise
     for policy in decoder.REMAT_POLICIES:
         again = jax.jit(jax.grad(loss), static_argnums=1)(weights, policy)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4), plain, again)
+        jax.tree.map(lambda a, b: close(a, b, units=16), plain, again)
     assert all(float(jnp.abs(g).max()) > 0 for _, g in params.leaves(plain)), "some parameter gets no gradient"
 
 

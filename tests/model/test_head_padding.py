@@ -18,6 +18,7 @@ from qwen2_jax import PRESETS, model
 from qwen2_jax.model import head_padding, lora
 from qwen2_jax.weights import int8
 from tiny import CONFIGS, random_params
+from tolerance import close
 
 
 def mesh(tensor):
@@ -99,7 +100,6 @@ def test_the_wider_model_gives_the_same(storage, tensor, unroll):
 
     wide = jax.jit(lambda params: found.widen(params, specs))(params)
     want, got = logits(config, params), logits(found.config, wide)
-    # Sums of float32 in another order: a fifth of this was seen.
-    np.testing.assert_allclose(got, want, atol=2e-6 * float(jnp.abs(want).max()))
+    close(got, want, units=16)  # 3.3 was seen
     assert jax.tree.map(jnp.shape, wide) != jax.tree.map(jnp.shape, params)
     jax.tree.map(np.testing.assert_array_equal, jax.jit(lambda wide: found.narrow(wide, specs))(wide), params)

@@ -24,7 +24,7 @@ from qwen2_jax.weights.int8 import Int8, quantize
 from qwen2_jax.weights.params import count, leaves
 from qwen2_jax.weights.plain import MANY_ROWS
 from qwen2_jax.weights.weight import dequantize, matmul
-from tolerance import assert_no_worse
+from tolerance import assert_no_worse, close
 
 MIXED = dataclasses.replace(tiny.CONFIGS["moe_mixed"], num_hidden_layers=4)  # two repeats of a dense and a sparse layer
 SPARSE = dataclasses.replace(tiny.CONFIGS["moe"], num_hidden_layers=1)
@@ -65,7 +65,7 @@ def test_attached_is_merged_and_fresh_adapters_change_nothing(config, unroll):
     np.testing.assert_array_equal(logits(lora.attach(params, fresh, RANK4)), base)
     trained = random_adapters(config, unroll=unroll)
     merged = np.asarray(logits(lora.merge(params, trained, RANK4)))
-    np.testing.assert_allclose(logits(lora.attach(params, trained, RANK4)), merged, atol=1e-5 * np.abs(merged).max())
+    close(logits(lora.attach(params, trained, RANK4)), merged, units=80)  # W + b a rounds every weight: 29 was seen
     assert np.abs(merged - base).max() > 0.1 * np.abs(base).max()
 
 
@@ -85,7 +85,7 @@ def test_every_target_changes_its_own_weights_as_the_formula_says(target):
             a, b = (np.asarray(low[(*path, x)][r], np.float64) for x in "ab")
             want = b.reshape(-1, 4) @ a.reshape(4, -1) * (6 / 2)
             got = np.asarray(after[path][r]).reshape(spec.hf_shape) - np.asarray(before[path][r]).reshape(spec.hf_shape)
-            np.testing.assert_allclose(got, want, atol=1e-6)
+            close(got, want, units=2)  # a weight below 1 is rounded twice: 0.6 was seen
 
 
 @pytest.mark.parametrize("rows", [1, 5, MANY_ROWS])
@@ -119,7 +119,8 @@ def test_gradients_of_the_adapters_are_those_through_the_merged_weights():
         for name, want in (("a", b.mT @ dw), ("b", dw @ a.mT)):
             g, want = got[*path, name], want * RANK4.scale
             assert g.dtype == jnp.float32 and np.abs(want).max() > 0, path
-            np.testing.assert_allclose(np.ravel(g), np.ravel(want), atol=2e-5 * np.abs(want).max(), err_msg=str(path))
+            scale = np.abs(want).max()  # float32 sums in two orders: 6e-6 of it was seen
+            np.testing.assert_allclose(np.ravel(g), np.ravel(want), atol=2e-5 * scale, err_msg=str(path))
 
 
 @pytest.mark.parametrize("rows", [3, MANY_ROWS])

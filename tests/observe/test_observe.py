@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from qwen2_jax.kernels.chips import CHIPS
+from qwen2_jax.kernels.chip_limits import CHIPS
 from rich.console import Console
 
 from few import MANY

@@ -183,7 +183,7 @@ for case in sys.argv[1:]:
     for number, (want, got) in enumerate(zip(alone, metrics_of(mesh, how), strict=True)):
         assert want.keys() == got.keys() and want["moe/dropped"] == got["moe/dropped"] == 0
         for name in want:
-            what = f"{case}, step {number}: {name}"
+            what = f"{case}, step {number}: {name}"  # three steps whose sums are in another order
             np.testing.assert_allclose(got[name], want[name], rtol=1e-4, atol=1e-6, err_msg=what)
 print("equal", len(sys.argv) - 1)
 """

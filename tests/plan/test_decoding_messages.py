@@ -40,7 +40,7 @@ CHIPS = [pytest.param("4xh100", marks=GPU_COMPILER), pytest.param("v5e-4", marks
 def test_only_activations_move(name, rows, axes):
     where = machine.parse(name)
     mesh = machine.mesh_of(where, infer.sizes(axes, where.devices))
-    generator = infer.make_generator(CONFIG, mesh, infer.Job(long_context="dca"))
+    generator = infer.make_generator(CONFIG, mesh, infer.InferenceJob(long_context="dca"))
     token = 3 * 4 * CONFIG.hidden_size  # bytes: three rotated queries or partial sums in float32
     for tokens, (lowered, _) in (
         (rows * CHUNK, lowering.lower_prefill(generator, CHUNK, rows, SLOTS, "dca")),

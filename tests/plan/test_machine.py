@@ -5,7 +5,7 @@ import importlib.util
 
 import numpy as np
 import pytest
-from qwen2_jax.kernels.chips import CHIPS as KERNEL_CHIPS
+from qwen2_jax.kernels.chip_limits import CHIPS as KERNEL_CHIPS
 
 from ahead_of_time import GPU_COMPILER, TPU_COMPILER
 from qwen2_jax.errors import UserError

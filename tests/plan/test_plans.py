@@ -132,7 +132,7 @@ def test_tokens_over_context_and_heads_that_are_filled_up():
 @pytest.mark.parametrize("_", [pytest.param(0, marks=GPU_COMPILER)])
 def test_inference_on_gpu(_, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(SMALL.to_hf()))
-    job = infer.Job(context=1024, rows=2, dtype="int8")
+    job = infer.InferenceJob(context=1024, rows=2, dtype="int8")
     plan = infer.plan(str(tmp_path), "2xh100", job)
     prefill, decode = plan.parts
     cache = 2 * 1024 * flops.kv_bytes_per_token(SMALL)
@@ -212,7 +212,7 @@ def test_a_cache_that_heads_cannot_cut_further_is_cut_by_slots():
     mesh = dict.fromkeys(sharding.AXES, 1) | {"fsdp": 2, "tensor": 4}
     part = report.Part(program, {}, 0, None, (), {})
     made = report.Plan("qwen2-7b, inference", parse("8xh100"), mesh, {}, (part,))
-    *_, last = infer.advice(PRESETS["qwen2-7b"], made, infer.Job(dtype="int8"), 1, 131072)
+    *_, last = infer.advice(PRESETS["qwen2-7b"], made, infer.InferenceJob(dtype="int8"), 1, 131072)
     assert last == "8 times as many devices with --mesh fsdp=2,context=8,tensor=4 fit: about 39.5 GiB per device"
 
 

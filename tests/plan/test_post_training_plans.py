@@ -16,7 +16,7 @@ from qwen2_jax.data.spec import Data, PromptData, Source
 from qwen2_jax.data.tokens.packing import Batch
 from qwen2_jax.plan import online, train
 from qwen2_jax.plan.shapes import is_spec
-from qwen2_jax.rewards import Reward as Function
+from qwen2_jax.rewards import RewardFunction as Function
 from qwen2_jax.train import Dpo, Grpo, Lora, OnlineDpo, Optim, Policy, Reward, Sampling, Start
 from qwen2_jax.train.stage import stage_of
 from qwen2_jax.train.step import Trainer

@@ -4,7 +4,7 @@
 import pytest
 
 from qwen2_jax.errors import UserError
-from qwen2_jax.rewards import Reward, Scorer, builtin
+from qwen2_jax.rewards import RewardFunction, Scorer, builtin
 from qwen2_jax.rewards.sandbox import execute
 
 
@@ -34,7 +34,7 @@ def test_number(text, answer, score):
 
 
 def test_number_wants_a_number():
-    with pytest.raises(ValueError, match="answer 'seven' holds no number"):
+    with pytest.raises(ValueError, match="answer 'seven' contains no number"):
         builtin.number(["7", "7"], answer=["7", "seven"])
     with pytest.raises(UserError, match="needs the column 'answer', and the data has solution"):
         builtin.number(["7"], solution=["7"])
@@ -93,7 +93,7 @@ def test_maths_takes_the_last_number_if_not_strict(maths):
 def test_maths_in_a_worker(maths):
     """Its alarms need the main thread of a process; what takes for ever to compare is wrong, not fatal."""
     endless = r"\boxed{9^{9^{9^{9}}}}"
-    with Scorer([Reward(function="maths")], 1) as score:
+    with Scorer([RewardFunction(function="maths")], 1) as score:
         got = score(["Q"] * 3, [r"\boxed{1}", endless, r"\boxed{2}"], answer=["1", "2", "2"])
     assert got.totals == [1.0, 0.0, 1.0]
 
@@ -138,9 +138,8 @@ def test_code_that_nobody_can_shut_in_stops_the_run_always(monkeypatch):
 
 
 def test_builtins_by_name():
-    with Scorer(
-        [Reward(function="number"), Reward(function="format", weight=0.5, options={"pattern": r"\d+"})], 1
-    ) as score:
+    form = RewardFunction(function="format", weight=0.5, options={"pattern": r"\d+"})
+    with Scorer([RewardFunction(function="number"), form], 1) as score:
         got = score(["What is 2 + 3?", "What is 2 + 2?"], ["5", "It is 4"], answer=["5", "4"])
     assert got.totals == [1.5, 1.0]
     assert {"rewards/number/mean", "rewards/format/std"} <= set(got.metrics)

@@ -187,7 +187,7 @@ print("alive")
 
 def test_system_calls_that_are_denied(walls):
     """Each fails with EPERM (1), also those that would fail with another error, and a clone into new namespaces."""
-    table = runpy.run_path(str(execute.JAIL))
+    table = runpy.run_path(str(execute.SCRIPT))
     numbers = {name: row[table["MACHINES"][platform.machine()]] for name, row in table["DENIED"].items()}
     calls = {name: number for name, number in numbers.items() if number is not None}
     program = f"""
@@ -209,7 +209,7 @@ def test_system_calls_of_the_machine():
     headers = {
         "x86_64": "/usr/include/x86_64-linux-gnu/asm/unistd_64.h", "aarch64": "/usr/include/asm-generic/unistd.h"
     }  # fmt: skip
-    table = runpy.run_path(str(execute.JAIL))
+    table = runpy.run_path(str(execute.SCRIPT))
     if not all(map(os.path.exists, headers.values())):
         pytest.skip("no headers of the kernel")
     for machine, path in headers.items():
@@ -224,7 +224,7 @@ def test_system_calls_of_the_machine():
 
 def test_no_keys_of_the_user(walls):
     """A secret in the session keyring of the process that asks, which no namespace hides."""
-    table = runpy.run_path(str(execute.JAIL))
+    table = runpy.run_path(str(execute.SCRIPT))
     column = table["MACHINES"][platform.machine()]
     add_key, keyctl = (table["DENIED"][name][column] for name in ("add_key", "keyctl"))
     asks = f"""
@@ -266,10 +266,10 @@ def test_what_fails_before_the_program_is_a_refusal(request, tmp_path, monkeypat
     """Not the program's exit code: the reward would call every right answer wrong."""
     if not unsandboxed:
         request.getfixturevalue("walls")
-    text = execute.JAIL.read_text()
+    text = execute.SCRIPT.read_text()
     assert text.count("os.execve(") == 1
-    (tmp_path / "jail.py").write_text(text.replace("os.execve(", "os.execve('/nowhere' + "))
-    monkeypatch.setattr(execute, "JAIL", tmp_path / "jail.py")
+    (tmp_path / "namespaces.py").write_text(text.replace("os.execve(", "os.execve('/nowhere' + "))
+    monkeypatch.setattr(execute, "SCRIPT", tmp_path / "namespaces.py")
     with pytest.raises(UserError, match=r"could not be started: \[Errno 2\] No such file[^\n]*unsandboxed"):
         passes("x = 1", "assert x == 1", unsandboxed=unsandboxed)
 
@@ -291,12 +291,12 @@ def test_nothing_is_left(walls, tmp_path, monkeypatch):
 
 
 def test_it_refuses_where_namespaces_are_forbidden(tmp_path, monkeypatch):
-    """The jail as it is, but for a kernel that says no."""
-    text = execute.JAIL.read_text()
+    """The sandbox as it is, but for a kernel that denies namespaces."""
+    text = execute.SCRIPT.read_text()
     assert "os.unshare(NAMESPACES" in text
     no = "(_ for _ in ()).throw(PermissionError(1, 'Operation not permitted'))  # "
-    (tmp_path / "jail.py").write_text(text.replace("os.unshare(NAMESPACES", no + "os.unshare(NAMESPACES"))
-    monkeypatch.setattr(execute, "JAIL", tmp_path / "jail.py")
+    (tmp_path / "namespaces.py").write_text(text.replace("os.unshare(NAMESPACES", no + "os.unshare(NAMESPACES"))
+    monkeypatch.setattr(execute, "SCRIPT", tmp_path / "namespaces.py")
     with pytest.raises(UserError, match=r"no new namespaces \(Operation not permitted\).*unsandboxed"):
         run("print(1)")
     assert run("print(1)", unsandboxed=True) == execute.Ran(0, "1\n", "")

@@ -17,14 +17,14 @@ import pytest
 import tyro
 
 from qwen2_jax.errors import UserError
-from qwen2_jax.rewards import Reward, Scorer, shaped, weighted
+from qwen2_jax.rewards import RewardFunction, Scorer, shaped, weighted
 
 HERE = str(Path(__file__).with_name("functions.py"))
 WRONG = {  # what a text of functions.misbehaves does, and what is said of it
     "raise": r"LookupError: no such word \(functions.py line \d+\)",
     "exit": "SystemExit: 3",
-    "die": r"it ended the process it ran in \(exit code 7\)",
-    "hang": "it took longer than 2 s and was ended",
+    "die": r"its process exited \(exit code 7\)",
+    "hang": "it took longer than 2 s and was killed",
     "count": "it returned 2 values for 1 completions",
     "none": "it returned None, not a list of 1 numbers",
     "text": "it returned '0', not a list of 1 numbers",
@@ -35,8 +35,8 @@ WRONG = {  # what a text of functions.misbehaves does, and what is said of it
 }
 
 
-def reward(name: str, **settings) -> Reward:
-    return Reward(function=f"{HERE}:{name}", **settings)
+def reward(name: str, **settings) -> RewardFunction:
+    return RewardFunction(function=f"{HERE}:{name}", **settings)
 
 
 def asked(*texts: str) -> list[list[dict[str, str]]]:
@@ -44,7 +44,7 @@ def asked(*texts: str) -> list[list[dict[str, str]]]:
     return [[system, {"role": "user", "content": f"Q{n}"}] for n in range(len(texts))]
 
 
-def scores(rewards: list[Reward], *texts: str, workers: int = 1, **columns):
+def scores(rewards: list[RewardFunction], *texts: str, workers: int = 1, **columns):
     with Scorer(rewards, workers) as scorer:
         return scorer(asked(*texts), texts, **columns)
 
@@ -81,7 +81,7 @@ def test_columns_and_options():
         scores([reward("needs_more")], "a", answer=["1"])
     with pytest.raises(UserError, match="2 completions; of other length: answer"):
         scores([reward("length")], "a", "b", answer=["1"])
-    with pytest.raises(UserError, match="cannot be given <object object at .*> of type object: give JSON's types"):
+    with pytest.raises(UserError, match="get values that JSON has, not <object object at .*> of type object"):
         scores([reward("length")], "a", answer=[object()])
 
 
@@ -114,7 +114,7 @@ def test_a_function_that_always_hangs_does_not_hold_up_the_run_for_ever():
     start = time.monotonic()
     got = scores([reward("misbehaves", on_error="skip", timeout=0.5)], *["hang"] * 20, "good")
     assert got.totals == [None] * 21 and got.metrics["rewards/misbehaves/failed"] == 21
-    assert "was not called any more after 3 calls that took too long" in got.failures[-1]
+    assert "is no longer called after 3 consecutive timeouts" in got.failures[-1]
     assert time.monotonic() - start < 30
 
 
@@ -137,7 +137,7 @@ def test_a_hanging_function_ends_with_what_it_started():
 
 
 def test_a_wrong_count_that_shows_only_together():
-    with pytest.raises(UserError, match="'Q0'.*returned 1 values for 2 .*each of them alone it did not fail"):
+    with pytest.raises(UserError, match="'Q0'.*returned 1 values for 2 .*it does not fail on each of them alone"):
         scores([reward("together")], "a", "a")
     assert scores([reward("together", on_error="skip")], "a", "a").totals == [1.0, 1.0]
 
@@ -174,8 +174,9 @@ def test_workers_end_when_the_training_is_killed(tmp_path):
     """In the middle of a call that would take five minutes."""
     mark = f"left{time.time_ns()}"
     program = f"""
-from qwen2_jax.rewards import Reward, Scorer
-with Scorer([Reward(function={HERE + ":misbehaves"!r}, options={{"scratch": {mark!r}}}, timeout=300.0)], 1) as scorer:
+from qwen2_jax.rewards import RewardFunction, Scorer
+misbehaves = RewardFunction(function={HERE + ":misbehaves"!r}, options={{"scratch": {mark!r}}}, timeout=300.0)
+with Scorer([misbehaves], 1) as scorer:
     scorer(["Q"], ["hang"])
 """
     training = subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path)
@@ -211,13 +212,13 @@ def running(mark: str) -> bool:
 )
 def test_functions_that_cannot_be_loaded(function, said):
     with pytest.raises(UserError, match=said):
-        Scorer([Reward(function=function)], 1)
+        Scorer([RewardFunction(function=function)], 1)
 
 
 def test_a_file_that_cannot_be_executed(tmp_path):
     (tmp_path / "broken.py").write_text("def f(completions):\n    return 1\n\nf(")
     with pytest.raises(UserError, match=r"broken.py:f cannot be loaded: .*SyntaxError"):
-        Scorer([Reward(function=f"{tmp_path}/broken.py:f")], 1)
+        Scorer([RewardFunction(function=f"{tmp_path}/broken.py:f")], 1)
 
 
 @pytest.mark.parametrize(
@@ -233,7 +234,7 @@ def test_a_file_that_cannot_be_executed(tmp_path):
 )
 def test_settings_that_make_no_sense(settings, said):
     with pytest.raises(UserError, match=said):
-        Reward(**settings)
+        RewardFunction(**settings)
 
 
 def test_two_of_one_name():
@@ -247,17 +248,17 @@ def test_function_objects(tmp_path, monkeypatch):
     """Those that a process can find run in a worker; the others run here, which is said."""
     (tmp_path / "my_rewards_module.py").write_text(Path(HERE).read_text())
     (tmp_path / "a_config.py").write_text(
-        "import os\nfrom qwen2_jax.rewards import Reward\n\n\n"
+        "import os\nfrom qwen2_jax.rewards import RewardFunction\n\n\n"
         "def mine(completions):\n    return [os.getpid()] * len(completions)\n\n\n"
-        "config = Reward(function=mine)\n"
+        "config = RewardFunction(function=mine)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     import my_rewards_module
 
-    imported = Reward(function=my_rewards_module.process)
+    imported = RewardFunction(function=my_rewards_module.process)
     configured = runpy.run_path(str(tmp_path / "a_config.py"))["config"]
-    judge = Reward(function=my_rewards_module.judge, name="judge")
-    here = Reward(function=lambda completions: [os.getpid()] * len(completions), name="here")
+    judge = RewardFunction(function=my_rewards_module.judge, name="judge")
+    here = RewardFunction(function=lambda completions: [os.getpid()] * len(completions), name="here")
     assert imported.reference == "my_rewards_module:process"
     assert configured.reference == f"{tmp_path}/a_config.py:mine"
     assert judge.reference is None and here.reference is None
@@ -273,14 +274,14 @@ def test_a_function_in_this_process_may_fail_too():
         raise ValueError("no")
 
     with pytest.raises(UserError, match=r"on the prompt 'Q' .*ValueError: no \(test_scorer.py line \d+\)"):
-        Scorer([Reward(function=fails)])(["Q"], ["a"])
-    got = Scorer([Reward(function=fails, on_error="skip")])(["Q", "R"], ["a", "b"])
+        Scorer([RewardFunction(function=fails)])(["Q"], ["a"])
+    got = Scorer([RewardFunction(function=fails, on_error="skip")])(["Q", "R"], ["a", "b"])
     assert got.totals == [None, None] and len(got.failures) == 2
 
 
 def test_the_command_line_of_a_config_with_rewards():
-    given = (reward("length", weight=2.0), Reward(function=reward))
-    fields = [("rewards", tuple[Reward, ...], given), ("seed", int, 0)]
+    given = (reward("length", weight=2.0), RewardFunction(function=reward))
+    fields = [("rewards", tuple[RewardFunction, ...], given), ("seed", int, 0)]
     config = dataclasses.make_dataclass("Config", fields, frozen=True)
     got = tyro.cli(config, default=config(), args=["--seed", "3"], config=(tyro.conf.AvoidSubcommands,))
     assert got.rewards == given and got.seed == 3

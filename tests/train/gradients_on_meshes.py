@@ -45,7 +45,7 @@ def equal(case: str, meshes: list[str]) -> None:
         # Half as large as elsewhere: with sharper scores rounding alone moves a gradient by 3e-4 of its size.
         params, frozen = jax.tree.map(lambda x: x * 0.5, random_params(config)), None
         if mesh is not None:
-            params = jax.device_put(params, step.places_of(trainer.model_specs, mesh))
+            params = jax.device_put(params, step.shardings_of(trainer.model_specs, mesh))
         if run.lora is not None:
             frozen = params
             params = lora.init(config, run.lora, jax.random.key(0))

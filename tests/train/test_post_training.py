@@ -22,7 +22,7 @@ from qwen2_jax.data.spec import Data, PromptData, Source
 from qwen2_jax.errors import UserError
 from qwen2_jax.observe import Logging
 from qwen2_jax.observe.lines import read
-from qwen2_jax.rewards import Reward as Function
+from qwen2_jax.rewards import RewardFunction as Function
 from qwen2_jax.train import (
     Checkpointing,
     Dpo,

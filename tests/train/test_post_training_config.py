@@ -8,7 +8,7 @@ import pytest
 
 from qwen2_jax.data.spec import Data, PromptData, Source
 from qwen2_jax.errors import UserError
-from qwen2_jax.rewards import Reward as RewardFunction
+from qwen2_jax.rewards import RewardFunction
 from qwen2_jax.train import Dpo, Grpo, OnlineDpo, Optim, Sampling, Sft, Start, config_file
 from qwen2_jax.train.online import episodes
 
@@ -69,7 +69,7 @@ def test_reward_functions_as_words():
     [
         ({"rewards": ()}, "no reward for the answers"),
         ({"rewards": RewardFunction(function="number")}, "mind the comma"),
-        ({"rewards": ("number",)}, "Reward of qwen2_jax.rewards"),
+        ({"rewards": ("number",)}, "of qwen2_jax.rewards: mind"),
         ({"data": Data(sources=(Source(path="a.jsonl"),))}, r"Grpo takes PromptData\(sources=\(PATH,\)\)"),
         ({"epochs": 1.0}, "either steps or epochs"),
         ({"length": 20}, "no room for 1 x"),
@@ -87,8 +87,8 @@ def test_prompts_are_for_online_stages(kind):
 
 
 def test_the_line_of_a_mistake(tmp_path):
-    """Also which of the two classes called Reward has the functions."""
+    """Also, where a function is given to a run of the stage Reward, which class takes functions."""
     file = tmp_path / "mine.py"
     file.write_text("from qwen2_jax.train import Reward\n\nconfig = Reward(function='number')\n")
-    with pytest.raises(UserError, match=r"mine\.py line 3: .*'function'; the Reward .* qwen2_jax\.rewards"):
+    with pytest.raises(UserError, match=r"mine\.py line 3: .*'function'.* RewardFunction of qwen2_jax\.rewards"):
         config_file.load(file)

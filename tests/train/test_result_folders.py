@@ -15,7 +15,7 @@ import qwen2_jax
 from qwen2_jax import checkpoint
 from qwen2_jax.data.spec import Data, PromptData, Source
 from qwen2_jax.errors import UserError
-from qwen2_jax.rewards import Reward as Function
+from qwen2_jax.rewards import RewardFunction as Function
 from qwen2_jax.tokenizer import Tokenizer
 from qwen2_jax.train import (
     Checkpointing,

@@ -24,6 +24,7 @@ from qwen2_jax.errors import UserError
 from qwen2_jax.train import Upcycle, recipes
 from qwen2_jax.train.upcycle.upcycle import Upcycling, report, sparse_config, upcycle, write
 from qwen2_jax.weights import params
+from tolerance import close
 
 DENSE = tiny.CONFIGS["dense"]  # width 48, 64 neurons, 3 layers
 # 8 experts of 24: three whole copies of 64, nothing left over, experts span copies.
@@ -87,18 +88,18 @@ def test_a_shuffled_copy_computes_the_same():
     want, orders = ffn(mlp, X), []
     for copy in range(3):
         at = slice(64 * copy, 64 * copy + 64)
-        np.testing.assert_allclose(swiglu(X, gate[at], up[at], down[:, at]), want, rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(swiglu(X, gate[at], up[at], down[:, at]), want, rtol=1e-14, atol=1e-14)  # float64
         orders.append([int(np.flatnonzero((mlp["gate_FD"] == row).all(1))[0]) for row in gate[at]])
         assert sorted(orders[-1]) == list(range(64))
     assert orders[0] != orders[1] != orders[2] != list(range(64))
-    np.testing.assert_allclose(sum(experts(moe, X)), 3 * want, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(sum(experts(moe, X)), 3 * want, rtol=1e-14, atol=1e-14)  # float64
 
 
 def test_a_wider_shared_expert_computes_the_same():
     for options in (OPTIONS, dataclasses.replace(PRESERVE, scale="none")):
         mlp, moe = made(options)
-        # Float32 weights, split and added up in float64: half a unit in the last place of each.
-        np.testing.assert_allclose(ffn(moe["shared"], X), ffn(mlp, X), rtol=1e-6, atol=1e-6)
+        # Halves of float32 weights are exact, and the sums are in float64: 2e-15 of 11 was seen.
+        np.testing.assert_allclose(ffn(moe["shared"], X), ffn(mlp, X), rtol=1e-14, atol=1e-14)
         assert not moe["shared_gate_D"].any()
     assert moe["shared"]["gate_FD"][64:].tolist() == mlp["gate_FD"][:16].tolist()
 
@@ -138,7 +139,7 @@ def test_preserve_is_exact_on_average_over_all_choices_of_experts():
         outputs = experts(moe, X)
         chosen = [weight * (outputs[a] + outputs[b]) for a, b in itertools.combinations(range(8), 2)]
         got = np.mean(chosen, axis=0) + ffn(moe["shared"], X) / 2
-        np.testing.assert_allclose(got, ffn(mlp, X), rtol=1e-5, atol=1e-5)  # weights scaled and rounded in float32
+        close(got, ffn(mlp, X), units=1)  # weights scaled and rounded in float32: 0.3 was seen
 
 
 @pytest.mark.slow
@@ -155,7 +156,7 @@ def test_preserve_counts_the_weight_a_random_router_gives():
     p = np.sort(p / p.sum(axis=1, keepdims=True), axis=1)
     weight = p[:, -2:].sum(axis=1).mean()
     assert weight > 0.5  # 1/4 if it were uniform
-    assert factor * weight * 24 / 64 == pytest.approx(1, rel=0.02)
+    assert factor * weight * 24 / 64 == pytest.approx(1, rel=0.02)  # a mean over 4,096 draws: 0.002 was seen
 
 
 def test_unrolled_parameters_give_the_same():
@@ -197,10 +198,10 @@ def test_report_measures_the_models_themselves(folders):
 
     want = logits(DENSE, dense())
     y = logits(*upcycle(DENSE, dense(), options))
-    assert got.after.logits_error == pytest.approx(np.linalg.norm(y - want) / np.linalg.norm(want), rel=1e-3)
+    assert got.after.logits_error == pytest.approx(np.linalg.norm(y - want) / np.linalg.norm(want), rel=1e-6)
     logprobs = y - np.log(np.exp(y).sum(-1, keepdims=True))
     nll = -np.take_along_axis(logprobs[:, :-1], ids[:, 1:, None], -1).mean()
-    assert got.after.loss == pytest.approx(nll, rel=1e-4)
+    assert got.after.loss == pytest.approx(nll, rel=1e-6)  # of float32 logits: 1e-7 was seen
     assert len(got.before.layers) == 3
     assert all(0.5 < match.times < 1 for match in got.before.layers)  # half by the shared expert
     assert str(got).count("\n") == 6
@@ -238,6 +239,7 @@ def test_transformers_agrees(folders):
         want = theirs(torch.tensor(ids)).logits.numpy()
     config, weights = upcycle(DENSE, dense(), options)
     qwen2 = nnx.merge(model.declare(config)[0], weights)
+    # The bar against transformers in float32.
     np.testing.assert_allclose(qwen2.logits(qwen2(jnp.asarray(ids)).hidden_BTD), want, atol=1e-4)
 
 

@@ -21,7 +21,7 @@ PIECE_BYTES = 64 * 2**20  # of device memory, twice, on every device
 def layer(param, r: int | None, *, keepdims: bool = False) -> jax.Array:
     """Layer r of a stacked parameter, or the parameter where r is None, on the devices where it is.
 
-    param: jax.Array, or whatever makes layers when it is indexed (upcycling does). keepdims: as [1, ...].
+    param: jax.Array, or an object that computes layers when it is indexed (as in upcycling). keepdims: as [1, ...].
     """
     if r is None:
         return param
@@ -61,7 +61,7 @@ def collect(array: jax.Array, keep: bool) -> np.ndarray | None:
         start = min(start, rows - n)  # the last piece is as large as the others: one program for all
         piece = _piece(where.mesh, axes, n)(array, start)
         if out is None:
-            piece.block_until_ready()  # else pieces that nobody here wants would queue up
+            piece.block_until_ready()  # else pieces that this process does not keep would queue up
         else:
             word = np.dtype(f"u{array.dtype.itemsize}")
             out[start : start + n] = np.asarray(piece.addressable_data(0)).astype(word).view(array.dtype)

@@ -50,9 +50,9 @@ def shares(table: Mapping[str, Slot], infos: Mapping[str, TensorInfo], count: in
 
 
 def in_turns(dealt: Sequence[Sequence[Unit]]) -> list[str]:
-    """All names in the order that every process follows: one unit of each process, then the next unit of each."""
-    turns = itertools.chain.from_iterable(itertools.zip_longest(*dealt, fillvalue=()))
-    return [name for unit in turns for name in unit]
+    """All names in the order that every process follows: the first unit of each process, then the second, ..."""
+    rounds = itertools.chain.from_iterable(itertools.zip_longest(*dealt, fillvalue=()))
+    return [name for unit in rounds for name in unit]
 
 
 def by_hosts(shape: Sequence[int]) -> NamedSharding:
@@ -90,7 +90,7 @@ def together(doing: str) -> Iterator[None]:
         raise problem
     if failed.any():
         whose = ", ".join(map(str, np.flatnonzero(failed)))
-        raise CheckpointError(f"{doing} failed in process {whose}, whose own message says why")
+        raise CheckpointError(f"{doing} failed in process {whose}, see its message")
 
 
 @contextlib.contextmanager

@@ -47,7 +47,7 @@ def by_rows(where: jax.sharding.Sharding, shape: Sequence[int]) -> jax.sharding.
 
 
 def moved(array: jax.Array, where: jax.sharding.Sharding) -> jax.Array:
-    """The array at `where`; the devices exchange what is not there yet. `array` is given up."""
+    """The array at `where`; the devices exchange the missing parts. `array` is deleted."""
     if array.sharding == where:
         return array
     out = _move(where)(array).block_until_ready()

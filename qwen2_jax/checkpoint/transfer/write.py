@@ -59,7 +59,7 @@ def json_bytes(data: Mapping) -> bytes:
 
 
 class Writing[T: Tensors]:
-    """What this process does in writing `tensors`: their order, those that it writes, their hashes, its progress.
+    """This process's part in writing `tensors`: their order, those that it writes, their hashes, its progress.
 
     table: of the names. Where several processes run, all of them make this and go through the same steps.
     """

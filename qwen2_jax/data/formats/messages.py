@@ -97,7 +97,7 @@ def tools(record: Mapping[str, Any], where: str) -> Tools | None:
 
 def messages(record: Mapping[str, Any], field: str, where: str) -> Chat:
     """The conversation in a list of messages."""
-    return _each(record, field, where, "role and content", lambda given, place: given)
+    return _each(record, field, where, "role and content", lambda given, at: given)
 
 
 def turns(record: Mapping[str, Any], field: str, where: str) -> Chat:
@@ -111,28 +111,28 @@ def _each(
     """The conversation in the field's list. keys: what each entry must have; message_of: makes a message of it."""
     chat = Chat([], [])
     for i, given in enumerate(listed(record, field, where)):
-        place = f"{where}: {field}[{i}]"
+        at = f"{where}: {field}[{i}]"
         if not isinstance(given, dict):
-            raise UserError(f"{place} is {validate.short(given)}; it must be an object with {keys}")
+            raise UserError(f"{at} is {validate.short(given)}; it must be an object with {keys}")
         without_flags = {key: value for key, value in given.items() if key not in FLAGS}
-        message = checked_message(message_of(without_flags, place), place)
+        message = checked_message(message_of(without_flags, at), at)
         chat.messages.append(message)
         chat.train.append(
-            _flag(given, message["role"], place) and not (message["role"] == "assistant" and is_empty(message))
+            _flag(given, message["role"], at) and not (message["role"] == "assistant" and is_empty(message))
         )
     return chat
 
 
-def _message_of_turn(turn: dict[str, Any], place: str) -> dict[str, Any]:
-    validate.choice(f"{place} from", turn.get("from"), SHAREGPT_ROLES)
-    message = {"role": SHAREGPT_ROLES[turn["from"]], "content": text(turn, "value", place)}
+def _message_of_turn(turn: dict[str, Any], at: str) -> dict[str, Any]:
+    validate.choice(f"{at} from", turn.get("from"), SHAREGPT_ROLES)
+    message = {"role": SHAREGPT_ROLES[turn["from"]], "content": text(turn, "value", at)}
     if turn["from"] != "function_call":
         return message
-    calls = parse_json(message["content"], f"{place} value")
+    calls = parse_json(message["content"], f"{at} value")
     calls = calls if isinstance(calls, list) else [calls]
     if not calls or not all(isinstance(call, dict) and {"name", "arguments"} <= call.keys() for call in calls):
         raise UserError(
-            f"{place} value is {validate.short(message['content'])}; of a function_call it must be a JSON object "
+            f"{at} value is {validate.short(message['content'])}; of a function_call it must be a JSON object "
             "with name and arguments, or a list of them"
         )
     return message | {"content": "", "tool_calls": [{"type": "function", "function": call} for call in calls]}
@@ -146,7 +146,7 @@ def side(record: Mapping[str, Any], field: str, role: str, where: str) -> Chat:
 
 
 def said(role: str, content: str) -> Chat:
-    """One message. An answer without text is context and not trained: a model would learn to say nothing."""
+    """One message. An answer without text is context and not trained: a model would learn empty answers."""
     message = {"role": role, "content": content}
     return Chat([message], [role != "assistant" or not is_empty(message)])
 
@@ -160,7 +160,7 @@ def question(record: Mapping[str, Any], where: str) -> Chat:
     for i, pair in enumerate(history or []):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise UserError(f"{where}: history[{i}] is {validate.short(pair)}; it must be a pair [question, answer]")
-        asked, answer = (_unicode(part, f"{where}: history[{i}]") for part in pair)
+        asked, answer = (validate.unicode_text(part, f"{where}: history[{i}]") for part in pair)
         chat += said("user", asked) + said("assistant", answer)
     parts = [text(record, "instruction", where)]
     if record.get("input") is not None:
@@ -217,17 +217,7 @@ def text(record: Mapping[str, Any], field: str, where: str, kind: str = "text") 
         raise UserError(f"{where}{separator}no {field}; it must be {kind}, and the fields are {fields(record)}")
     if not isinstance(value, str):
         raise UserError(f"{where}{separator}{field} is {validate.short(value)}; it must be {kind}")
-    return _unicode(value, f"{where}{separator}{field}")
-
-
-def _unicode(text: Any, where: str) -> str:
-    if not isinstance(text, str):
-        raise UserError(f"{where} is {validate.short(text)}; it must be text")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where} is not valid Unicode ({error.reason}, character {error.start + 1})") from error
-    return text
+    return validate.unicode_text(value, f"{where}{separator}{field}")
 
 
 def fields(record: Mapping[str, Any]) -> str:

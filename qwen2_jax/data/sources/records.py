@@ -171,20 +171,20 @@ def _walk(folder: str) -> dict[str, str]:
     """Data files below a folder. Skips hidden files, unknown extensions and folders of token ids."""
     found: dict[str, str] = {}
     seen: set[str] = set()
-    for place, folders, files in os.walk(folder, onerror=_raise, followlinks=True):
-        real = os.path.realpath(place)
-        if real in seen or is_store(place):  # a link may form a cycle or lead to a folder visited before
+    for parent, folders, files in os.walk(folder, onerror=_raise, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in seen or is_store(parent):  # a link may form a cycle or lead to a folder visited before
             folders.clear()
             continue
         seen.add(real)
         if SPLITS in files or DATASET in files:
-            found[_only_split(place) if SPLITS in files else place] = "dataset"
+            found[_only_split(parent) if SPLITS in files else parent] = "dataset"
             folders.clear()
             continue
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in files:
             if (kind := _kind(name)) and not name.startswith("."):
-                found[os.path.join(place, name)] = kind
+                found[os.path.join(parent, name)] = kind
     return dict(sorted(found.items()))
 
 
@@ -199,11 +199,11 @@ def _of_one_kind(path: str, kinds: Mapping[str, Sequence[str]]) -> str:
     file = kinds[kind][0]
     if kind == "dataset":
         return file
-    places = [path] if os.path.isdir(path) else [os.path.dirname(one) for files in kinds.values() for one in files]
+    folders = [path] if os.path.isdir(path) else [os.path.dirname(one) for files in kinds.values() for one in files]
     stem, ending = os.path.splitext(file)
     if ending.lower() in COMPRESSED:
         ending = os.path.splitext(stem)[1] + ending
-    return os.path.join(glob.escape(os.path.commonpath(places)), "**", f"*{ending}")
+    return os.path.join(glob.escape(os.path.commonpath(folders)), "**", f"*{ending}")
 
 
 def _only_split(folder: str) -> str:

@@ -5,7 +5,6 @@ Each source is tokenised once (store.py), packed by a plan (packing_plan.py), an
 that needs no memory. A batch is the next B rows of the mixture. To resume at batch s, start there.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import os
@@ -16,9 +15,9 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from qwen2_jax import validate
+from qwen2_jax.console import progress_bar
 from qwen2_jax.data.sources.files import library
 from qwen2_jax.data.sources.records import is_store, open_records
 from qwen2_jax.data.spec import Data, Source
@@ -243,15 +242,15 @@ def open_data(
 def _check_hosts(data: Data, digests: Sequence[str]) -> None:
     """Raises UserError if hosts have read different tokens: each takes its rows of one global batch."""
     facts = {f"{i} {source.path}": digest for i, (source, digest) in enumerate(zip(data.sources, digests, strict=True))}
-    told = []
+    differing = []
     for found in hosts.differences("comparing data", facts, seconds=HOSTS_WAIT):
         first = next(who for _, who in found.values if 0 in who)
         others = sorted(i for _, who in found.values if who is not first for i in who)
         path = found.fact.partition(" ")[2]
-        told.append(f"{path} (hosts {', '.join(map(str, others[:8]))}{', ...' * (len(others) > 8)})")
-    if told:
+        differing.append(f"{path} (hosts {', '.join(map(str, others[:8]))}{', ...' * (len(others) > 8)})")
+    if differing:
         raise UserError(
-            f"hosts have other data than host 0: {'; '.join(told)}; give all hosts the same files, tokenizer and "
+            f"hosts have other data than host 0: {'; '.join(differing)}; give all hosts the same files, tokenizer and "
             "targets, or a cache on a disk that they share"
         )
 
@@ -275,7 +274,7 @@ def _open_source(
             return made
     format = stores.detect(records, source.format, source.path)
     folder = _folder(cache, source, stores.recipe(records, format, encoder))
-    with progress_bar(f"tokenizing {source.path}", console) as progress:
+    with progress_bar(f"tokenizing {source.path}", console, in_bytes=False) as progress:
         return build(records, format, encoder, folder, name=source.path, progress=progress)
 
 
@@ -345,13 +344,3 @@ def _groups(data: Data) -> list[list[int]]:
 
 def _names(data: Data, group: Sequence[int]) -> str:
     return ", ".join(data.sources[i].path for i in group)
-
-
-@contextlib.contextmanager
-def progress_bar(description: str, console: Console | None = None) -> Iterator[stores.Progress]:
-    """Yields a function for the `progress` of `build`; shows a bar in records if there is a terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = console or Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(description, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

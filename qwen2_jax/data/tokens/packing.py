@@ -29,7 +29,7 @@ class Batch(NamedTuple):
     advantages_BT: Any = None
 
 
-class Tokens(Protocol):
+class TokenizedDocument(Protocol):
     """One document: its ids and, for each, whether it is a prediction target that counts."""
 
     @property
@@ -52,7 +52,7 @@ def empty_row(length: int, pad: int) -> Batch:
     )
 
 
-def pack_row(documents: Sequence[Tokens], length: int, *, pad: int) -> Batch:
+def pack_row(documents: Sequence[TokenizedDocument], length: int, *, pad: int) -> Batch:
     """One row [length] from documents in order. The rest is truncated; no target crosses a document boundary."""
     row = empty_row(length, pad)
     at = 0
@@ -70,14 +70,14 @@ def pack_row(documents: Sequence[Tokens], length: int, *, pad: int) -> Batch:
     return row
 
 
-class Group(Tokens, Protocol):
+class SequenceGroup(TokenizedDocument, Protocol):
     """A document of several sequences, one after another."""
 
     @property
     def begins(self) -> Any: ...  # array of bool, as long: whether a sequence begins here
 
 
-def pack_groups(groups: Sequence[Group], length: int, ranks: int, *, pad: int) -> Batch:
+def pack_groups(groups: Sequence[SequenceGroup], length: int, ranks: int, *, pad: int) -> Batch:
     """One row [length] from groups that fit it, of at most `ranks` sequences each.
 
     Every token is an input, because a reward model computes its score at a sequence's last token, which has no target:

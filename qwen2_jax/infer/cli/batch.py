@@ -136,7 +136,7 @@ def read_answers(path: Path) -> Iterator[tuple[int, int, int, str]]:
 
 
 def unfinished_answer(path: Path) -> bytes:
-    """What is behind the last newline of a file of answers, read back from its end."""
+    """The bytes after the last newline of a file of answers."""
     with path.open("rb") as file:
         end = file.seek(0, os.SEEK_END)
         kept = b""
@@ -239,7 +239,7 @@ def _parsed(line: bytes) -> dict[str, Any]:
 
 
 def _head(data: Mapping[str, Any], number: int, line: bytes) -> dict[str, Any]:
-    """What the answer to an input line begins with. Raises UserError for an id that cannot be written back."""
+    """The first fields of the answer to an input line. Raises UserError for an id that cannot be written back."""
     head = {"id": data["id"]} if "id" in data else {}
     try:
         to_json(head)

@@ -2,11 +2,11 @@
 """The command line of infer.py. Arguments are checked before jax is imported, so errors in them appear at once."""
 
 import argparse
+import contextlib
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -240,7 +240,7 @@ def _prompt(args: argparse.Namespace) -> str | None:
 
 
 def _load(args: argparse.Namespace, group: hosts.Group | None = None) -> "LM":
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's chatter, read when jax is imported
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # hides XLA's messages; read when jax is imported
     import jax
 
     _compilation_cache(jax)
@@ -264,7 +264,7 @@ def _load(args: argparse.Namespace, group: hosts.Group | None = None) -> "LM":
         local = jax.local_devices()  # each of several hosts has the whole model
         mesh = sharding.mesh_of(local, sharding.filled(mesh_sizes(args.mesh), len(local)))
     begin = time.perf_counter()
-    with _bar(f"loading {args.ckpt}", unit="bytes") as progress:
+    with _bar(f"loading {args.ckpt}", in_bytes=True) as progress:
         loaded = lm.load_source(
             source,
             config,
@@ -300,27 +300,20 @@ def _status(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-@contextmanager
-def _bar(title: str, *, unit: str) -> Iterator[Any]:
-    """A progress bar: yields a function of (done, total), or None where standard error is not a terminal."""
+def _bar(title: str, *, in_bytes: bool) -> contextlib.AbstractContextManager[Any]:
+    """console.progress_bar; where standard error is not a terminal, a context manager that gives None."""
     if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        return contextlib.nullcontext()
+    from qwen2_jax.console import progress_bar
 
-    amount = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
-    columns = (TextColumn("{task.description}"), BarColumn(), amount, TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-        task = bars.add_task(title, total=None)
-        yield lambda done, total: bars.update(task, completed=done, total=total)
+    return progress_bar(title, in_bytes=in_bytes)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _prefill_bar(stream: "Stream") -> Iterator[None]:
     if stream.prompt_tokens < SHOW_PREFILL:
         yield
         return
-    with _bar("reading the prompt", unit="tokens") as progress:
+    with _bar("reading the prompt", in_bytes=False) as progress:
         stream.progress = progress
         yield

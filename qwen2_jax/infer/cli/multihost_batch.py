@@ -64,14 +64,14 @@ class Share(Lines):
 
     def _write_joint(self) -> None:
         files = self._files()
-        places: dict[int, tuple[Path, int, int]] = {}  # input line -> file, first byte, bytes
+        answers: dict[int, tuple[Path, int, int]] = {}  # input line -> file, first byte, bytes
         for path in files:
             for first, size, number, _ in read_answers(path):
-                places.setdefault(number, (path, first, size))
+                answers.setdefault(number, (path, first, size))
         unfinished = self.joint.with_name(f"{self.joint.name}.unfinished")
         with unfinished.open("wb") as joint:
-            for number in sorted(places):
-                path, first, size = places[number]
+            for number in sorted(answers):
+                path, first, size = answers[number]
                 with path.open("rb") as file:
                     file.seek(first)
                     joint.write(file.read(size))

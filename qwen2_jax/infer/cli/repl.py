@@ -36,7 +36,7 @@ class Leave(Exception):
     """The user leaves."""
 
 
-class Chat:
+class ChatSession:
     """A conversation and its sampling parameters, changed by what the user types.
 
     given: the sampling parameters to begin with. read: like `input`.
@@ -171,10 +171,10 @@ class Chat:
 
 
 def chat(lm: "LM", given: Mapping[str, Any], *, system: str | None = None, read: Callable[[str], str] = input) -> int:
-    """Reads messages and answers them until the user leaves; returns the exit code. The rest as in Chat."""
+    """Reads messages and answers them until the user leaves; returns the exit code. The rest as in ChatSession."""
     _say(HINT)
     with _history():
-        return Chat(lm, given, system, read).run()
+        return ChatSession(lm, given, system, read).run()
 
 
 def _value(name: str, text: str) -> Any:

@@ -28,7 +28,7 @@ class Buckets:
 
     @classmethod
     def of(cls, config: ModelConfig) -> "Buckets":
-        """What suits the default backend."""
+        """The shapes for the default backend."""
         chunks = (32, 128, 512) if jax.default_backend() == "cpu" else (128, 512, 2048)
         return cls(rows=1, chunks=chunks, limit=max(context_limit(config, mode) for mode in rope.MODES))
 
@@ -54,18 +54,18 @@ class Buckets:
     def side_by_side(
         self, prompts: Sequence[Sequence[int]], rows: int, targets: Sequence[Sequence[int]] | None = None
     ) -> Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Cuts prompts side by side: (tokens, positions, targets) int32 [rows, C], positions -1 beyond a row's end."""
+        """Cuts prompts side by side: (tokens, positions, targets) int32 [rows, T], positions -1 beyond a row's end."""
         start = 0
         for size in self.cut(max(map(len, prompts))):
-            tokens_BC, targets_BC = np.zeros((rows, size), np.int32), np.zeros((rows, size), np.int32)
-            positions_BC = np.full((rows, size), -1, np.int32)
+            tokens_BT, targets_BT = np.zeros((rows, size), np.int32), np.zeros((rows, size), np.int32)
+            positions_BT = np.full((rows, size), -1, np.int32)
             for row, prompt in enumerate(prompts):
                 part = prompt[start : start + size]
-                tokens_BC[row, : len(part)] = part
-                positions_BC[row, : len(part)] = np.arange(start, start + len(part))
+                tokens_BT[row, : len(part)] = part
+                positions_BT[row, : len(part)] = np.arange(start, start + len(part))
                 if targets is not None:
-                    targets_BC[row, : len(part)] = targets[row][start : start + size]
-            yield tokens_BC, positions_BC, targets_BC
+                    targets_BT[row, : len(part)] = targets[row][start : start + size]
+            yield tokens_BT, positions_BT, targets_BT
             start += size
 
     def __str__(self) -> str:

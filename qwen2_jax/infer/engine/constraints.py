@@ -2,8 +2,7 @@
 """The constraints of a generation_config.json (sampling_params.Constraints) as masks over logits, on the device.
 
 A batch in which no row has any is traced without this file; one without n-grams and sequences of ids, without the
-history. What is barred gets -inf, in the place where transformers' processors have it: between the repetition penalty
-and the temperature.
+history. Barred ids get -inf, between the repetition penalty and the temperature, as in transformers.
 """
 
 import dataclasses
@@ -22,7 +21,7 @@ from qwen2_jax.infer.engine.sampling_params import MAX_EOS_IDS, MAX_INT, Samplin
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class HistoryArrays:
-    """What is compared with the tokens so far.
+    """The constraints that are compared with the tokens so far.
 
     ngram_B: int32, 0 is off. words: int32 [B, number, longest], sequences of two ids and more, -1 before each.
     """

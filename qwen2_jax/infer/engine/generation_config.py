@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads a checkpoint's generation_config.json: what it says of sampling, as transformers means it, checked once.
+"""Reads the sampling parameters of a checkpoint's generation_config.json, as transformers defines them; checked once.
 
 A key is obeyed, refused with an error, or named as one that has no effect here. Keys: transformers'
 GenerationConfig (docs: main_classes/text_generation).
@@ -23,7 +23,7 @@ from qwen2_jax.infer.engine.sampling_params import (
 
 FILE = "generation_config.json"
 _SETTINGS = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-# What transformers uses for a checkpoint that says do_sample and leaves these out.
+# The defaults of transformers for a checkpoint with do_sample and without these.
 _SAMPLING_DEFAULTS = {"temperature": 1.0, "top_k": 50}
 _COUNTS = ("min_new_tokens", "min_length", "max_length", "no_repeat_ngram_size")
 _IDS = ("eos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens")
@@ -52,7 +52,7 @@ _MAX_BAD_WORDS, _MAX_BAD_WORD = 20_000, 64  # each is compared with the end of t
 
 @dataclasses.dataclass(frozen=True)
 class StoredParams:
-    """What a generation_config.json says of sampling, valid.
+    """The sampling parameters of a generation_config.json, valid.
 
     settings: values of SamplingParams' fields. eos_ids: None where the file names none. ineffective: the keys, with
     their values as text, that change an answer in transformers (or are unknown there too) and have no effect here.

@@ -23,14 +23,14 @@ def lower_prefill(
     Returns the lowered program and its arguments by kind, as trees of jax.ShapeDtypeStruct.
     """
     cache, rotary = _cache(generator, rows, length), _rotary_tables(generator, rows, length, long_context)
-    tokens_BC = _shape(generator, (rows, chunk), jnp.int32)
+    tokens_BT = _shape(generator, (rows, chunk), jnp.int32)
     context_B = _shape(generator, (rows,), jnp.int32)
     prefill = generator.for_cache(rows, length).prefill
-    lowered = prefill.lower(generator.params, cache, tokens_BC, tokens_BC, context_B, rotary)
+    lowered = prefill.lower(generator.params, cache, tokens_BT, tokens_BT, context_B, rotary)
     return lowered, {
         "parameters": generator.params,
         "cache": cache,
-        "tokens": (tokens_BC, tokens_BC, context_B, rotary),
+        "tokens": (tokens_BT, tokens_BT, context_B, rotary),
     }
 
 

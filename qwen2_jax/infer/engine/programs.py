@@ -8,7 +8,7 @@ decode loop of their own: all rows greedy, some sampled, some with a repetition 
 generation_config.json (constraints.py).
 
 The last prompt token is not prefilled. It is the first token that the decode loop feeds, so the loop is the only place
-that computes logits, samples tokens and decides when a row is done, and a prefill is nothing but cache writes.
+that computes logits, samples tokens and decides when a row is done, and a prefill only writes the cache.
 
 Rows of padding have position -1, are done from the start, and their tokens are never read.
 """
@@ -37,7 +37,7 @@ from qwen2_jax.model.decoder import check_head
 from qwen2_jax.model.kv_cache import Cache
 from qwen2_jax.weights.params import Tree
 
-# B rows  C tokens of a prefill chunk  S cache slots  V vocabulary
+# B rows  T tokens of a prefill chunk  S cache slots  V vocabulary
 PADDING = SamplingParams()  # of rows without a request
 Progress = Callable[[int, int], None]  # (tokens done, tokens in all)
 
@@ -151,13 +151,13 @@ class Generator:
         cache = self.new_cache(rows, length)
         rotary = self.rotary_tables(lengths, rows, length, long_context)
         found: list[list[np.ndarray]] = [[] for _ in sequences]
-        for tokens_BC, positions_BC, targets_BC in self.buckets.side_by_side(fed, rows, targets):
-            cache, array_BC = self.for_cache(rows, length).score(
-                self.params, cache, tokens_BC, positions_BC, targets_BC, _padded(lengths, rows), rotary
+        for tokens_BT, positions_BT, targets_BT in self.buckets.side_by_side(fed, rows, targets):
+            cache, array_BT = self.for_cache(rows, length).score(
+                self.params, cache, tokens_BT, positions_BT, targets_BT, _padded(lengths, rows), rotary
             )
-            values_BC = np.asarray(array_BC)
+            values_BT = np.asarray(array_BT)
             for row, parts in enumerate(found):
-                parts.append(values_BC[row][positions_BC[row] >= 0])
+                parts.append(values_BT[row][positions_BT[row] >= 0])
         return [np.concatenate(parts) if parts else np.zeros(0, np.float32) for parts in found]
 
     def logits(self, tokens_BT: np.ndarray, long_context: rope.LongContext = "auto") -> np.ndarray:
@@ -184,8 +184,8 @@ class Generator:
     def for_cache(self, rows: int, length: int) -> Programs:
         """The programs for caches of this shape.
 
-        What a program returns is fed to the next call. Its sharding must be that of the first call's arguments, or the
-        second call would compile again; and it depends on the shape, whose dimensions may divide or not.
+        A program's result is an argument of the next call. Its sharding must be that of the first call's arguments, or
+        the second call would compile again; and it depends on the shape, whose dimensions may divide or not.
         """
         if (rows, length) not in self._by_cache:
             cache, small = self.shardings.cache(self.config, rows, length), self.shardings.replicated
@@ -275,24 +275,24 @@ class Generator:
         return state, tokens, logprobs
 
     def _prefill_chunk(
-        self, params: Tree, cache: Cache, tokens_BC, positions_BC, context_B, rotary: rope.Rope
+        self, params: Tree, cache: Cache, tokens_BT, positions_BT, context_B, rotary: rope.Rope
     ) -> Cache:
-        self._compiling("prefill", rows=tokens_BC.shape[0], chunk=tokens_BC.shape[1], cache=cache.length)
+        self._compiling("prefill", rows=tokens_BT.shape[0], chunk=tokens_BT.shape[1], cache=cache.length)
         model = nnx.merge(self.graphdef, params)
         options = {"context_B": context_B, "implementation": self.implementation}
-        return model(tokens_BC, rope=rotary, positions_BT=positions_BC, cache=cache, **options).cache
+        return model(tokens_BT, rope=rotary, positions_BT=positions_BT, cache=cache, **options).cache
 
     def _score_chunk(
-        self, params: Tree, cache: Cache, tokens_BC, positions_BC, targets_BC, context_B, rotary: rope.Rope
+        self, params: Tree, cache: Cache, tokens_BT, positions_BT, targets_BT, context_B, rotary: rope.Rope
     ):
-        """(cache, [B, C]): log-probabilities of the targets, or a reward model's scores at every token."""
-        self._compiling("score", rows=tokens_BC.shape[0], chunk=tokens_BC.shape[1], cache=cache.length)
+        """(cache, [B, T]): log-probabilities of the targets, or a reward model's scores at every token."""
+        self._compiling("score", rows=tokens_BT.shape[0], chunk=tokens_BT.shape[1], cache=cache.length)
         model = nnx.merge(self.graphdef, params)
         options = {"context_B": context_B, "implementation": self.implementation}
-        out = model(tokens_BC, rope=rotary, positions_BT=positions_BC, cache=cache, **options)
+        out = model(tokens_BT, rope=rotary, positions_BT=positions_BT, cache=cache, **options)
         if self.config.scores:
             return out.cache, model.score(out.hidden_BTD)
-        return out.cache, cross_entropy.token_logprobs(out.hidden_BTD, model.head_weight(), targets_BC)
+        return out.cache, cross_entropy.token_logprobs(out.hidden_BTD, model.head_weight(), targets_BT)
 
     def _all_logits(self, params: Tree, tokens_BT, positions_BT, context_B, rotary: rope.Rope):
         self._compiling("logits", rows=tokens_BT.shape[0], tokens=tokens_BT.shape[1])
@@ -321,11 +321,11 @@ class Generator:
         rotary = self.rotary_tables(totals, rows, length, long_context)
         context_B = _padded([len(p) + 1 for p in prompts], rows)
         done, total = 0, sum(map(len, prompts))
-        for tokens_BC, positions_BC, _ in self.buckets.side_by_side(prompts, rows):
-            cache = self.for_cache(rows, length).prefill(self.params, cache, tokens_BC, positions_BC, context_B, rotary)
+        for tokens_BT, positions_BT, _ in self.buckets.side_by_side(prompts, rows):
+            cache = self.for_cache(rows, length).prefill(self.params, cache, tokens_BT, positions_BT, context_B, rotary)
             if progress is not None:
                 jax.block_until_ready(cache)
-                done += int((positions_BC >= 0).sum())
+                done += int((positions_BT >= 0).sum())
                 progress(done, total)
         return cache
 

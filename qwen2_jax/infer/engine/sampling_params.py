@@ -23,7 +23,7 @@ NOT_FINITE = "not_finite"  # the finish_reason of a row whose next token has no 
 
 
 class SamplingKwargs(TypedDict, total=False):
-    """What LM.generate, chat and stream take as keywords, beside max_new_tokens. None: not given. See SamplingParams.
+    """The keywords of LM.generate, chat and stream, besides max_new_tokens. None: not given. See SamplingParams.
 
     seed: a sequence, one seed per prompt, is for LM.generate only.
     """
@@ -47,7 +47,7 @@ def _setting(default: Any, allowed: str, valid: Callable[[Any], bool], help: str
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Constraints:
-    """What else a generation_config.json asks of an answer, as transformers defines it; from the checkpoint only.
+    """Further constraints of a generation_config.json, as transformers defines them; from the checkpoint only.
 
     min_new_tokens: an answer does not end before it has so many; min_length: the same with the prompt's counted.
     max_length: most tokens of prompt and answer together; 0 is no limit. no_repeat_ngram_size: no so many tokens in a
@@ -144,7 +144,7 @@ class SamplingParams:
             raise UserError(f"{len(self.eos_ids)} end-of-sequence ids; at most {MAX_EOS_IDS} are supported")
 
 
-# What callers may set: all but eos_ids and constraints.
+# The fields that callers may set: all but eos_ids and constraints.
 SETTABLE = {field.name: field for field in dataclasses.fields(SamplingParams) if field.metadata}
 
 

@@ -24,23 +24,9 @@ if TYPE_CHECKING:
     from qwen2_jax.parallel.hosts.preflight import check, check_devices
 
 __all__ = [
-    "FLAGS",
-    "LOST",
-    "Difference",
-    "Flags",
-    "Group",
-    "HostError",
-    "Launch",
-    "add_flags",
-    "barrier",
-    "check",
-    "check_devices",
-    "differences",
-    "find",
-    "flags_of",
-    "joined",
-    "leave",
-]
+    "FLAGS", "LOST", "Difference", "Flags", "Group", "HostError", "Launch", "add_flags", "barrier", "check",
+    "check_devices", "differences", "find", "flags_of", "joined", "leave",
+]  # fmt: skip
 
 __getattr__, __dir__ = lazy_exports(
     __name__,

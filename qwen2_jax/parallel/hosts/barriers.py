@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Mapping
 
-from qwen2_jax.parallel.hosts.group import HostError, client_and_place, processes_named
+from qwen2_jax.parallel.hosts.group import HostError, client_and_process, processes_named
 
 PREFIX = "qwen2_jax/"
 _calls = itertools.count()  # makes keys unique; equal on all processes, as the calls are
@@ -26,7 +26,7 @@ class Difference:
 
 def barrier(name: str, *, seconds: float = 600) -> None:
     """Returns when every process has called it. Raises HostError that names those that did not within `seconds`."""
-    client, process, processes = client_and_place()
+    client, process, processes = client_and_process()
     if client is None:
         return
     key = f"{PREFIX}{next(_calls)}/{name}"
@@ -46,7 +46,7 @@ def differences(name: str, facts: Mapping[str, str], *, seconds: float = 120) ->
 
     Raises HostError, on every process that called it, that names those that did not within `seconds`.
     """
-    client, process, processes = client_and_place()
+    client, process, processes = client_and_process()
     if client is None:
         return []
     key = f"{PREFIX}{next(_calls)}/{name}"

@@ -61,7 +61,7 @@ def processes_named(processes: Iterable[int]) -> str:
     return ("process " if one else "processes ") + ", ".join(shown[:16]) + ", ..." * (len(shown) > 16)
 
 
-def client_and_place() -> tuple[Any, int, int]:
+def client_and_process() -> tuple[Any, int, int]:
     """(client of jax's coordination service or None, number of this process, number of processes).
 
     Initializes no device. Without jax.distributed there is one process.
@@ -77,7 +77,7 @@ def client_and_place() -> tuple[Any, int, int]:
 
 def leave(code: int) -> NoReturn:
     """Exits; one of several processes without exit handlers, which could wait for the others forever."""
-    if client_and_place()[0] is None:
+    if client_and_process()[0] is None:
         sys.exit(code)
     sys.stdout.flush()
     sys.stderr.flush()

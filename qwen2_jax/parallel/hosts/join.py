@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from qwen2_jax.errors import UserError
 from qwen2_jax.parallel.hosts import rendezvous
 from qwen2_jax.parallel.hosts.barriers import barrier
-from qwen2_jax.parallel.hosts.group import Group, client_and_place, leave
+from qwen2_jax.parallel.hosts.group import Group, client_and_process, leave
 from qwen2_jax.parallel.hosts.launch import Launch
 from qwen2_jax.parallel.hosts.watchdog import Watcher
 
@@ -29,7 +29,7 @@ def joined(
 ) -> Iterator[Group]:
     """Connects the processes of the job and yields their Group. launch None: a single process, nothing is done.
 
-    goes_on: what the user can do when another process was lost, a sentence without its full stop. preemption: SIGTERM
+    goes_on: what the user can do when another process was lost, a sentence without a full stop. preemption: SIGTERM
     to one process becomes a request to all (qwen2_jax/train/state/preemption.py polls it). arrival: seconds to wait for
     the other processes. stall: seconds after which a job counts as stuck if no process has begun anything; 0: no limit.
 
@@ -63,7 +63,7 @@ def joined(
         heartbeat_timeout_seconds=launch.heartbeat,
         shutdown_timeout_seconds=60,
     )
-    client, *_ = client_and_place()
+    client, *_ = client_and_process()
     group = Group(launch.process, launch.processes, tuple(hosts))
     watcher = Watcher(group, launch, client, goes_on=f"{goes_on}.", stall=stall)
     watcher.start()

@@ -56,11 +56,11 @@ def _refuse(group: Group, found: Sequence[Difference]) -> None:
 
 
 def _described(group: Group, one: Difference) -> str:
-    said = []
+    shown = []
     for value, who in one.values:
         here = group.named(who[0]) if len(who) == 1 else processes_named(who)
-        said.append(f"{value if len(value) <= LONG else value[:LONG] + '...'} on {here}")
-    return f"{one.fact} is {' and '.join(said[:4])}{', ...' * (len(said) > 4)}"
+        shown.append(f"{value if len(value) <= LONG else value[:LONG] + '...'} on {here}")
+    return f"{one.fact} is {' and '.join(shown[:4])}{', ...' * (len(shown) > 4)}"
 
 
 def _code() -> Iterator[tuple[str, str]]:

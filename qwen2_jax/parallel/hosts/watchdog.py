@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stops this process when another one has ended, within bounded time and with a message that says which and why.
+"""Stops this process within bounded time when another one has ended, with a message that names it and the reason.
 
 A process whose peer was lost waits forever in a collective, or gets an unrelated socket error. Python cannot interrupt
 that wait, so threads of this module watch the peers, print the reason, and end the process with os._exit.

@@ -23,7 +23,7 @@ from typing import Any
 from qwen2_jax import validate
 from qwen2_jax.errors import UserError
 
-JAIL = Path(__file__).with_name("namespaces.py")
+SCRIPT = Path(__file__).with_name("namespaces.py")
 STARTING = 10.0  # seconds for creating the sandbox, in addition to the program's limit
 SYSTEM = ("/usr", "/bin", "/lib", "/lib64", "/lib32", "/etc/ld.so.cache", "/etc/localtime")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
@@ -44,8 +44,8 @@ sys.__stdout__.write(word)
 class Limits:
     """Resource limits of a program."""
 
-    seconds: float = 5.0  # wall time; CPU time is limited to one more
-    memory: int = 2**30  # bytes of address space, for each process: all together hold up to processes * memory
+    seconds: float = 5.0  # wall time; CPU time is limited to one second more
+    memory: int = 2**30  # bytes of address space of each process: together up to processes * memory
     disk: int = 2**24  # bytes of files, and of output
     processes: int = 16  # and threads
 
@@ -110,7 +110,7 @@ def _run(program: str, stdin: str, limits: Limits, folder: Path, unsandboxed: bo
         given.seek(0)
         task.seek(0)
         process = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(JAIL), str(task.fileno()), str(report.fileno())],
+            [sys.executable, "-I", "-S", str(SCRIPT), str(task.fileno()), str(report.fileno())],
             stdin=given, stdout=output, stderr=errors, pass_fds=(task.fileno(), report.fileno()),
             env=kept, cwd="/", start_new_session=True,
         )  # fmt: skip
@@ -120,8 +120,8 @@ def _run(program: str, stdin: str, limits: Limits, folder: Path, unsandboxed: bo
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-        said, out, err = (_text(file, limits.disk) for file in (report, output, errors))
-    what, _, value = said.partition("\n")[0].partition(" ")
+        result, out, err = (_text(file, limits.disk) for file in (report, output, errors))
+    what, _, value = result.partition("\n")[0].partition(" ")
     if what not in ("ended", "over"):
         raise UserError(_refusal(value or f"it did not start ({err[-200:]})"))
     return Ran(int(value) if what == "ended" else None, out, err)

@@ -4,8 +4,8 @@
 Three processes: this one, which enforces the time limit; the init process of new namespaces, which builds the file
 system and whose end kills everything inside; and the program. execute.py's docstring describes files and limits.
 
-The report is a file of lines. The first one counts: "refused REASON" whatever failed before the program itself ran,
-"ended CODE" or "over", which is the time limit.
+The report is a file of lines, of which the first one counts: "refused REASON" if anything failed before the program
+ran, "ended CODE", or "over" at the time limit.
 """
 
 import contextlib
@@ -115,8 +115,8 @@ def enclose(job: dict[str, Any]) -> str:
 def unshare(new_user: int) -> None:
     """Moves this process into new namespaces, and its children into a new PID namespace.
 
-    Without root's rights, and under a root that is the only user there is (`unshare -r`, rootless containers), a user
-    namespace is among them, in which the program is no root.
+    They include a user namespace, in which the program is not root, if this process is not root or is the only user of
+    its user namespace (`unshare -r`, rootless containers).
     """
     user, group = os.geteuid(), os.getegid()
     inside = (user, group) if user else (new_user, new_user)
@@ -153,23 +153,23 @@ def furnish(job: dict[str, Any]) -> None:
     mount("none", "/", None, MS_REC | MS_PRIVATE)
     mount("tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, f"size={job['disk']},nr_inodes=10000,mode=755")
     for path in sorted(job["seen"]):
-        place = Path(root + path)
-        if place.exists():  # inside a path that is mounted already
+        target = Path(root + path)
+        if target.exists():  # inside a path that is mounted already
             continue
-        place.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         if os.path.isdir(path):
-            place.mkdir()
+            target.mkdir()
         else:
-            place.touch()
-        mount(path, str(place), None, MS_BIND | MS_REC)
+            target.touch()
+        mount(path, str(target), None, MS_BIND | MS_REC)
         attributes = (ctypes.c_uint64 * 4)(ATTR_RDONLY_NOSUID, 0, 0, 0)
-        syscall(f"read-only {path}", MOUNT_SETATTR, -100, str(place).encode(), AT_RECURSIVE, attributes, 32)
+        syscall(f"read-only {path}", MOUNT_SETATTR, -100, str(target).encode(), AT_RECURSIVE, attributes, 32)
     for path in (HOME, "/dev/shm"):
-        place = Path(root + path)
-        place.mkdir(parents=True, exist_ok=True)
-        place.chmod(0o1777)
+        target = Path(root + path)
+        target.mkdir(parents=True, exist_ok=True)
+        target.chmod(0o1777)
     if platform.machine() not in PIVOT_ROOT:
-        raise Refused(f"a Linux machine of the kind {', '.join(PIVOT_ROOT)} ({platform.machine()} is not known)")
+        raise Refused(f"Linux on {', '.join(PIVOT_ROOT)} (this is {platform.machine()})")
     os.chdir(root)
     syscall("pivot_root", PIVOT_ROOT[platform.machine()], b".", b".")
     check("umount2", LIBC.umount2(b".", MNT_DETACH))
@@ -221,7 +221,7 @@ def execute(job: dict[str, Any], folder: str) -> NoReturn:
 
 
 def leave_session_keyring() -> None:
-    """Gives this process an empty session keyring instead of that of whoever started the training."""
+    """Gives this process an empty session keyring instead of the one that the training has."""
     number = DENIED["keyctl"][MACHINES[platform.machine()]]
     assert number is not None
     if LIBC.syscall(ctypes.c_long(number), KEYCTL_JOIN_SESSION_KEYRING, None) >= 0:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a stage minimises: from the hidden states of packed rows to sums over them.
+"""The objectives of the stages: from the hidden states of packed rows to sums over them.
 
 A row holds sequences, kept apart by their segments. A group of sequences (a pair, or ranked responses) lies in one row,
 and the segment of a sequence is its group's number in the row times Q plus its rank, 0 for the best.
@@ -20,12 +20,12 @@ from qwen2_jax.train.objectives.loss_sums import Ratio, Sums, sequence_sums
 
 
 class Objective(Protocol):
-    """A loss over a batch's rows. temperature: what logits are divided by before they become log-probabilities."""
+    """A loss over a batch's rows. temperature: the divisor of the logits before the log-softmax."""
 
     temperature: float
 
     def counts(self, batch: Batch) -> Any:
-        """What the sums over the step's whole batch are divided by: known before anything is computed."""
+        """The divisors of the sums over the step's whole batch, known before the forward pass."""
         ...
 
     def sums(self, model: Qwen2, hidden_BTD: jax.Array, batch: Batch, counts: Any) -> Sums:

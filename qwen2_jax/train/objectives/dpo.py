@@ -59,7 +59,7 @@ class Preference:
 
 
 class PairSums(NamedTuple):
-    """What the pairs of a micro-batch add up to, scalars. `loss` and `nll` are differentiable."""
+    """Sums over the pairs of a micro-batch, scalars. `loss` and `nll` are differentiable."""
 
     loss: jax.Array  # over pairs
     nll: jax.Array  # over the chosen answers' tokens, nats
@@ -67,7 +67,7 @@ class PairSums(NamedTuple):
 
 
 class PairCounts(NamedTuple):
-    """What the sums are divided by, scalars: counts of the whole step, known from its batch."""
+    """The divisors of the sums, scalars: counts of the whole step, known from its batch."""
 
     pairs: jax.Array
     tokens: jax.Array  # of the chosen answers
@@ -148,7 +148,7 @@ def pair_sums(config: Preference, logps_BP2: jax.Array, reference_BP2: jax.Array
 
 
 def pair_objective(config: Preference, sums: PairSums, counts: PairCounts) -> jax.Array:
-    """What a micro-batch adds to what is minimised: loss per pair plus `sft` times the chosen answers' nll per token.
+    """A micro-batch's part of the objective: loss per pair plus `sft` times the chosen answers' nll per token.
 
     counts: of the whole step. Two conventions exist for the SFT term: the mean over the step's chosen tokens (TRL's
     "sft" loss), taken here because it does not depend on how the step is cut, and the mean over answers of each
@@ -159,7 +159,7 @@ def pair_objective(config: Preference, sums: PairSums, counts: PairCounts) -> ja
 
 
 class RankingSums(NamedTuple):
-    """What the groups of a micro-batch add up to, scalars. `loss` is differentiable."""
+    """Sums over the groups of a micro-batch, scalars. `loss` is differentiable."""
 
     loss: jax.Array  # over groups, of the mean over their pairs
     groups: jax.Array  # groups with a pair
@@ -189,7 +189,8 @@ def bradley_terry(
     Metrics: accuracy (share of the pairs with r_i > r_j) and margin (their mean r_i - r_j) over pairs; min_reward,
     mean_reward and max_reward, of each group, averaged over groups.
     """
-    ranks_BPQ = jnp.arange(scores_BPQ.shape[-1]) if ranks_BPQ is None else ranks_BPQ
+    if ranks_BPQ is None:
+        ranks_BPQ = jnp.broadcast_to(jnp.arange(scores_BPQ.shape[-1]), scores_BPQ.shape)
     scores_BPQ = jnp.where(present_BPQ, scores_BPQ, 0)
     better_BPQQ = ranks_BPQ[..., :, None] < ranks_BPQ[..., None, :]
     pairs_BPQQ = better_BPQQ & present_BPQ[..., :, None] & present_BPQ[..., None, :]

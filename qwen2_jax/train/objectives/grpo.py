@@ -21,7 +21,7 @@ from qwen2_jax.train.objectives.loss_sums import Ratios, counted, sequence_sums
 
 AGGREGATIONS = ("grpo", "dr_grpo", "dapo")
 KL_ESTIMATORS = ("k1", "k2", "k3")
-LOG_RATIO = 20.0  # log-ratios are cut here: exp stays finite, and what lies beyond gives no gradient
+LOG_RATIO = 20.0  # log-ratios are cut here: exp stays finite, and ratios beyond give no gradient
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class Policy:
 
     @property
     def scaling(self) -> str:
-        """What advantages are divided by: `scale`, by default nothing for dr_grpo and the group's deviation else."""
+        """The divisor of advantages: `scale`, by default nothing for dr_grpo and the group's deviation else."""
         return self.scale or ("none" if self.aggregation == "dr_grpo" else "group")
 
 
@@ -93,7 +93,7 @@ def advantages(rewards_PQ: np.ndarray, config: Policy) -> np.ndarray:
 
 
 def policy_count(config: Policy, weights_BT: jax.Array, segments_BT: jax.Array, sequences: int) -> jax.Array:
-    """What the sums of `policy_sums` are divided by, a scalar; counts of micro-batches add up to the step's.
+    """The divisor of the sums of `policy_sums`, a scalar; counts of micro-batches add up to the step's.
 
     "grpo": the number of sequences, each being the mean of its tokens (the paper's 1/G sum 1/|o|; its G is Q here). A
     sequence without a counted token, such as a truncated one that is masked, adds nothing to the sum and still counts,
@@ -133,7 +133,7 @@ def policy_sums(
 
     w = min(exp(old - sampled), importance_cap), without gradient, corrects for a sampler that is not the trainer (Yao
     et al. 2025; truncated importance sampling); 1 without a cap. KL, per token with d = logps - reference: "k1" d,
-    "k2" d^2 / 2, "k3" exp(-d) + d - 1 (Schulman 2020). Of these k1 is for looking at: inside a loss its expected
+    "k2" d^2 / 2, "k3" exp(-d) + d - 1 (Schulman 2020). k1 is for monitoring only: inside a loss its expected
     gradient is 0.
 
     Metrics, each a mean over counted tokens: ratio; clip_ratio/low and clip_ratio/high, the shares where the clip took

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every loss gives: sums and counts, so that shards and micro-batches add up exactly."""
+"""The results of every loss: sums and counts, so that shards and micro-batches add up exactly."""
 
 from typing import NamedTuple
 
@@ -24,9 +24,9 @@ Ratios = dict[str, Ratio]
 
 
 class Sums(NamedTuple):
-    """What a loss gives for some rows. Sums of shards and micro-batches add up to the step's."""
+    """The sums of a loss over some rows. Sums of shards and micro-batches add up to the step's."""
 
-    objective: jax.Array  # what these rows add to what is minimised: divided by the step's count already
+    objective: jax.Array  # the rows' part of the objective, already divided by the step's count
     loss: Ratio  # the reported loss, without auxiliary terms
     metrics: Ratios
 

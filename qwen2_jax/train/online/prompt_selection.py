@@ -22,7 +22,7 @@ from qwen2_jax.train.post_training_config import Online
 def selected(
     run: Online, prompts: Prompts, rewards: Callable[[Sequence[Prompt], int], np.ndarray], file: Path
 ) -> Prompts:
-    """The prompts that `run.keep` leaves, in the order that `run.order` says.
+    """The prompts that `run.keep` keeps, in the order `run.order`.
 
     rewards: (prompts, number of this call) -> rewards [P, Q], NaN for an answer without one. file: keeps what was
     measured, so that a run that continues does not measure again. Raises UserError where nothing is left.

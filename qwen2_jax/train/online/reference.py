@@ -11,7 +11,8 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from qwen2_jax.data.tokens.loader import Loaded, progress_bar
+from qwen2_jax.console import progress_bar
+from qwen2_jax.data.tokens.loader import Loaded
 from qwen2_jax.data.tokens.packing import empty_row, stack
 from qwen2_jax.data.tokens.packing_plan import Rows
 from qwen2_jax.errors import UserError
@@ -52,20 +53,20 @@ def cached(job: TrainingJob, trainer: Trainer, done: int, frozen: Tree | None, c
     known = None if reference is None else digest(reference)
     found = {}
     for name, data in {"": job.data, **held_out}.items():
-        place = job.run.out / "reference" / (name or "data")
-        there = _about(place)
+        folder = job.run.out / "reference" / (name or "data")
+        stored = _about(folder)
         about = {"tokens": data.identity, "rows": [len(plan) for plan in data.plans], **settings}
-        about["weights"] = known or there.get("weights")
-        if there != about:
+        about["weights"] = known or stored.get("weights")
+        if stored != about:
             reference = weights(job, trainer, frozen) if reference is None else reference
             about["weights"] = digest(reference)
-            _write(place, data.plans, trainer, reference, job, console, about)
-        found[name] = data.with_reference([_open(place, i, plan, "r") for i, plan in enumerate(data.plans)])
+            _write(folder, data.plans, trainer, reference, job, console, about)
+        found[name] = data.with_reference([_open(folder, i, plan, "r") for i, plan in enumerate(data.plans)])
     return dataclasses.replace(job, data=found.pop(""), held_out=dict(found))
 
 
 def _write(
-    place: Path,
+    folder: Path,
     plans: list[Rows],
     trainer: Trainer,
     reference: Tree,
@@ -73,13 +74,13 @@ def _write(
     console: Console,
     about: dict[str, Any],
 ) -> None:
-    place.mkdir(parents=True, exist_ok=True)
-    (place / ABOUT).unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / ABOUT).unlink(missing_ok=True)
     rows = job.run.rows // job.run.accumulate
     total, done = sum(map(len, plans)), 0
-    with progress_bar("log-probabilities of the reference", console) as progress:
+    with progress_bar("log-probabilities of the reference", console, in_bytes=False) as progress:
         for i, plan in enumerate(plans):
-            array = _open(place, i, plan, "w+")
+            array = _open(folder, i, plan, "w+")
             for first in range(0, len(plan), rows):
                 here = min(rows, len(plan) - first)
                 batch = stack([plan[first + r] if r < here else empty_row(plan.length, plan.pad) for r in range(rows)])
@@ -87,17 +88,17 @@ def _write(
                 array[first : first + here] = found_BT[:here]
                 progress(done := done + here, total)
             array.flush()
-    work = place / (ABOUT + ".new")
+    work = folder / (ABOUT + ".new")
     work.write_text(json.dumps(about) + "\n", "utf-8")
-    os.replace(work, place / ABOUT)  # its presence says that the arrays are complete
+    os.replace(work, folder / ABOUT)  # its presence says that the arrays are complete
 
 
-def _open(place: Path, i: int, plan: Rows, mode: Any) -> np.memmap:
-    return np.memmap(place / f"{i}.f32", "<f4", mode, shape=(len(plan), plan.length))
+def _open(folder: Path, i: int, plan: Rows, mode: Any) -> np.memmap:
+    return np.memmap(folder / f"{i}.f32", "<f4", mode, shape=(len(plan), plan.length))
 
 
-def _about(place: Path) -> dict[str, Any]:
+def _about(folder: Path) -> dict[str, Any]:
     try:
-        return json.loads((place / ABOUT).read_text("utf-8"))
+        return json.loads((folder / ABOUT).read_text("utf-8"))
     except (FileNotFoundError, ValueError):
         return {}

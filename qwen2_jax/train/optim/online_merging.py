@@ -44,7 +44,7 @@ BOUND = 1.0  # of entries that OnDARE in variant "code" has multiplied up
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OnlineMerging:
-    """Merges each update with an earlier stage's task vector: what theta_SFT has beyond theta_base."""
+    """Merges each update with an earlier stage's task vector, theta_SFT - theta_base."""
 
     base: str  # checkpoint that the earlier stage started from: name, Hub id or folder
     sft: str | None = None  # checkpoint that it ended in; None: the one this run starts from
@@ -130,7 +130,7 @@ def online_merging(
 
 
 def task_vector(merging: OnlineMerging, specs: Tree, sft: Tree, base: Tree, *, seed: int) -> Tree:
-    """sft - base, with what is done to it once: OnTIES keeps the largest, and "code" draws OnDARE's mask here.
+    """sft - base, prepared once: OnTIES keeps the largest, and "code" draws OnDARE's mask here.
 
     To be called inside jit; seed as in `online_merging`, where step 0 is this mask's.
     """
@@ -179,7 +179,7 @@ def scale_by_early_epsilon(b1: float, b2: float, eps: float) -> optax.GradientTr
 
 
 def _merge(merging: OnlineMerging, specs: Tree, key: jax.Array, eps: float, d: Tree, tau: Tree) -> Tree:
-    """What a step adds to the parameters. tau: as `task_vector` gives it."""
+    """The update of a step. tau: as `task_vector` returns it."""
     if merging.method == "ondare":
         return _map(partial(_ondare, merging, key, eps), specs, d, tau)
     return jax.tree.map(partial(_onties, merging), _largest(merging, specs, d), tau)
@@ -236,7 +236,7 @@ def _inside(spec: ParamSpec) -> tuple[int, ...]:
 
 
 def _rescaled(spec: ParamSpec, before: jax.Array, after: jax.Array, eps: float) -> jax.Array:
-    """`after` with the sum of magnitudes of `before`, tensor by tensor, except where that is next to nothing."""
+    """`after` with the sum of magnitudes of `before`, tensor by tensor, except where that is near zero."""
     whole, left = (jnp.sum(jnp.abs(x), _inside(spec), keepdims=True) for x in (before, after))
     return after * jnp.where(whole >= 1e-8, whole / jnp.where(left > 0, left + eps, 1), 1)
 
@@ -245,7 +245,7 @@ def _largest(merging: OnlineMerging, specs: Tree, xs: Tree) -> Tree:
     """xs with all but the k = int(keep * n) entries of largest magnitude of each tensor of n set to 0.
 
     Of equal ones the first in the file's order are kept. Exact, and nothing is sorted or gathered: thresholds are
-    searched bit by bit, for all tensors at once, then the places up to which equal entries are kept. In float32 that
+    searched bit by bit, for all tensors at once, then the positions up to which equal entries are kept. In float32 that
     is 31 + log2(largest n) times counting the entries: each time a read of all of them and, on a mesh, a sum over the
     devices of one integer per tensor.
     """
@@ -260,10 +260,10 @@ def _largest(merging: OnlineMerging, specs: Tree, xs: Tree) -> Tree:
         return _count(spec, _bits(x) >= bound) >= share(spec)
 
     def few(spec, x, least, left, end):
-        return _count(spec, (_bits(x) == least) & (_place(spec) < end)) <= left
+        return _count(spec, (_bits(x) == least) & (_position(spec) < end)) <= left
 
     def one(spec, x, least, end):
-        chosen = (_bits(x) > least) | ((_bits(x) == least) & (_place(spec) < end))
+        chosen = (_bits(x) > least) | ((_bits(x) == least) & (_position(spec) < end))
         kept = jnp.where(chosen, x, 0)
         return _rescaled(spec, x, kept, 0.0) if merging.rescale else kept
 
@@ -280,12 +280,12 @@ def _bits(x: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(jnp.abs(x), f"uint{8 * x.dtype.itemsize}")
 
 
-def _place(spec: ParamSpec) -> jax.Array:
+def _position(spec: ParamSpec) -> jax.Array:
     """The number of each entry in its tensor, in the file's order."""
-    place = jnp.zeros(spec.shape, jnp.uint32)
+    position = jnp.zeros(spec.shape, jnp.uint32)
     for dim in _inside(spec):
-        place = place * spec.shape[dim] + jax.lax.broadcasted_iota(jnp.uint32, spec.shape, dim)
-    return place
+        position = position * spec.shape[dim] + jax.lax.broadcasted_iota(jnp.uint32, spec.shape, dim)
+    return position
 
 
 def _count(spec: ParamSpec, chosen: jax.Array) -> jax.Array:

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The stages of training that come with the package, a file each; stage.py says what a stage is."""
+"""The stages of training in this package, one file each; stage.py defines the interface."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What online DPO and GRPO share: the model samples answers to prompts, they are rewarded, and it learns from them."""
+"""The common part of online DPO and GRPO: the model samples answers, they are rewarded, and it learns from them."""
 
 import contextlib
 from collections.abc import Iterator, Sequence

@@ -28,7 +28,7 @@ class RewardStage(Stage):
             return super().load(job, dtype)
         language_model = dataclasses.replace(job.config, score_head=None)
         params = checkpoint.load_params(job.source, language_model, dtype=dtype, mesh=job.mesh, only_layers=True)
-        return reward.from_words(params, language_model, self.run.head, seed=self.run.seed)[0]
+        return reward.from_language_model(params, language_model, self.run.head, seed=self.run.seed)[0]
 
     def check_data(
         self, data: Loaded | Prompts, held_out: dict[str, Loaded | Prompts]

@@ -9,7 +9,7 @@ A folder gets its name, the step, when everything in it is on the disk. While it
 A checkpoint that was found damaged is renamed to 500.damaged and kept.
 
 The fingerprints (qwen2_jax/train/state/fingerprint.py) were computed from the arrays in memory, on the devices, and are
-computed again from what was read back.
+computed again from the arrays that were read back.
 """
 
 import concurrent.futures
@@ -45,10 +45,10 @@ class Checkpointing:
 
     every_steps: int | None = 500  # save whenever so many steps are done; None: never by steps
     every_minutes: float | None = 15.0  # save when the last one is older; None: never by time
-    # Newest ones to keep; the others are removed when a new one is complete. 1: nothing is left to fall back to when
-    # that one turns out to be damaged.
+    # Newest ones to keep; the others are removed when a new one is complete. 1: there is no fallback if that one is
+    # damaged.
     keep_last: int = 2
-    keep_every: int | None = None  # checkpoints of these steps (multiples) are kept for ever
+    keep_every: int | None = None  # checkpoints of multiples of this step are never removed
     export_every: int | None = None  # steps between copies of the weights as Hugging Face folders, out/hf-STEP
     verify: bool = True  # fingerprint every array before saving and after restoring
 
@@ -342,7 +342,7 @@ class Checkpoints:
                 self._remove(self.folder / str(step))
 
     def _remove(self, path: Path) -> None:
-        """Removes a checkpoint that is not needed. That this fails is no reason to end a run: the others are whole."""
+        """Removes a checkpoint that is not needed. A failure does not end the run: the others are complete."""
         leaving = path.with_name(path.name.removesuffix(DELETING) + DELETING)
         try:
             os.replace(path, leaving)  # a kill half-way must not leave a checkpoint with holes

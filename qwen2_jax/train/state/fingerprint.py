@@ -6,13 +6,13 @@ changed anywhere (in memory, on its way, on the disk) is seen, on any mesh, with
 
 The fingerprint is two sums mod 2**32 of one term per element,
 
-    term = scramble(bits of the element ^ place),    place = sum over dimensions d of index_d * ODD_d
+    term = scramble(bits of the element ^ p),    p = sum over dimensions d of index_d * ODD_d
 
 * Sums mod 2**32 are exact in any order: devices add up their own shards, then each other's sums.
-* Any change of a single element is seen, not just probably: for a fixed place every operation of the term can be undone
-  (xor; a shift xored back in; a product with an odd number, which has an inverse mod 2**32; with an even one the top
-  bits would fall out). So other bits give another term, and as no other term changed, another sum.
-* The order counts because the place goes into the term before it is scrambled. A plain sum of bits times odd weights
+* Any change of a single element is detected with certainty: for a fixed position every operation of the term can be
+  undone (xor; a shift xored back in; a product with an odd number, which has an inverse mod 2**32; with an even one the
+  top bits would fall out). So other bits give another term, and as no other term changed, another sum.
+* The order counts because the position goes into the term before it is scrambled. A plain sum of bits times odd weights
   would miss two flipped signs: 2**31 * w is 2**31 for every odd w, and twice that is 0.
 * Changes of several elements cancel out in both sums with a probability of about 2**-64.
 """
@@ -24,7 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-_PLACES = (  # a row per sum, an odd number per dimension: 32 bits of square roots of primes, the last bit set
+_POSITIONS = (  # a row per sum, an odd number per dimension: 32 bits of square roots of primes, the last bit set
     (0x6A09E667, 0xBB67AE85, 0x3C6EF373, 0xA54FF53B, 0x510E527F, 0x9B05688D, 0x1F83D9AB, 0x5BE0CD19),
     (0xCBBB9D5D, 0x629A292B, 0x9159015B, 0x152FECD9, 0x67332667, 0x8EB44A87, 0xDB0C2E0D, 0x47B5481D),
 )
@@ -64,8 +64,8 @@ def _sums(leaves: list[jax.Array]) -> list[tuple[jax.Array, jax.Array]]:
 def _leaf(array: jax.Array) -> tuple[jax.Array, jax.Array]:
     bits = _bits(array)
     first, second = (
-        jnp.sum(_scramble(bits ^ _place(bits.shape, odd), *multipliers), dtype=jnp.uint32)
-        for odd, multipliers in zip(_PLACES, _SCRAMBLES, strict=True)
+        jnp.sum(_scramble(bits ^ _position(bits.shape, odd), *multipliers), dtype=jnp.uint32)
+        for odd, multipliers in zip(_POSITIONS, _SCRAMBLES, strict=True)
     )
     return first, second
 
@@ -82,14 +82,14 @@ def _bits(array: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(array, f"uint{min(8 * size, 32)}").astype(jnp.uint32)
 
 
-def _place(shape: tuple[int, ...], odd: tuple[int, ...]) -> jax.Array:
-    """A number for each place. By dimension, since a row-major index of a large stack of experts exceeds 32 bits."""
+def _position(shape: tuple[int, ...], odd: tuple[int, ...]) -> jax.Array:
+    """A number for each position. By dimension, since a row-major index of a large stack of experts exceeds 32 bits."""
     if len(shape) > len(odd):
         raise TypeError(f"arrays of more than {len(odd)} dimensions have no fingerprint")
-    place = jnp.zeros(shape, jnp.uint32)
+    position = jnp.zeros(shape, jnp.uint32)
     for dim, factor in enumerate(odd[: len(shape)]):
-        place += jax.lax.broadcasted_iota(jnp.uint32, shape, dim) * jnp.uint32(factor)
-    return place
+        position += jax.lax.broadcasted_iota(jnp.uint32, shape, dim) * jnp.uint32(factor)
+    return position
 
 
 def _scramble(x: jax.Array, first: int, second: int) -> jax.Array:

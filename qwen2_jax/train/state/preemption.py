@@ -46,7 +46,7 @@ class Preemption:
 
     def _ask(self, signum: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        os.write(2, self.SAID)  # a signal may come while a print is under way, which a second one would disturb
+        os.write(2, self.SAID)  # a signal may come during a print, which another print would disturb
         signal.raise_signal(signal.SIGTERM)  # also heard by jax's service, and so by all processes
 
     def requested(self, step: int) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 from qwen2_jax import validate
 
-NOT_COMPARED = ("out", "resume", "dry_run", "log")  # settings of the one start, not of what is trained
+NOT_COMPARED = ("out", "resume", "dry_run", "log")  # settings of a single start, not of the training
 
 
 def as_read(value: Any) -> Any:

@@ -39,7 +39,7 @@ class Kept(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class UpcyclingReport:
     """How well upcycling kept the function of a dense model: before and after the random draws."""
 
     tokens: int
@@ -67,11 +67,11 @@ def measure(
     params: Tree,
     layers: Iterable[tuple[Tree, int, Sequence[Tree]]],
     tokens_BT: jax.Array,
-) -> Report:
-    """Walks through the layers with three hidden states: of the dense model and of the sparse ones before and after.
+) -> UpcyclingReport:
+    """Runs the layers on three hidden states: of the dense model and of the sparse ones before and after.
 
-    layers: for each layer the block of its stack, its place in there, and what takes the place of its mlp, before and
-    after. Each is also compared with the dense mlp on the dense model's own hidden states.
+    layers: for each layer the block of its stack, its repeat, and the replacements of its mlp, before and after.
+    Each is also compared with the dense mlp on the dense model's own hidden states.
     """
     walk = Walk(config, sparse)
     outside = {name: leaf for name, leaf in params.items() if name != "stacks"}
@@ -83,11 +83,11 @@ def measure(
             so_far.append(Match(*map(float, match)))
     (loss, *losses), errors = walk.end(outside, xs, tokens_BT)
     before, after = (Kept(tuple(f), float(e), float(x)) for f, e, x in zip(found, errors, losses, strict=True))
-    return Report(tokens_BT.size, float(loss), before, after)
+    return UpcyclingReport(tokens_BT.size, float(loss), before, after)
 
 
 class Walk:
-    """The compiled steps of the way through three models that share everything but the feed-forward layers."""
+    """The compiled steps of a forward pass through three models that share everything but the feed-forward layers."""
 
     def __init__(self, config: ModelConfig, sparse: ModelConfig):
         self.config = config
@@ -136,7 +136,7 @@ def without_mlp(block: Tree) -> Tree:
 
 
 def _match(want: jax.Array, got: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """What a Match holds."""
+    """The two numbers of a Match."""
     want, got = want.astype(jnp.float32), got.astype(jnp.float32)
     length2 = jnp.vdot(want, want)
     return jnp.vdot(want, got) / length2, jnp.sqrt(jnp.sum((got - want) ** 2) / length2)

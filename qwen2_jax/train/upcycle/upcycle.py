@@ -28,10 +28,10 @@ from qwen2_jax.errors import UserError
 from qwen2_jax.model.decoder import declare
 from qwen2_jax.model.flops import active_parameters, parameters
 from qwen2_jax.parallel.sharding import sharding
-from qwen2_jax.train.upcycle.function_kept import Report, measure, sample_tokens, without_mlp
+from qwen2_jax.train.upcycle.function_kept import UpcyclingReport, measure, sample_tokens, without_mlp
 from qwen2_jax.weights.params import Tree, leaves
 
-# D model  F dense width  C copies  E experts  H width of an expert  S width of the shared expert  R layers in a stack
+# D model  F dense width  E experts  W width of an expert or the shared expert  R repeat of a stack
 
 Granularity = Literal["neuron", "element"]
 RouterInit = Literal["normal", "zeros"]
@@ -123,7 +123,7 @@ def sparse_layer(config: ModelConfig, options: Upcycling, mlp: Tree, norm_D: jax
 
     No copy of the dense layer is ever made: an expert is a gather of neurons.
     """
-    E, H = options.num_experts, options.moe_intermediate_size
+    E, W = options.num_experts, options.moe_intermediate_size
     F, D = mlp["gate_FD"].shape
     dtype = mlp["gate_FD"].dtype
     std = config.initializer_range if options.std is None else options.std
@@ -139,16 +139,16 @@ def sparse_layer(config: ModelConfig, options: Upcycling, mlp: Tree, norm_D: jax
         return jnp.zeros(shape, dtype) if init == "zeros" else normal(keyed(name), *shape)
 
     # One order per copy serves gate, up and down, so that a shuffled copy computes what the dense layer does.
-    copies_CF = jnp.broadcast_to(jnp.arange(F), (options.copies(F), F))
-    orders_CF = jax.random.permutation(keyed("orders"), copies_CF, axis=1, independent=True)
-    neurons_EH = orders_CF.reshape(-1)[: E * H].reshape(E, H)
+    copies = jnp.broadcast_to(jnp.arange(F), (options.copies(F), F))
+    orders = jax.random.permutation(keyed("orders"), copies, axis=1, independent=True)
+    neurons_EW = orders.reshape(-1)[: E * W].reshape(E, W)
     spread = std * jnp.linalg.norm(norm_D.astype(jnp.float32))
     routed, shared = _scales(options, F, spread, keyed("tokens"))
     down_DF = _times(mlp["down_DF"], routed)
 
     def expert(inputs: tuple[jax.Array, jax.Array]) -> Tree:
-        e, neurons_H = inputs
-        fresh_H = jax.random.permutation(jax.random.fold_in(keyed("fresh"), e), jnp.arange(H) < options.redrawn())
+        e, neurons_W = inputs
+        fresh_W = jax.random.permutation(jax.random.fold_in(keyed("fresh"), e), jnp.arange(W) < options.redrawn())
 
         def redrawn(name: str, value: jax.Array, fresh: jax.Array) -> jax.Array:
             if options.reinitialise == 0:
@@ -159,12 +159,12 @@ def sparse_layer(config: ModelConfig, options: Upcycling, mlp: Tree, norm_D: jax
             return jnp.where(fresh, normal(draw, *value.shape), value)
 
         return {
-            "gate_EFD": redrawn("gate", mlp["gate_FD"][neurons_H], fresh_H[:, None]),
-            "up_EFD": redrawn("up", mlp["up_FD"][neurons_H], fresh_H[:, None]),
-            "down_EDF": redrawn("down", jnp.take(down_DF, neurons_H, axis=1), fresh_H),
+            "gate_EFD": redrawn("gate", mlp["gate_FD"][neurons_W], fresh_W[:, None]),
+            "up_EFD": redrawn("up", mlp["up_FD"][neurons_W], fresh_W[:, None]),
+            "down_EDF": redrawn("down", jnp.take(down_DF, neurons_W, axis=1), fresh_W),
         }
 
-    experts = jax.lax.map(expert, (jnp.arange(E), neurons_EH))  # one at a time: drawing takes much room
+    experts = jax.lax.map(expert, (jnp.arange(E), neurons_EW))  # one at a time: drawing takes much room
     return experts | {
         "router_ED": draw("router", E, D, init=options.router_init),
         "shared_gate_D": draw("shared gate", D, init=options.shared_gate_init),
@@ -174,22 +174,22 @@ def sparse_layer(config: ModelConfig, options: Upcycling, mlp: Tree, norm_D: jax
 
 def _shared_expert(options: Upcycling, mlp: Tree, draw: Callable, key: jax.Array, scale) -> Tree:
     """The shared expert. As wide as the dense layer or wider it computes the same, times `scale`."""
-    (F, D), S = mlp["gate_FD"].shape, options.shared_expert_intermediate_size
-    random = {"gate_FD": ("shared gate_proj", S, D), "up_FD": ("shared up_proj", S, D)}
+    (F, D), W = mlp["gate_FD"].shape, options.shared_expert_intermediate_size
+    random = {"gate_FD": ("shared gate_proj", W, D), "up_FD": ("shared up_proj", W, D)}
     if options.shared_init == "random":
-        return {name: draw(*what) for name, what in random.items()} | {"down_DF": draw("shared down_proj", D, S)}
+        return {name: draw(*what) for name, what in random.items()} | {"down_DF": draw("shared down_proj", D, W)}
     # Narrower: any neurons are as good as the first ones, but of a random choice the expected output is known.
-    order_F = jax.random.permutation(key, F) if S < F else jnp.arange(F)
-    neurons_S = order_F[jnp.arange(S) % F]
-    expert = {name: mlp[name][neurons_S] for name in random}
-    down_DS = jnp.take(_times(mlp["down_DF"], scale), neurons_S, axis=1)
-    if S > F and options.shared_init == "copies":  # a neuron that is there m times counts 1/m each time
-        down_DS = _times(down_DS, 1 / (S // F + (neurons_S < S % F)))
-    elif S > F:  # silent, yet learning: their random activations give the zeros of the down projection a gradient
-        added_S = jnp.arange(S) >= F
-        expert = {name: jnp.where(added_S[:, None], draw(*what), expert[name]) for name, what in random.items()}
-        down_DS = jnp.where(added_S, 0, down_DS)
-    return expert | {"down_DF": down_DS}
+    order_F = jax.random.permutation(key, F) if W < F else jnp.arange(F)
+    neurons_W = order_F[jnp.arange(W) % F]
+    expert = {name: mlp[name][neurons_W] for name in random}
+    down_DW = jnp.take(_times(mlp["down_DF"], scale), neurons_W, axis=1)
+    if W > F and options.shared_init == "copies":  # a neuron that is there m times counts 1/m each time
+        down_DW = _times(down_DW, 1 / (W // F + (neurons_W < W % F)))
+    elif W > F:  # silent, yet learning: their random activations give the zeros of the down projection a gradient
+        added_W = jnp.arange(W) >= F
+        expert = {name: jnp.where(added_W[:, None], draw(*what), expert[name]) for name, what in random.items()}
+        down_DW = jnp.where(added_W, 0, down_DW)
+    return expert | {"down_DF": down_DW}
 
 
 def _scales(options: Upcycling, F: int, spread: jax.Array, key: jax.Array) -> tuple:
@@ -240,7 +240,7 @@ class Layers:
         return self.block(i)["mlp_norm_D"].shape[0]
 
     def moe(self, i: int, r: int) -> Tree:
-        """What takes the place of this layer's mlp. The latest one is remembered."""
+        """The replacement of this layer's mlp. The latest one is cached."""
         if self._latest[0] != (i, r):
             self._latest = None, {}  # freed before the next one is made
             block = self.block(i)
@@ -331,7 +331,7 @@ def upcycle(config: ModelConfig, params: Tree, options: Upcycling) -> tuple[Mode
 
 
 def sizes(source: str | Path | checkpoint.Source, options: Upcycling) -> str:
-    """What upcycling this dense checkpoint would make, in a sentence; reads its config only."""
+    """A sentence with the sizes of the model that upcycling would make; reads the config only."""
     config = checkpoint.read_config(checkpoint.locate(source))
     sparse, F = sparse_config(config, options), config.intermediate_size
     return (
@@ -348,7 +348,7 @@ def write(
     console: Console | None = None,
     *,
     replace: bool = False,
-) -> Report:
+) -> UpcyclingReport:
     """Upcycles a dense checkpoint into a Hugging Face folder that transformers loads as Qwen2Moe, and measures it.
 
     The mixture of experts never exists as a whole, its layers are made as they are written: beside the dense model,
@@ -364,11 +364,11 @@ def write(
     with progress_bar("writing") as progress:
         tree = Layers(config, params, options).lazy()
         checkpoint.save_hf(folder, sparse, tree, tokenizer_files_from=source, progress=progress, replace=replace)
-    del tree  # it remembers a layer
+    del tree  # it caches a layer
     return report(config, params, options, sample_tokens(source, config))
 
 
-def report(config: ModelConfig, params: Tree, options: Upcycling, tokens_BT: jax.Array | np.ndarray) -> Report:
+def report(config: ModelConfig, params: Tree, options: Upcycling, tokens_BT: jax.Array | np.ndarray) -> UpcyclingReport:
     """Measures on tokens [B, T], T at least 2, what upcycling with these options does to a dense model.
 
     The sparse layers are made on the way, before and after the random draws: two exist at a time.

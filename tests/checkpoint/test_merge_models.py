@@ -9,9 +9,9 @@ from safetensors.numpy import load_file
 
 import checkpoint.hf_folders as hf
 from qwen2_jax import checkpoint
-from qwen2_jax.checkpoint import merge as merging
+from qwen2_jax.checkpoint import merge_models as merging
 from qwen2_jax.checkpoint.__main__ import main
-from qwen2_jax.checkpoint.merge import Merge, merge
+from qwen2_jax.checkpoint.merge_models import Merge, merge
 from qwen2_jax.errors import UserError
 
 NAME = "model.layers.1.mlp.experts.2.down_proj.weight"
