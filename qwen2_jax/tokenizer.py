@@ -242,25 +242,38 @@ class Tokenizer:
 
     def checked_chat_ids(self, messages: Any, tools: Any, add_generation_prompt: bool) -> list[int]:
         """`chat_ids` of messages and tools that are in the form of the checks, and of which the template writes all."""
-        # A private-use character that occurs nowhere else is put inside every spelling of a special token, and taken
-        # out again once the template's own special tokens have been found.
+        messages, tools, mark = self.mark_special(messages, tools)
+        return self.ids_of_marked(self.chat_templates.render(messages, tools, add_generation_prompt), mark)
+
+    def mark_special(self, messages: Any, tools: Any) -> tuple[Any, Any, str]:
+        """Messages and tools in which no special token is spelled, and the mark that was put inside of each.
+
+        It is a private-use character that occurs nowhere else; `ids_of_marked` takes it out again, once the template's
+        own special tokens have been found.
+        """
         texts = [self.chat_templates.source(tools)]
         chat_template.map_text([messages, tools], texts.append)
         mark = next((mark for mark in map(chr, range(0xE000, 0xF900)) if not any(mark in text for text in texts)), None)
         if mark is None:
             raise UserError("the messages contain every private-use character, U+E000 to U+F8FF; leave one out")
         split = functools.partial(self._special_pattern.sub, lambda match: match[0][:1] + mark + match[0][1:])
-        marked, marked_tools = chat_template.map_text([messages, tools], split)
-        rendered = self.chat_templates.render(marked, marked_tools, add_generation_prompt)
+        return *chat_template.map_text([messages, tools], split), mark
+
+    def ids_of_marked(self, rendered: str, mark: str) -> list[int]:
+        """Ids of a rendered conversation, or of its part from a special token on, in which only messages have marks."""
         encode = functools.partial(self.encode, add_special_tokens=False)
         if mark not in rendered:
             return encode(rendered)
         ids, start = [], 0
-        for match in self._special_pattern.finditer(rendered):
+        for match in self.special_matches(rendered):
             ids += encode(rendered[start : match.start()].replace(mark, ""), allow_special=False)
             ids.append(self._special[match[0]])
             start = match.end()
         return ids + encode(rendered[start:].replace(mark, ""), allow_special=False)
+
+    def special_matches(self, text: str) -> list[re.Match[str]]:
+        """Where the text spells special tokens."""
+        return [*self._special_pattern.finditer(text)]
 
 
 class StreamDecoder:
