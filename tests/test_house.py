@@ -21,7 +21,8 @@ SETUPTOOLS = PYPROJECT["tool"]["setuptools"]
 # file's path begins with is the file's. docs/architecture.md draws the same table.
 LAYERS = [
     ["errors", "lazy_exports", "files", "parallel/chips", "parallel/hosts"],
-    ["validate", "console", "conversation", "tool_schema", "template_sandbox", "chat_template", "tokenizer"],
+    ["validate", "console", "conversation", "tool_schema", "template_sandbox", "chat_template"],
+    ["tokenizer_files", "tokenizer"],
     ["config"],
     ["parallel", "weights/params"],
     ["ops"],
