@@ -21,6 +21,7 @@ from qwen2_jax.chat_template import ChatTemplate
 from qwen2_jax.conversation import checked_messages
 from qwen2_jax.errors import UserError
 from qwen2_jax.files.json_text import parse_json_object
+from qwen2_jax.files.regular_file import is_regular_file
 from qwen2_jax.tokenizer_files import (
     END_OF_TEXT,
     IM_END,
@@ -100,15 +101,15 @@ class Tokenizer:
         """
         folder = Path(path)
         where = folder / "tokenizer_config.json"
-        settings = parse_json_object(where.read_bytes(), str(where)) if where.exists() else {}
+        settings = parse_json_object(where.read_bytes(), str(where)) if is_regular_file(where) else {}
         files = {file.stem: file for file in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
-        if (folder / "chat_template.jinja").exists():
+        if is_regular_file(folder / "chat_template.jinja"):
             files["default"] = folder / "chat_template.jinja"
         if files:
             settings["chat_template"] = {name: read_text(file) for name, file in files.items()}
-        if (folder / "tokenizer.json").exists():
+        if is_regular_file(folder / "tokenizer.json"):
             return cls(open_tokenizer(folder / "tokenizer.json"), settings, where)
-        if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
+        if is_regular_file(folder / "vocab.json") and is_regular_file(folder / "merges.txt"):
             backend = pipeline(open_vocabulary(folder / "vocab.json", folder / "merges.txt"))
             add_tokens(backend, settings.get("added_tokens_decoder"), where)
             return cls(backend, settings, where)

@@ -13,10 +13,11 @@ from tokenizers import models
 
 from qwen2_jax import validate
 from qwen2_jax.errors import UserError
+from qwen2_jax.files.regular_file import is_regular_file
 from qwen2_jax.files.stderr_on_success import stderr_on_success
 
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-SUBWORD_PREFIX = re.compile(rb'"continuing_subword_prefix"\s*:\s*"[ -~]{1,40}"')
+SUBWORD_PREFIX = re.compile(rb'"continuing_subword_prefix"\s*:\s*"[^"]{1,40}"')
 # Where a normaliser, a pre-tokeniser or a post-processor is broken, one of these makes the library panic.
 PROBES = ("", " a b\n", "H\u00e4user \u4f60\u597d e\u0301 42 \U0001f600\n\n")
 
@@ -88,6 +89,7 @@ def _added_tokens(added: Any, where: str | Path) -> list[tuple[int, Mapping[str,
 
 
 def read_text(path: Path) -> str:
+    is_regular_file(path)  # raises for a folder, a pipe or a broken link
     try:
         return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
