@@ -4,6 +4,7 @@
 import dataclasses
 import json
 import os
+import types
 from pathlib import Path
 
 import pytest
@@ -225,11 +226,10 @@ def test_answers_to_a_device_or_a_pipe(tmp_path):
 
 @pytest.mark.parametrize("role", ["system", "developer"])
 def test_a_system_message_of_its_own_takes_the_place_of_the_flag(role):
-    class Asked:
-        def request(self, prompt, tools, **given):
-            return prompt
-
+    asked = types.SimpleNamespace(
+        stored_params=types.SimpleNamespace(limits_length=True), request=lambda prompt, tools, **given: prompt
+    )
     own = [{"role": role, "content": "Mine."}, {"role": "user", "content": "q"}]
     given = {"max_new_tokens": 4}
-    assert batch._request(Asked(), {"messages": own}, given, "The flag's.", False) == own
-    assert batch._request(Asked(), {"messages": own[1:]}, given, "The flag's.", False)[0]["content"] == "The flag's."
+    assert batch._request(asked, {"messages": own}, given, "The flag's.", False) == own
+    assert batch._request(asked, {"messages": own[1:]}, given, "The flag's.", False)[0]["content"] == "The flag's."
