@@ -87,7 +87,7 @@ def test_held_out_data_is_counted_as_training_data_is(opened):
     assert held_out["source"].endswith("held.jsonl (held out)") and trained["source"].endswith("chats.jsonl")
     assert (held_out["records"], held_out["dropped"], trained["dropped"]) == (6, 5, 0)
     screen.seek(0)
-    Console(file=screen, width=400).print(dry_run._table([trained, held_out]))
+    Console(file=screen, width=400).print(dry_run._table([trained, held_out], 400))
     assert "dropped" in screen.getvalue() and "held.jsonl (held out)" in screen.getvalue()
 
 

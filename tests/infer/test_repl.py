@@ -201,7 +201,7 @@ def test_a_message_that_does_not_end_is_dropped(capsys):
     lm = Script()
     assert repl.chat(lm, {}, read=typed('"""one', "two", EOFError, "three")) == 0
     assert lm.asked == [[("user", "three")]]
-    assert 'error: message dropped: it begins with """ and must end with """' in capsys.readouterr().err
+    assert 'error: the message was dropped: it begins with """ and must end with """' in capsys.readouterr().err
 
 
 def test_ctrl_c_before_the_answer_forgets_the_message(capsys):
