@@ -18,6 +18,7 @@ if sys.version_info < (3, 12):  # noqa: UP036  here, before anything that an old
 from typing import TYPE_CHECKING
 
 from qwen2_jax.lazy_exports import lazy_exports
+from qwen2_jax.missing_package import explain_missing_package
 
 if TYPE_CHECKING:
     from qwen2_jax.config.model_config import HUB_IDS, PRESETS, ModelConfig
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ["HUB_IDS", "LM", "PRESETS", "Generation", "ModelConfig", "UserError", "load"]
 __version__ = "0.1.0"
+
+explain_missing_package()
 
 __getattr__, __dir__ = lazy_exports(
     __name__,

@@ -7,10 +7,9 @@ Everything is read from data files with the `tokenizers` library; no code from a
 import codecs
 import functools
 import json
-import operator
 import re
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -22,14 +21,25 @@ from qwen2_jax.chat_template import ChatTemplate
 from qwen2_jax.conversation import checked_messages
 from qwen2_jax.errors import UserError
 from qwen2_jax.files.json_text import parse_json_object
+from qwen2_jax.files.regular_file import is_regular_file
+from qwen2_jax.tokenizer_files import (
+    END_OF_TEXT,
+    IM_END,
+    IM_START,
+    add_tokens,
+    in_one_line,
+    named_templates,
+    open_tokenizer,
+    open_vocabulary,
+    read_text,
+    template_tokens,
+)
 from qwen2_jax.tool_schema import checked_tools
 
 # Qwen2's pre-tokenisation: like GPT-4's, with every digit on its own.
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-SUBWORD_PREFIX = re.compile(rb'"continuing_subword_prefix"\s*:\s*"[ -~]{1,40}"')
-END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
 
 def pipeline(model: models.Model) -> tokenizers.Tokenizer:
@@ -71,12 +81,12 @@ class Tokenizer:
         self._special_pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
         settings = settings or {}
-        self._template_tokens = _template_tokens(settings, where)
+        self._template_tokens = template_tokens(settings, where)
         self.bos_id, self.eos_id, self.pad_id = (
             self.token_id(cast("str | None", self._template_tokens.get(name)))
             for name in ("bos_token", "eos_token", "pad_token")
         )
-        named = _named_templates(settings.get("chat_template"), where)
+        named = named_templates(settings.get("chat_template"), where)
         if not named and {IM_START, IM_END} <= self._special.keys():
             named = {"default": chat_template.CHATML}
         self.chat_templates = ChatTemplate(named, self._template_tokens)
@@ -91,18 +101,17 @@ class Tokenizer:
         """
         folder = Path(path)
         where = folder / "tokenizer_config.json"
-        settings = parse_json_object(where.read_bytes(), str(where)) if where.exists() else {}
+        settings = parse_json_object(where.read_bytes(), str(where)) if is_regular_file(where) else {}
         files = {file.stem: file for file in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
-        if (folder / "chat_template.jinja").exists():
+        if is_regular_file(folder / "chat_template.jinja"):
             files["default"] = folder / "chat_template.jinja"
         if files:
-            settings["chat_template"] = {name: _read_text(file) for name, file in files.items()}
-        if (folder / "tokenizer.json").exists():
-            return cls(_open(folder / "tokenizer.json", tokenizers.Tokenizer.from_file), settings, where)
-        if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
-            read = functools.partial(models.BPE.from_file, merges=str(folder / "merges.txt"))
-            backend = pipeline(_open(folder / "vocab.json", read))
-            _add_tokens(backend, settings.get("added_tokens_decoder"), where)
+            settings["chat_template"] = {name: read_text(file) for name, file in files.items()}
+        if is_regular_file(folder / "tokenizer.json"):
+            return cls(open_tokenizer(folder / "tokenizer.json"), settings, where)
+        if is_regular_file(folder / "vocab.json") and is_regular_file(folder / "merges.txt"):
+            backend = pipeline(open_vocabulary(folder / "vocab.json", folder / "merges.txt"))
+            add_tokens(backend, settings.get("added_tokens_decoder"), where)
             return cls(backend, settings, where)
         raise FileNotFoundError(f"{folder} has no tokenizer.json and no vocab.json with merges.txt")
 
@@ -173,7 +182,7 @@ class Tokenizer:
         for text in texts:
             validate.unicode_text(text, "the text to encode")
         before, after = self.added_around if add_special_tokens else ([], [])
-        with self._lock:
+        with self._lock, in_one_line("the tokenizer failed to encode a text"):
             self._backend.encode_special_tokens = not allow_special
             encoded = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [[*before, *e.ids, *after] for e in encoded] if before or after else [e.ids for e in encoded]
@@ -181,7 +190,8 @@ class Tokenizer:
     @functools.cached_property
     def added_around(self) -> tuple[list[int], list[int]]:
         """Ids that the post-processor puts in front of every text, and behind it."""
-        bare, whole = (self._backend.encode("a", add_special_tokens=flag).ids for flag in (False, True))
+        with in_one_line("the tokenizer failed to encode a text"):
+            bare, whole = (self._backend.encode("a", add_special_tokens=flag).ids for flag in (False, True))
         for start in range(len(whole) - len(bare) + 1):
             if whole[start : start + len(bare)] == bare:
                 return whole[:start], whole[start + len(bare) :]
@@ -242,25 +252,38 @@ class Tokenizer:
 
     def checked_chat_ids(self, messages: Any, tools: Any, add_generation_prompt: bool) -> list[int]:
         """`chat_ids` of messages and tools that are in the form of the checks, and of which the template writes all."""
-        # A private-use character that occurs nowhere else is put inside every spelling of a special token, and taken
-        # out again once the template's own special tokens have been found.
+        messages, tools, mark = self.mark_special(messages, tools)
+        return self.ids_of_marked(self.chat_templates.render(messages, tools, add_generation_prompt), mark)
+
+    def mark_special(self, messages: Any, tools: Any) -> tuple[Any, Any, str]:
+        """Messages and tools in which no special token is spelled, and the mark that was put inside of each.
+
+        It is a private-use character that occurs nowhere else; `ids_of_marked` takes it out again, once the template's
+        own special tokens have been found.
+        """
         texts = [self.chat_templates.source(tools)]
         chat_template.map_text([messages, tools], texts.append)
         mark = next((mark for mark in map(chr, range(0xE000, 0xF900)) if not any(mark in text for text in texts)), None)
         if mark is None:
             raise UserError("the messages contain every private-use character, U+E000 to U+F8FF; leave one out")
         split = functools.partial(self._special_pattern.sub, lambda match: match[0][:1] + mark + match[0][1:])
-        marked, marked_tools = chat_template.map_text([messages, tools], split)
-        rendered = self.chat_templates.render(marked, marked_tools, add_generation_prompt)
+        return *chat_template.map_text([messages, tools], split), mark
+
+    def ids_of_marked(self, rendered: str, mark: str) -> list[int]:
+        """Ids of a rendered conversation, or of its part from a special token on, in which only messages have marks."""
         encode = functools.partial(self.encode, add_special_tokens=False)
         if mark not in rendered:
             return encode(rendered)
         ids, start = [], 0
-        for match in self._special_pattern.finditer(rendered):
+        for match in self.special_matches(rendered):
             ids += encode(rendered[start : match.start()].replace(mark, ""), allow_special=False)
             ids.append(self._special[match[0]])
             start = match.end()
         return ids + encode(rendered[start:].replace(mark, ""), allow_special=False)
+
+    def special_matches(self, text: str) -> list[re.Match[str]]:
+        """Where the text spells special tokens."""
+        return [*self._special_pattern.finditer(text)]
 
 
 class StreamDecoder:
@@ -289,88 +312,3 @@ def _byte_of_character() -> dict[str, int]:
     own = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
     others = [byte for byte in range(256) if byte not in own]
     return {chr(byte): byte for byte in own} | {chr(256 + n): byte for n, byte in enumerate(others)}
-
-
-def _template_tokens(settings: Mapping[str, Any], where: str | Path) -> dict[str, str | list[str]]:
-    """The special tokens that tokenizer_config.json names, by the names that templates use."""
-    tokens: dict[str, str | list[str]] = {}
-    for name in ("bos_token", "eos_token", "unk_token", "pad_token", "additional_special_tokens"):
-        value = settings.get(name)
-        several = name == "additional_special_tokens"
-        if value is None or value == "" or (several and value == []):
-            continue
-        given = [_content(entry) for entry in value] if several and isinstance(value, list) else [_content(value)]
-        if None in given or (several and not isinstance(value, list)):
-            kind = "a list of texts" if several else 'a text, an object like {"content": text}, or null'
-            raise UserError(f"{where}: {name} is {validate.short(value)}; it must be {kind}")
-        tokens[name] = given if several else given[0]  # type: ignore[assignment]  # None was refused
-    return tokens
-
-
-def _content(token: Any) -> str | None:
-    """The spelling of a special token, which is written as text or as {"content": text, ...}; None: it is neither."""
-    token = token.get("content") if isinstance(token, Mapping) else token
-    return token if isinstance(token, str) else None
-
-
-def _named_templates(given: Any, where: str | Path) -> dict[str, str]:
-    """The chat templates by name: tokenizer_config.json holds one as text, or several as an object or a list."""
-    if given is None:
-        return {}
-    if isinstance(given, str):
-        return {"default": given}
-    named = given
-    if isinstance(given, list) and all(isinstance(entry, Mapping) for entry in given):
-        named = {str(entry.get("name", "")): entry.get("template") for entry in given}
-    named = named if isinstance(named, Mapping) else {}
-    if not named or not all(isinstance(source, str) and 0 < len(name) <= 100 for name, source in named.items()):
-        raise UserError(
-            f"{where}: chat_template is {validate.short(given)}; it must be a template's text, an object of named "
-            'ones, or a list of {"name": ..., "template": ...}'
-        )
-    return dict(named)
-
-
-def _add_tokens(backend: tokenizers.Tokenizer, added: Any, where: str | Path) -> None:
-    """Adds {id: {content, special, ...}} behind the vocabulary; without it the three tokens every Qwen2 has."""
-    default: list[Any] = [(None, {"content": name, "special": True}) for name in (END_OF_TEXT, IM_START, IM_END)]
-    for wanted, entry in sorted(_added_tokens(added, where), key=operator.itemgetter(0)) or default:
-        flags = {key: bool(entry.get(key)) for key in ("special", "normalized", "lstrip", "rstrip", "single_word")}
-        token = tokenizers.AddedToken(entry["content"], **flags)
-        backend.add_special_tokens([token]) if token.special else backend.add_tokens([token])
-        got = backend.token_to_id(token.content)
-        if wanted not in (None, got):
-            raise UserError(f"{where} gives {validate.short(token.content)} id {wanted}; the vocabulary makes it {got}")
-
-
-def _added_tokens(added: Any, where: str | Path) -> list[tuple[int, Mapping[str, Any]]]:
-    if added is not None and not isinstance(added, Mapping):
-        raise UserError(
-            f"{where}: added_tokens_decoder is {validate.short(added)}; it must be an object of tokens by id"
-        )
-    for key, entry in (added or {}).items():
-        if not (key.isascii() and key.isdecimal() and isinstance(entry, Mapping) and _content(entry)):
-            raise UserError(
-                f"{where}: added_tokens_decoder has {validate.short(key)}: {validate.short(entry)}; each must be an "
-                'id with an object like {"content": text, "special": true}'
-            )
-    return [(int(key), entry) for key, entry in (added or {}).items()]
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not valid UTF-8 (byte {error.start + 1}); save the file as UTF-8") from error
-
-
-def _open(path: Path, read: Callable[[str], Any]) -> Any:
-    # The library panics, and prints its stack, where a merge is shorter than this prefix; no byte-level BPE has one.
-    if found := SUBWORD_PREFIX.search(path.read_bytes()):
-        raise UserError(f"{path} cannot be read as a tokenizer: it has {found[0].decode()}; supported: null")
-    try:
-        return read(str(path))
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # the library raises Exception itself and, where its Rust code panics, BaseException
-        raise UserError(f"{path} cannot be read as a tokenizer: {' '.join(str(error).split())[:300]}") from error

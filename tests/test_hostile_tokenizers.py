@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 
 import pytest
+import tokenizers
 
 from mutations import damaged, mutated, mutated_json, right_or_refused
 from qwen2_jax import template_sandbox
@@ -86,6 +87,38 @@ def test_a_prefix_of_subwords_is_refused_before_the_library_panics(folder, capfd
     ):
         Tokenizer.from_folder(folder)
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": ""}}, "Cannot parse precompiled_charsmap"),
+        ({"normalizer": {"type": "Prepend", "prepend": ""}}, "index out of bounds"),
+        ({"pre_tokenizer": {"type": "FixedLength", "length": 0}}, "chunk size must be non-zero"),
+    ],
+    ids=["while it reads", "in a normaliser", "in a pre-tokeniser"],
+)
+def test_a_panic_of_the_library_is_one_line(folder, capfd, change, words):
+    settings = json.loads((folder / "tokenizer.json").read_text()) | change
+    (folder / "tokenizer.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=f"tokenizer.json cannot be read as a tokenizer: .*{words}"):
+        Tokenizer.from_folder(folder)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_panic_on_one_text_is_one_line(small):
+    broken = tokenizers.Tokenizer.from_str(small.to_str())
+    broken.pre_tokenizer = tokenizers.pre_tokenizers.FixedLength(0)
+    with pytest.raises(UserError, match="the tokenizer failed to encode a text: chunk size must be non-zero"):
+        Tokenizer(broken).encode("a")
+
+
+def test_dropout_of_merges_is_refused(folder):
+    settings = json.loads((folder / "tokenizer.json").read_text())
+    settings["model"]["dropout"] = 0.5
+    (folder / "tokenizer.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=r"tokenizer.json: dropout is 0.5, .*supported: null"):
+        Tokenizer.from_folder(folder)
 
 
 def test_tokens_that_a_post_processor_adds(tmp_path):

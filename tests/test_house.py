@@ -20,8 +20,9 @@ SETUPTOOLS = PYPROJECT["tool"]["setuptools"]
 # A file may import files of its own row and of the rows above. An entry is a file or a folder; the longest entry that a
 # file's path begins with is the file's. docs/architecture.md draws the same table.
 LAYERS = [
-    ["errors", "lazy_exports", "files", "parallel/chips", "parallel/hosts"],
-    ["validate", "console", "conversation", "tool_schema", "template_sandbox", "chat_template", "tokenizer"],
+    ["errors", "lazy_exports", "missing_package", "files", "parallel/chips", "parallel/hosts"],
+    ["validate", "console", "conversation", "tool_schema", "template_sandbox", "chat_template"],
+    ["tokenizer_files", "tokenizer"],
     ["config"],
     ["parallel", "weights/params"],
     ["ops"],
@@ -295,6 +296,21 @@ def test_an_older_python_gets_one_sentence(command):
     assert run.returncode == 1
     assert run.stderr.startswith("error: qwen2-jax needs Python 3.12 or newer, and ")
     assert " is Python 3.11.7: install a newer one" in run.stderr and run.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "command", [["infer.py", "Once upon"], ["train.py", "configs/lora.py"], ["-m", "qwen2_jax.checkpoint"]]
+)
+def test_a_python_without_the_dependencies_gets_one_sentence(command):
+    run = subprocess.run(
+        [sys.executable, "-S", "-W", "ignore", *command], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 1 and run.stderr.count("\n") == 1
+    package = re.fullmatch(r"error: \S+ has no package (\w+), which qwen2-jax needs: .*\.venv/bin/.*\n", run.stderr)[1]
+    from qwen2_jax.missing_package import PACKAGES
+
+    assert {re.split("[-<>=]", text)[0] for text in PYPROJECT["project"]["dependencies"]} | {"jaxlib"} == {*PACKAGES}
+    assert package in PACKAGES
 
 
 def test_the_map_in_the_documentation_is_this_one():

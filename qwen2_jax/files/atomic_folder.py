@@ -33,6 +33,8 @@ def new_folder(path: str | os.PathLike, nbytes: int, *, replace: bool = False) -
     target = _local(path)
     if target.exists() and (not target.is_dir() or (not replace and any(target.iterdir()))):
         raise CheckpointError(f"{path} exists already; choose a new folder or remove that one first")
+    if target.is_symlink() and not target.exists():
+        raise CheckpointError(f"{path} is a link to {os.readlink(target)}, which is not there; remove it first")
     folder = unfinished(path)
     work = folder.parent
     if work.exists() and not (work / MARKER).exists() and (not work.is_dir() or any(work.iterdir())):

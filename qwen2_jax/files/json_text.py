@@ -9,6 +9,7 @@ checked where the key is read.
 import dataclasses
 import functools
 import json
+import re
 from typing import Any
 
 from ..errors import UserError
@@ -35,8 +36,10 @@ def parse_json(
     try:
         text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
         pairs = None if repeated is None else functools.partial(_object, repeated=repeated)
-        value = json.loads(text, parse_int=_integer, object_pairs_hook=pairs)
-        check_value(value)
+        long: list[_LongInteger] = []
+        value = json.loads(text, parse_int=functools.partial(_integer, long=long), object_pairs_hook=pairs)
+        if long or text.count("[") + text.count("{") > MAX_DEPTH or _may_hold_half_pairs(content, text):
+            check_value(value)  # of most texts it is known without a look at each value
     except (ValueError, RecursionError) as why:
         raise error(f"{where} is not JSON that can be read: {' '.join(str(why).split())[:200]}") from None
     return value
@@ -50,6 +53,8 @@ def parse_json_object(content: bytes | str, where: str, error: type[UserError] =
     return value
 
 
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")
+_LEAVES = {int, float, bool, type(None)}
 _NAMES = {list: "array", str: "string", bool: "boolean", int: "number", float: "number"}
 
 
@@ -70,32 +75,50 @@ class _LongInteger:
     digits: int
 
 
-def _integer(digits: str) -> int | _LongInteger:
-    return int(digits) if len(digits) <= MAX_DIGITS else _LongInteger(len(digits))
+def _integer(digits: str, long: list[_LongInteger]) -> int | _LongInteger:
+    if len(digits) <= MAX_DIGITS:
+        return int(digits)
+    long.append(_LongInteger(len(digits)))
+    return long[-1]
+
+
+def _may_hold_half_pairs(content: bytes | str, text: str) -> bool:
+    """Whether a string of the JSON text may be no Unicode text: where half of a surrogate pair is spelled or inside."""
+    inside = isinstance(content, str) and not text.isascii()
+    return inside or ("\\u" in text and _HALF.search(text) is not None)
 
 
 def check_value(value: Any) -> None:
     """Raises ValueError where a value is nested too deep or a string, key or value, is no Unicode text."""
     level = [value]
     for _ in range(MAX_DEPTH):
-        keys = [key for item in level if isinstance(item, dict) for key in item]
-        for key, value in (pair for item in level if isinstance(item, dict) for pair in item.items()):
-            if isinstance(value, _LongInteger):
-                raise ValueError(f"{key} is {_too_long(value)}")
-        if long := next((item for item in level if isinstance(item, _LongInteger)), None):
-            raise ValueError(_too_long(long))
-        for text in (*keys, *(item for item in level if isinstance(item, str))):
-            if not text.isascii():
-                text.encode()  # half of a surrogate pair, which JSON can escape, is no text: UnicodeEncodeError
-        level = [inner for item in level if isinstance(item, dict | list) for inner in _inside(item)]
-        if not level:
+        below: list[Any] = []
+        for item in level:
+            if type(item) in _LEAVES:
+                continue
+            if isinstance(item, str):
+                _check_text(item)
+            elif isinstance(item, dict):
+                for key, inner in item.items():
+                    if isinstance(inner, _LongInteger):
+                        raise ValueError(f"{key} is {_too_long(inner)}")
+                    if isinstance(key, str):
+                        _check_text(key)
+                below.extend(item.values())
+            elif isinstance(item, list):
+                below.extend(item)
+            elif isinstance(item, _LongInteger):
+                raise ValueError(_too_long(item))
+        if not below:
             return
+        level = below
     raise ValueError(f"nested more than {MAX_DEPTH} deep")
+
+
+def _check_text(text: str) -> None:
+    if not text.isascii():
+        text.encode()  # half of a surrogate pair, which JSON can escape, is no text: UnicodeEncodeError
 
 
 def _too_long(number: _LongInteger) -> str:
     return f"an integer of {number.digits} digits; at most {MAX_DIGITS} are read"
-
-
-def _inside(item: dict[str, Any] | list[Any]):
-    return item.values() if isinstance(item, dict) else item

@@ -6,9 +6,10 @@ import difflib
 import runpy
 from pathlib import Path
 
+from qwen2_jax import checkpoint
+from qwen2_jax.checkpoint.formats import quantised_folder
 from qwen2_jax.config.model_config import HUB_IDS, PRESETS, ModelConfig
-from qwen2_jax.errors import UserError
-from qwen2_jax.files.json_text import parse_json_object
+from qwen2_jax.errors import CheckpointError, UserError
 from qwen2_jax.train.config import Run, Upcycle
 from qwen2_jax.train.stage import stage_of
 from qwen2_jax.train.upcycle.upcycle import sparse_config
@@ -17,25 +18,31 @@ DEMO = "demo"
 
 
 def named(name: str) -> ModelConfig:
-    """Of a preset, its Hub id, "demo", or a folder with a config.json. Downloads nothing."""
+    """Of a preset, its Hub id, "demo", a checkpoint of any format, or a folder with a config.json alone. Downloads
+    nothing."""
     text = name.strip()
     ids = {hub_id.lower(): preset for preset, hub_id in HUB_IDS.items()}
     preset = ids.get(text.lower(), text.lower())
     if preset in PRESETS:
         return PRESETS[preset]
-    if text == DEMO:
-        from qwen2_jax import checkpoint
-
-        return checkpoint.read_config(checkpoint.locate(DEMO))
-    file = Path(text).expanduser() / "config.json"
-    if file.is_file():
-        return ModelConfig.from_hf(parse_json_object(file.read_bytes(), str(file)))
+    path = Path(text).expanduser()
+    if text == DEMO or path.exists():
+        return checkpoint.read_config(_source(text, path))
     near = difflib.get_close_matches(text.lower(), PRESETS, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     raise UserError(
-        f"a plan needs the architecture of {text!r}, which is no preset and no folder with a config.json{hint} "
-        f"Presets are {', '.join(PRESETS)}"
+        f"a plan needs the architecture of {text!r}, which is no preset, no .gguf file and no folder with a "
+        f"config.json{hint}; presets are {', '.join(PRESETS)}"
     )
+
+
+def _source(text: str, path: Path) -> checkpoint.Source:
+    try:
+        return checkpoint.locate(text)
+    except CheckpointError:  # without weights that can be read, a config.json is enough
+        if not (path / "config.json").is_file():
+            raise
+        return checkpoint.Source("quantised" if quantised_folder.has_settings(path) else "hf", path)
 
 
 def of_run(run: Run, path: Path | None) -> ModelConfig:

@@ -12,7 +12,6 @@ A function gets only the arguments it declares. It returns a number for each com
 
 import importlib
 import inspect
-import math
 import runpy
 import sys
 import traceback
@@ -23,6 +22,8 @@ from typing import Any
 from qwen2_jax import validate
 from qwen2_jax.errors import UserError
 from qwen2_jax.rewards.reward_config import BUILTINS, Function
+
+LARGEST = 3.4e38  # advantages are computed in float32
 
 
 class Failed(Exception):
@@ -102,8 +103,8 @@ def _score(value: Any) -> tuple[float | None, str]:
         return None, ""
     try:
         score = None if isinstance(value, str | bytes) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         score = None
-    if score is None or not math.isfinite(score):
-        return None, f"it returned {validate.short(value)}, which is not a finite number"
+    if score is None or not abs(score) <= LARGEST:  # NaN compares with nothing
+        return None, f"it returned {validate.short(value)}, which is not a finite number of float32"
     return score, ""

@@ -86,7 +86,7 @@ def report(
     numbers.add_row("FLOPs per step", f"{cost:.3g}{_time_at_peak(cost)}")
     console.print(Rule("dry run", align="left"), numbers)
     if sources:
-        console.print(Rule("data", align="left"), _table(sources))
+        console.print(Rule("data", align="left"), _table(sources, console.width))
     memory = memory_by_kind(
         config, trained=trained, optimizer=optimizer, ema=ema, frozen=frozen, dtype=dtype, remat=remat,
         tokens=rows * length // accumulate, row_parts=row_parts,
@@ -212,13 +212,22 @@ def _time_at_peak(cost: float) -> str:
     return "" if peak is None else f", {cost / (peak.tflops * 1e12 * count):.3g} s at the peak of {count} x {kind}"
 
 
-def _table(sources: Sequence[Mapping[str, Any]]) -> Table:
-    columns = list(dict.fromkeys(name for source in sources for name in source))
+def _table(sources: Sequence[Mapping[str, Any]], width: int) -> Table:
+    """A row for each source; where that is wider than the screen, a column for each."""
+    names = list(dict.fromkeys(name for source in sources for name in source))
+    cells = [[_shown(source.get(name)) for source in sources] for name in names]
+    needed = sum(2 + max(map(len, (name, *shown))) for name, shown in zip(names, cells, strict=True))
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for name in columns:
-        table.add_column(name, justify="left" if isinstance(sources[0].get(name), str) else "right", overflow="fold")
-    for source in sources:
-        table.add_row(*(_shown(source.get(name)) for name in columns))
+    if needed <= width:
+        for name in names:
+            table.add_column(name, justify="left" if isinstance(sources[0].get(name), str) else "right")
+        for row in zip(*cells, strict=True):
+            table.add_row(*row)
+        return table
+    for title in (names[0], *cells[0]):
+        table.add_column(title, justify="left" if title == names[0] else "right", overflow="fold")
+    for name, shown in zip(names[1:], cells[1:], strict=True):
+        table.add_row(name, *shown)
     return table
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from qwen2_jax import checkpoint
+from qwen2_jax.checkpoint.formats.small_files import small_file
 from qwen2_jax.config.model_config import ModelConfig
 from qwen2_jax.data.formats.prompts import Prompts
 from qwen2_jax.data.spec import Data
@@ -110,8 +111,9 @@ class TrainingJob:
                 old = parse_json_object(contents.get(name, b"{}"), f"{source.path} {name}")
                 contents[name] = (json.dumps(old | changes, indent=2, ensure_ascii=False) + "\n").encode()
         for name, data in contents.items():
-            (folder / name).parent.mkdir(exist_ok=True)
-            (folder / name).write_bytes(data)
+            file = small_file(folder, name, str(source.path), writing=True)
+            file.parent.mkdir(exist_ok=True)
+            file.write_bytes(data)
 
 
 def parts(name: str, mesh: jax.sharding.Mesh | None) -> int:

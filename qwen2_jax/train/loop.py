@@ -165,17 +165,16 @@ def _print_dry_run(job: TrainingJob, trainer: Trainer, console: Console) -> None
         row_parts=job.row_parts,
         dtype=run.dtype,
         remat=run.remat,
-        sources=[
-            *job.data.report(),
-            *(
-                found | {"source": f"{found['source']} (held out)"}
-                for held_out in job.held_out.values()
-                for found in held_out.report()
-            ),
-        ],
+        sources=_sources(job),
         ranks=data.ranks if isinstance(data, Loaded) else 1,
         epochs=epochs,
     )
+
+
+def _sources(job: TrainingJob) -> list[dict[str, Any]]:
+    """What every source holds and what is left out of it, of training and of held-out data: rows of a table."""
+    held_out = (found for data in job.held_out.values() for found in data.report())
+    return [*job.data.report(), *(found | {"source": f"{found['source']} (held out)"} for found in held_out)]
 
 
 def _print_left_out(job: TrainingJob, console: Console) -> None:

@@ -11,8 +11,9 @@ from tokenizers import AddedToken, models, pre_tokenizers
 
 import checkpoint.hf_folders as hf
 from checkpoint.kept_groups import groups_are_the_weights
-from mutations import damaged, right_or_refused
+from mutations import damaged, declare_once, right_or_refused
 from qwen2_jax import checkpoint
+from qwen2_jax.checkpoint import api
 from qwen2_jax.checkpoint.formats import gguf_write
 from qwen2_jax.checkpoint.formats.gguf_blocks import BLOCKS
 from qwen2_jax.checkpoint.formats.gguf_file import read_gguf
@@ -218,8 +219,9 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("new*"))
 
 
-def test_mutated_files(tmp_path, mutations):
+def test_mutated_files(tmp_path, mutations, monkeypatch):
     """Damage in what stands before the tensors: the model with its tokenizer is read, or refused in one line."""
+    declare_once(monkeypatch, api)
     folder, _ = folder_of(tmp_path / "hf", TINY | {"num_hidden_layers": 1})
     file = checkpoint.convert(folder, tmp_path / "good.gguf", "gguf", dtype="q8_0")
     content = file.read_bytes()

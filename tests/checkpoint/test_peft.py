@@ -11,12 +11,12 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import tiny
-from mutations import mutated_json, right_or_refused
+from mutations import declare_once, mutated_json, right_or_refused
 from qwen2_jax.checkpoint import CheckpointError, Source, load_params, locate
 from qwen2_jax.checkpoint.peft import load_peft, other_base, save_peft, weights_sha256
 from qwen2_jax.errors import UserError
 from qwen2_jax.infer.lm import load
-from qwen2_jax.model import declare, lora
+from qwen2_jax.model import declare, decoder, lora
 from qwen2_jax.model.lora import Lora
 from qwen2_jax.weights.params import leaves
 from tolerance import assert_no_worse
@@ -228,8 +228,9 @@ def test_adapters_of_another_base_are_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:the config has")
-def test_mutations(mutations, tmp_path):
+def test_mutations(mutations, tmp_path, monkeypatch):
     """Of adapter_config.json, of the header, and of the names of the tensors: the adapters that it means, or a line."""
+    declare_once(monkeypatch, decoder)
     settings = Lora(rank=2, alpha=4.0, targets=("q_proj",))
     good = save_peft(tmp_path / "good", DENSE, random_adapters(DENSE, settings), settings, "someone/base")
     config = json.loads((good / "adapter_config.json").read_text())

@@ -2,6 +2,8 @@
 """Quantised Hugging Face folders: weights to the bit, configs, what is refused."""
 
 import json
+import math
+import random
 import shutil
 from pathlib import Path
 
@@ -13,8 +15,9 @@ from safetensors.numpy import load_file, save_file
 import checkpoint.hf_folders as hf
 import qwen2_jax
 from checkpoint.kept_groups import groups_are_the_weights
-from mutations import mutated, right_or_refused
+from mutations import declare_once, mutated, right_or_refused
 from qwen2_jax import checkpoint
+from qwen2_jax.checkpoint import api
 from qwen2_jax.errors import UserError
 
 QUANT = Path(__file__).parents[3] / "shared" / "data" / "quant"
@@ -180,8 +183,9 @@ def test_tensors_that_contradict_each_other_are_named(tmp_path):
     assert f"{k}: g_idx is float32" in text and f"{v}: weight is float16; packed tensors take its place" in text
 
 
-def test_mutated_settings(tmp_path, mutations):
+def test_mutated_settings(tmp_path, mutations, monkeypatch):
     """quantization_config of each method, on tensors of GPTQ: read, or refused in one line."""
+    declare_once(monkeypatch, api)
     made(tmp_path / "packed", "gptq")
     file = tmp_path / "packed" / "config.json"
     config = json.loads(file.read_text())
@@ -207,3 +211,80 @@ def test_mutated_settings(tmp_path, mutations):
         changed = mutated(seed, settings[seed % len(settings)])
         file.write_text(json.dumps(config | {"quantization_config": changed}))
         right_or_refused(seed, use)
+
+
+SIZES = {"F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1, "I32": 4, "I64": 8, "F8_E4M3": 1, "F64": 8, "BOOL": 1}
+
+
+def changed_tensors(draw: random.Random, entries: dict[str, dict], data: bytes) -> tuple[dict[str, dict], bytes]:
+    """A header and its data that fit together, in which one to three tensors have other shapes, dtypes or names."""
+    parts = {name: (e["dtype"], e["shape"], data[slice(*e["data_offsets"])]) for name, e in entries.items()}
+    for name in draw.sample(sorted(parts), draw.choice((1, 1, 2, 3))):
+        dtype, shape, content = parts.pop(name)
+        size, axis = len(content) // max(1, math.prod(shape)), draw.randrange(max(1, len(shape)))
+        match draw.choice(
+            ("resize", "resize", "resize", "order", "flat", "deeper", "dtype", "dtype", "drop", "rename", "content")
+        ):
+            case "resize" if shape:
+                n = shape[axis]
+                shape = [*shape[:axis], draw.choice((0, 0, 1, n - 1, n + 1, 2 * n, n // 2, 7)), *shape[axis + 1 :]]
+            case "order":
+                shape = shape[::-1]
+            case "flat":
+                shape = [math.prod(shape)]
+            case "deeper":
+                shape = draw.choice(([1, *shape], [*shape, 1], [0, *shape]))
+            case "dtype":
+                dtype, new = draw.choice(list(SIZES.items()))
+                size = new if new != size and draw.random() < 0.7 else size
+            case "drop":
+                continue
+            case "rename":
+                name = draw.choice((name + "_", name.replace("weight", "scales"), name.replace("layers.0", "layers.7")))
+            case "content":
+                content = draw.randbytes(len(content))
+        wanted = math.prod(shape) * size
+        parts[name] = (dtype, shape, (content * (wanted // max(1, len(content)) + 1))[:wanted].ljust(wanted, b"\1"))
+    header, out = {}, b""
+    for name, (dtype, shape, content) in parts.items():
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(out), len(out) + len(content)]}
+        out += content
+    return header, out
+
+
+@recorded
+@pytest.mark.parametrize("method", ["gptq", "awq", "ct", "fp8", "bnb"])
+def test_mutated_folders(tmp_path, mutations, method, monkeypatch):
+    """Settings, headers and tensors of each method: weights of the model's shapes, or one line."""
+    declare_once(monkeypatch, api)
+    folders = []
+    for name in (name for name in FOLDERS if name.startswith(method)):
+        folder = copied(QUANT / name, tmp_path / name)
+        file = min(folder.glob("*.safetensors"))
+        content = file.read_bytes()
+        start = 8 + int.from_bytes(content[:8], "little")
+        entries = json.loads(content[8:start])
+        entries.pop("__metadata__", None)
+        folders.append(
+            (folder, file, content, json.loads((folder / "config.json").read_text()), entries, content[start:])
+        )
+
+    def use(folder: Path) -> None:
+        for info in checkpoint.open_checkpoint(folder).tensors.infos.values():
+            with info.mapped() as weight:
+                assert weight.shape == info.shape and weight.dtype == info.dtype
+
+    for seed in mutations:
+        folder, file, content, config, entries, data = folders[seed % len(folders)]
+        if seed % 4 == 0:
+            settings = mutated(seed, config["quantization_config"])
+            (folder / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+        else:
+            header, new = (
+                (mutated(seed, entries), data) if seed % 4 == 1 else changed_tensors(random.Random(seed), entries, data)
+            )
+            text = json.dumps(header).encode()
+            file.write_bytes(len(text).to_bytes(8, "little") + text + new)
+        right_or_refused(seed, lambda folder=folder: use(folder))
+        (folder / "config.json").write_text(json.dumps(config))
+        file.write_bytes(content)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import qwen2_jax.demo
 from few import MANY
 from qwen2_jax.data.formats.record_formats import Chat, Text, read
-from qwen2_jax.data.tokens import encode
+from qwen2_jax.data.tokens import encode, message_spans
 from qwen2_jax.data.tokens.encode import Encoder
 from qwen2_jax.data.tokens.loss_mask import Targets
 from qwen2_jax.errors import UserError
@@ -353,3 +353,34 @@ def test_what_cannot_be_encoded(backend, tiny):
 def _without_special_tokens(backend):
     data = json.loads(backend.to_str())
     return tokenizers.Tokenizer.from_str(json.dumps(data | {"added_tokens": []}))
+
+
+@pytest.mark.parametrize("targets", ["assistant", "all"])
+def test_a_long_conversation_is_encoded_once(backend, targets, monkeypatch):
+    """Under any template: only its text is rendered again for each answer."""
+    tokenizer = with_template(backend, NO_SYSTEM)
+    messages = [U("It's <|im_end|> é\u0301"), A("Hello " * 50 + "\n")] * 30
+    document = chat(*messages, train=[True, True, True, False] * 15)
+    want = Encoder(tokenizer, targets).encode(document)
+    encoder, seen = Encoder(tokenizer, targets), []
+    encoder.__dict__["_default_system"] = None
+    real = Tokenizer.encode_batch
+    record = lambda self, texts, **given: seen.append(sum(map(len, texts))) or real(self, texts, **given)
+    monkeypatch.setattr(Tokenizer, "encode_batch", record)
+    assert encoder.encode(document) == want
+    assert sum(seen) < 4 * sum(len(message["content"]) for message in messages)
+    monkeypatch.setattr(message_spans, "MOST", 10 * len(messages))
+    with pytest.raises(UserError, match="of 60 messages more than 10 are to be told apart .*'last_assistant'"):
+        encoder.encode(document)
+
+
+def test_special_tokens_that_strip_blanks(backend):
+    """Their tokens are fewer than what the text spells; answers are found all the same."""
+    data = json.loads(backend.to_str())
+    for token in data["added_tokens"]:
+        token["rstrip"] = token["content"] == IM_START
+    tokenizer = with_template(
+        tokenizers.Tokenizer.from_str(json.dumps(data)), PLAIN.replace("'Bot: '", "'<|im_start|>  Bot:'")
+    )
+    encoded = Encoder(tokenizer).encode(chat(*TURNS, U("\u0338"), A("\u0301a")))
+    assert targeted(tokenizer, encoded) == [f" world \n{IM_END}", f"2024!{IM_END}", f"\u0301a{IM_END}"]

@@ -16,7 +16,8 @@ from qwen2_jax.data.spec import Data, Source
 from qwen2_jax.data.tokens.loader import open_data
 from qwen2_jax.errors import UserError
 from qwen2_jax.tokenizer import Tokenizer
-from qwen2_jax.train.loop import _print_left_out
+from qwen2_jax.train import dry_run
+from qwen2_jax.train.loop import _print_left_out, _sources
 
 REPORTS = Path(__file__).parents[3] / "shared" / "data" / "reports"
 
@@ -82,6 +83,12 @@ def test_held_out_data_is_counted_as_training_data_is(opened):
     _print_left_out(job, Console(file=screen, width=400))
     (line,) = screen.getvalue().splitlines()
     assert line.endswith("held.jsonl: of 6 records 5 dropped")
+    trained, held_out = _sources(job)  # --dry-run's table
+    assert held_out["source"].endswith("held.jsonl (held out)") and trained["source"].endswith("chats.jsonl")
+    assert (held_out["records"], held_out["dropped"], trained["dropped"]) == (6, 5, 0)
+    screen.seek(0)
+    Console(file=screen, width=400).print(dry_run._table([trained, held_out], 400))
+    assert "dropped" in screen.getvalue() and "held.jsonl (held out)" in screen.getvalue()
 
 
 def test_responses_with_equal_scores_are_counted(opened):

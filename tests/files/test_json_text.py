@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """JSON written by others: read, or refused in one line, whatever it holds."""
 
+import functools
+
 import pytest
 
 from mutations import mutated_json, right_or_refused
 from qwen2_jax.errors import CheckpointError, UserError
-from qwen2_jax.files.json_text import parse_json, parse_json_object
+from qwen2_jax.files.json_text import check_value, parse_json, parse_json_object
 
 GOOD = {"a": 1, "b": [1, {"c": "x"}], "d": {"e": 2.5, "f": None}}
 
@@ -42,3 +44,11 @@ def test_an_object_is_asked_for(content, kind):
 def test_mutations(mutations):
     for seed in mutations:
         right_or_refused(seed, lambda seed=seed: parse_json(mutated_json(seed, GOOD), "f"))
+
+
+def test_values_of_python_may_have_other_keys():
+    check_value({1: {"x": ["é"]}, None: {1, 2}})
+    with pytest.raises(UnicodeEncodeError):
+        check_value({1: ["\ud800"]})
+    with pytest.raises(ValueError, match="nested more than 100 deep"):
+        check_value(functools.reduce(lambda inner, _: {1: inner}, range(101), 0))

@@ -3,6 +3,8 @@
 
 import dataclasses
 import json
+import os
+import types
 from pathlib import Path
 
 import pytest
@@ -209,3 +211,25 @@ def test_mutated_lines_are_answered_or_counted(fuzzed, tmp_path, capsys, mutatio
     assert code == (1 if failed else 0)
     assert len(answered) > len(lines) / 20
     assert len(failed) > len(lines) / 10
+
+
+def test_answers_to_a_device_or_a_pipe(tmp_path):
+    """Which have no disk to wait for and nothing to resume."""
+    write(tmp_path / "in.jsonl", [{"prompt": "p"}])
+    batch.Lines(tmp_path / "in.jsonl", Path("/dev/null")).write([{"line": 1}])
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    batch.Lines(tmp_path / "in.jsonl", tmp_path / "pipe").write([{"line": 1}])
+    assert os.read(reader, 100) == b'{"line": 1}\n'
+    os.close(reader)
+
+
+@pytest.mark.parametrize("role", ["system", "developer"])
+def test_a_system_message_of_its_own_takes_the_place_of_the_flag(role):
+    asked = types.SimpleNamespace(
+        stored_params=types.SimpleNamespace(limits_length=True), request=lambda prompt, tools, **given: prompt
+    )
+    own = [{"role": role, "content": "Mine."}, {"role": "user", "content": "q"}]
+    given = {"max_new_tokens": 4}
+    assert batch._request(asked, {"messages": own}, given, "The flag's.", False) == own
+    assert batch._request(asked, {"messages": own[1:]}, given, "The flag's.", False)[0]["content"] == "The flag's."

@@ -195,3 +195,26 @@ def test_lines_are_recalled_in_the_next_chat(tmp_path):
     file = tmp_path / "qwen2_jax" / "chat_history"
     assert "first line" in file.read_text()
     assert file.stat().st_mode & 0o077 == 0
+
+
+def test_a_message_that_does_not_end_is_dropped(capsys):
+    lm = Script()
+    assert repl.chat(lm, {}, read=typed('"""one', "two", EOFError, "three")) == 0
+    assert lm.asked == [[("user", "three")]]
+    assert 'error: the message was dropped: it begins with """ and must end with """' in capsys.readouterr().err
+
+
+def test_ctrl_c_before_the_answer_forgets_the_message(capsys):
+    lm = Script()
+    stream = lm.stream
+
+    def interrupted(messages, **given):
+        made = stream(messages, **given)
+        if len(lm.asked) == 1:
+            type(made).__iter__ = lambda self: typed(KeyboardInterrupt)("")
+        return made
+
+    lm.stream = interrupted
+    assert repl.chat(lm, {}, read=typed("one", "two", "/exit")) == 0
+    assert lm.asked[1] == [("user", "two")]
+    assert "not remembered" in capsys.readouterr().err

@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh
 from rich.console import Console
 
 from ahead_of_time import GPU_COMPILER, TPU_COMPILER
-from qwen2_jax import PRESETS
+from qwen2_jax import PRESETS, checkpoint
 from qwen2_jax.config import ModelConfig
 from qwen2_jax.data.spec import Data, Source
 from qwen2_jax.errors import UserError
@@ -224,6 +224,22 @@ def test_architectures_need_no_weights(tmp_path):
     assert architecture.named(str(tmp_path)) == SMALL
     with pytest.raises(UserError, match="did you mean qwen2-7b"):
         architecture.named("qwen2-7bb")
+
+
+def test_architectures_of_files_that_hold_their_own(tmp_path):
+    """GGUF has its config inside; a quantised folder's config.json is that of the model that is loaded."""
+    quant = ROOT.parent / "shared/data/quant"
+    if not quant.exists():
+        pytest.skip(f"{quant} is not here")
+    for name in ("gguf-moe", "gguf-split", "gptq-int4", "bnb-nf4"):
+        source = checkpoint.locate(quant / name)
+        for given in {str(quant / name), str(source.path)}:
+            assert architecture.named(given) == checkpoint.read_config(source)
+    (tmp_path / "config.json").write_bytes((quant / "gptq-int4/config.json").read_bytes())
+    assert architecture.named(str(tmp_path)) == architecture.named(str(quant / "gptq-int4"))
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        architecture.named(str(tmp_path))
 
 
 def test_a_run_may_start_from_what_another_configuration_will_write():

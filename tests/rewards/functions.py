@@ -57,7 +57,8 @@ def misbehaves(completions, scratch=None):
             return None
         if text == "text":
             return "0" * len(completions)
-        scores.append({"nan": float("nan"), "inf": float("-inf"), "word": "3", "list": [3]}.get(text, 1.0))
+        wrong = {"nan": float("nan"), "inf": float("-inf"), "word": "3", "list": [3], "large": 1e39, "digits": 10**400}
+        scores.append(wrong.get(text, 1.0))
     return scores
 
 

@@ -31,6 +31,8 @@ WRONG = {  # what a text of functions.misbehaves does, and what is said of it
     "nan": "it returned nan, which is not a finite number",
     "inf": "it returned -inf, which is not a finite number",
     "word": "it returned '3', which is not a finite number",
+    "large": r"it returned 1e\+39, which is not a finite number of float32",
+    "digits": "it returned 1000.*, which is not a finite number of float32",
     "list": r"it returned \[3\], which is not a finite number",
 }
 

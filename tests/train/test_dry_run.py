@@ -144,3 +144,16 @@ def test_report(tokenizer):
         ">>Hello<|im_end|><<",
     ):  # fmt: skip
         assert text in shown, text
+
+
+def test_a_table_wider_than_the_screen_is_turned():
+    """So that no word of it is broken."""
+    row = {"records": 6, "untargeted": 0, "documents": 1, "tokens": 22_000, "dropped": 5, "efficiency": 0.344}
+    rows = [{"source": f"{name}.jsonl", **row} for name in ("chats", "held-out")]
+    for width in (120, 60):
+        console = Console(file=io.StringIO(), width=width)
+        console.print(dry_run._table(rows, width))
+        lines = console.file.getvalue().splitlines()
+        assert lines[0].startswith("source")
+        words = [line.split()[0] for line in lines[1:]]
+        assert words == (["chats.jsonl", "held-out.jsonl"] if width == 120 else [*row])

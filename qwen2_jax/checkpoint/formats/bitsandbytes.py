@@ -79,8 +79,10 @@ class BitsAndBytes:
                 raise CheckpointError(f"nested_blocksize is {nested}")
             shape_of(parts, "weight.nested_quant_map", (256,), "absmax in 8 bits")
             shape_of(parts, "weight.nested_absmax", (-(-blocks // nested),), f"{blocks} blocks, {nested} together")
-        offset = float(state.get("nested_offset") or 0.0)
-        decoder = _FourBits(shape[1], block, nested, offset, name[-3:])
+        offset = state.get("nested_offset") or 0.0
+        if type(offset) not in (int, float) or not math.isfinite(offset) or abs(offset) > np.finfo(np.float32).max:
+            raise CheckpointError(f"nested_offset is {offset!r:.60}; it must be a finite number")
+        decoder = _FourBits(shape[1], block, nested, float(offset), name[-3:])
         return DecodedTensor(FLOAT32, (shape[0], shape[1]), dict(parts), decoder)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from qwen2_jax.checkpoint.formats.gptq_awq import (
     FLOATS,
     INDICES,
+    LARGEST,
     dimensions,
     of_dtype,
     one_of,
@@ -68,8 +69,10 @@ class CompressedTensors:
         if len(bits) > 1:
             raise CheckpointError(f"num_bits are {sorted(bits)} in several groups; one number for all is read")
         one_of("num_bits", min(bits), (4, 8))
-        blocks = [scheme.get("block_structure") for scheme in schemes if scheme.get("block_structure")]
-        return cls(min(bits) if form == "pack-quantized" else None, _block(blocks[0]) if blocks else None)
+        blocks = {_block(scheme["block_structure"]) for scheme in schemes if scheme.get("block_structure")}
+        if len(blocks) > 1:
+            raise CheckpointError(f"block_structure are {sorted(blocks)} in several groups; one for all is read")
+        return cls(min(bits) if form == "pack-quantized" else None, min(blocks, default=None))
 
     def weight(self, module: str, parts: Mapping[str, TensorInFile]) -> DecodedTensor:
         if self.bits is None:
@@ -170,7 +173,7 @@ class Fp8:
 
 
 def _block(value: Any) -> tuple[int, int]:
-    if not (isinstance(value, list) and len(value) == 2 and all(type(n) is int and n > 0 for n in value)):
+    if not (isinstance(value, list) and len(value) == 2 and all(type(n) is int and 0 < n <= LARGEST for n in value)):
         raise CheckpointError(f"the block size is {value!r:.60}; it must be two numbers, such as [128, 128]")
     return value[0], value[1]
 

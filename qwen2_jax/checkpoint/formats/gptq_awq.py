@@ -19,6 +19,7 @@ from qwen2_jax.errors import CheckpointError
 
 FLOATS, INDICES = ("float16", "bfloat16", "float32"), ("int32", "int64")
 DTYPES = {"qweight": ("int32",), "qzeros": ("int32",), "scales": FLOATS, "g_idx": INDICES, "weight": ()}
+LARGEST = 2**31 - 1  # of a group's or a block's size
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # output j of a word is its nibble AWQ_ORDER[j]
 
 
@@ -34,11 +35,13 @@ def unpack(words: np.ndarray, bits: int, axis: int, order: tuple[int, ...] | Non
 
 
 def setting(settings: Mapping[str, Any], name: str, kind: type, default: Any = None) -> Any:
-    """One value of quantization_config. Raises CheckpointError where it is missing or of another type."""
+    """One value of quantization_config. Raises CheckpointError where it is missing, of another type or too large."""
     value = settings.get(name)
     value = default if value is None else value
     if type(value) is not kind:
         raise CheckpointError(f"{name} is {value!r:.60}; it must be of type {kind.__name__}")
+    if isinstance(value, int) and value > LARGEST:
+        raise CheckpointError(f"{name} is {value!r:.60}; it must be at most {LARGEST:,}")
     return value
 
 
@@ -67,19 +70,21 @@ def of_dtype(parts: Mapping[str, StoredTensor], dtypes: Mapping[str, tuple[str, 
 def dimensions(parts: Mapping[str, StoredTensor], name: str) -> tuple[int, int]:
     if name not in parts:
         raise CheckpointError(f"has no {name}")
-    if len(parts[name].shape) != 2:
-        raise CheckpointError(f"{name} is {list(parts[name].shape)}; it must have two dimensions")
+    if len(parts[name].shape) != 2 or 0 in parts[name].shape:
+        raise CheckpointError(f"{name} is {list(parts[name].shape)}; it must have two dimensions, neither of them 0")
     return parts[name].shape  # type: ignore[return-value]
 
 
 @dataclasses.dataclass(frozen=True)
 class Gptq:
-    """The settings of a GPTQ checkpoint. group_size: inputs of a group, -1 for all. zero: of every weight, or None."""
+    """The settings of a GPTQ checkpoint. group_size: inputs of a group, -1 for all. reordered: groups are not of
+    neighbouring inputs, so that g_idx must say which they are."""
 
     bits: int
     group_size: int
     symmetric: bool
     v2: bool
+    reordered: bool
     suffixes = ("qweight", "qzeros", "scales", "g_idx")
 
     @classmethod
@@ -94,7 +99,8 @@ class Gptq:
         group_size = setting(settings, "group_size", int, -1)
         if group_size < 1 and group_size != -1:
             raise CheckpointError(f"group_size is {group_size}; it must be -1 (all inputs) or 1 and more")
-        return cls(bits, group_size, setting(settings, "sym", bool, True), form == "gptq_v2")
+        symmetric, reordered = setting(settings, "sym", bool, True), setting(settings, "desc_act", bool, False)
+        return cls(bits, group_size, symmetric, form == "gptq_v2", reordered)
 
     def weight(self, module: str, parts: Mapping[str, TensorInFile]) -> DecodedTensor:
         words, F = dimensions(parts, "qweight")
@@ -109,6 +115,8 @@ class Gptq:
         if F % n:
             raise CheckpointError(f"{F} outputs are no whole words of {n}")
         groups = -(-K // group)
+        if self.reordered and groups > 1 and "g_idx" not in parts:
+            raise CheckpointError("has no g_idx, and desc_act is true")
         shape_of(parts, "scales", (groups, F), why)
         shape_of(parts, "qzeros", (groups, F // n), why)
         return DecodedTensor(np.dtype(np.float32), (F, K), dict(parts), _GptqDecoder(self, group, module))

@@ -148,12 +148,15 @@ def _looks_like(path: Any, names: Collection[str]) -> bool:
         return False
     if BESIDE in names:
         return True
-    return CONFIG in names and any(key.encode() in (path / CONFIG).read_bytes() for key in KEYS) and _has_settings(path)
+    return CONFIG in names and has_settings(path)
 
 
-def _has_settings(path: Path) -> bool:
+def has_settings(path: Path) -> bool:
+    """Whether the folder says that its weights are quantised."""
     try:
-        return _settings(path) is not None
+        content = FolderFiles(path).read_bytes(CONFIG, MAX_JSON_BYTES) or b""
+        named = any(key.encode() in content for key in KEYS) or (path / BESIDE).exists()
+        return named and _settings(path) is not None
     except CheckpointError:
         return True  # whoever opens it gets the message
 

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from qwen2_jax.errors import CheckpointError
 from qwen2_jax.files.json_text import parse_json_object
 from qwen2_jax.files.path_inside import path_inside
+from qwen2_jax.files.regular_file import is_regular_file
 
 CONFIG, GENERATION, MANIFEST, LAYOUT = (
     "config.json",
@@ -61,7 +62,7 @@ class FolderFiles:
 
     def read_bytes(self, name: str, limit: int | None = None) -> bytes | None:
         file = small_file(self.path, name, str(self.path))
-        if not file.is_file():
+        if not is_regular_file(file, CheckpointError):
             return None
         if limit is not None and _size(file) > limit:
             raise CheckpointError(f"{file} is larger than {limit} bytes; that is no {name}")

@@ -8,7 +8,8 @@ ChatML, Qwen2's template and its like. If the rendered text is <|im_start|>ROLE,
 for every message, the pieces between the special tokens are encoded one by one: which are targets is then known.
 
 Any other template. The conversation is also rendered up to an answer, with the generation prompt, and up to the
-answer's end; the difference is the answer. Both must be prefixes of the whole text, or UserError is raised.
+answer's end; the difference is the answer (message_spans.py). Both must be prefixes of the whole text, or UserError is
+raised.
 
 Text that spells a special token is encoded as ordinary text, in plain documents too.
 
@@ -29,6 +30,7 @@ from qwen2_jax import validate
 from qwen2_jax.conversation import ROLES
 from qwen2_jax.data.formats.record_formats import Chat, Document, Ranking, Text
 from qwen2_jax.data.tokens.loss_mask import Targets, trained_answers, turn_loss_mask
+from qwen2_jax.data.tokens.message_spans import MessageSpans
 from qwen2_jax.errors import UserError
 from qwen2_jax.tokenizer import END_OF_TEXT, IM_END, IM_START, Tokenizer
 
@@ -234,50 +236,21 @@ class Encoder:
             raise UserError(
                 "targets 'turns_qwen1' needs a ChatML template, and this tokenizer's is another; use 'assistant'"
             )
-        tokens = self.tokenizer.chat_ids(chat.messages, add_generation_prompt=False, tools=chat.tools)
+        spans = MessageSpans(self.tokenizer, chat)
+        tokens = spans.tokens
         is_target = np.full(len(tokens), self.targets == "all")
         if self.targets == "all":
             for i in (i for i, train in enumerate(chat.train) if not train):
-                is_target[self._span(tokens, chat, i, prompt=False)] = False
+                is_target[spans.span(i, prompt=False)] = False
             return Encoded(tokens, is_target.tolist())
         for i in trained_answers(self.targets, chat.messages):
             if chat.train[i]:
-                span = self._span(tokens, chat, i, prompt=True)
+                span = spans.span(i, prompt=True)
                 special = [k for k in range(span.start, span.stop) if tokens[k] in self.tokenizer.special_ids]
                 if special and self.targets != "assistant_newline":
                     span = slice(span.start, special[-1] + 1)  # up to the token that ends the turn
                 is_target[span] = True
         return Encoded(tokens, is_target.tolist())
-
-    def _span(self, tokens: list[int], chat: Chat, i: int, prompt: bool) -> slice:
-        """The tokens that lie wholly in message i; prompt: without the generation prompt that an answer begins with."""
-        ends = np.cumsum([len(self.tokenizer.token_bytes(token, False)) for token in tokens])
-        start = self._bytes_before(tokens, chat, i, prompt)
-        stop = self._bytes_before(tokens, chat, i + 1, prompt=False)
-        return slice(
-            int(np.searchsorted(ends, start)) + 1 if start else 0, int(np.searchsorted(ends, stop, side="right"))
-        )
-
-    def _bytes_before(self, tokens: list[int], chat: Chat, i: int, prompt: bool) -> int:
-        """Length in bytes of messages[:i] as rendered, which must be a prefix of the whole text."""
-        if i == 0 and not prompt:
-            return 0
-        if i == 0:
-            raise UserError(
-                "messages[0] is the assistant's, but this chat template does not show where it begins; let a user begin"
-            )
-        whole = self._bytes(tokens)
-        part = self._bytes(self.tokenizer.checked_chat_ids(chat.messages[:i], chat.tools, prompt))
-        if not whole.startswith(part):
-            what = "its generation prompt is not how an answer begins" if prompt else "it changes them when more follow"
-            raise UserError(
-                f"the chat template does not write messages[:{i}] as the beginning of the whole ({what}), so it cannot "
-                f"be told which tokens are answers; use targets='last_assistant' or 'all', or a ChatML template"
-            )
-        return len(part)
-
-    def _bytes(self, tokens: list[int]) -> bytes:
-        return b"".join(self.tokenizer.token_bytes(token, False) for token in tokens)
 
 
 def _laid_out(sequences: Sequence[Encoded]) -> Encoded:

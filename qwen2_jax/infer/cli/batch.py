@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import operator
 import os
+import stat
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -70,7 +71,8 @@ class Lines:
         with self.output.open("ab") as file:
             file.write(text.encode())
             file.flush()
-            os.fsync(file.fileno())
+            if stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # a pipe or a device has no disk
+                os.fsync(file.fileno())
 
     def _resume(self, output: Path) -> None:
         with output.open("ab"):  # makes the file; raises here where that is not allowed
@@ -256,7 +258,7 @@ def _request(
         prompt, chat = data["messages"], True
         if not isinstance(prompt, list) or not prompt or not all(isinstance(m, dict) for m in prompt):
             raise UserError('"messages" must be a list of objects with "role" and "content"')
-        if system and prompt[0].get("role") != "system":
+        if system and prompt[0].get("role") not in ("system", "developer"):
             prompt = [{"role": "system", "content": system}, *prompt]
     else:
         prompt = data["prompt"]

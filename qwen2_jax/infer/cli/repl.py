@@ -59,6 +59,9 @@ class ChatSession:
         while True:
             try:
                 text = self._typed()
+            except UserError as error:
+                _say(f"\nerror: {error}")
+                continue
             except EOFError:
                 _say("")
                 return 0
@@ -89,7 +92,12 @@ class ChatSession:
             return line
         lines = [line.removeprefix(QUOTES)]
         while not lines[-1].rstrip().endswith(QUOTES):
-            lines.append(self.read("... "))
+            try:
+                lines.append(self.read("... "))
+            except EOFError:
+                raise UserError(
+                    f"the message was dropped: it begins with {QUOTES} and must end with {QUOTES}"
+                ) from None
         lines[-1] = lines[-1].rstrip().removesuffix(QUOTES)
         text = "\n".join(lines).strip("\n")
         return text if not text.startswith("/") else f" {text}"  # a message, not a command
@@ -163,6 +171,9 @@ class ChatSession:
             _say(summary(stream))
         except KeyboardInterrupt:
             print(flush=True)
+            if not stream.generation.text:
+                _say("stopped before the answer began; the message is not remembered")
+                return
             _say("stopped")
         except UserError:  # in the middle of the answer
             print(flush=True)
