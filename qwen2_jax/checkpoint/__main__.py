@@ -200,6 +200,8 @@ def _convert_to_gptq(args: argparse.Namespace) -> int:
 def _plan(args: argparse.Namespace) -> int:
     from qwen2_jax.checkpoint import byte_plan
 
+    if args.to in ("gguf", "gptq"):
+        raise UserError(f"there is no plan for {args.to}, which one process writes; a plan is for --to hf or orbax")
     source = byte_plan.declared(args.src)
     steps = [byte_plan.convert_step(source, args.to, args.plan, dtype=args.dtype)]
     if args.mesh:

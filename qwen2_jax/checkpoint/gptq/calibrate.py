@@ -63,6 +63,11 @@ def round_layer(model: ByLayer, i: int, params: Tree, x_NTD: np.ndarray, group: 
     """
     specs = model.specs["stacks"][i]
     declared, block = linears(specs), params["blocks"][0]
+    for path, spec in declared.items():
+        finite = jnp.isfinite(names.get(block, path)).reshape(-1, math.prod(spec.hf_shape)).all(axis=-1)
+        if not bool(finite.all()):
+            module = _module(spec, i, int(finite.argmin()))
+            raise CheckpointError(f"{module}: its weights are not finite; nothing is written")
     sums, experts = _sums(model, i, params, x_NTD)
     tokens = x_NTD.shape[0] * x_NTD.shape[1]
     done: dict[str, Rounded] = {}
@@ -107,11 +112,8 @@ def _round_together(w: Mapping[str, Any], h_II: jax.Array, tokens: int, group: i
     w_OI = jnp.concatenate([jnp.asarray(one, jnp.float32) for one in w.values()])
     if not bool(jnp.isfinite(h_II).all()):
         raise CheckpointError(f"{first}: its inputs are not finite on this text; nothing is written")
-    for name, one in w.items():
-        if not bool(jnp.isfinite(one).all()):
-            raise CheckpointError(f"{name}: its weights are not finite; nothing is written")
     h_II = h_II / max(1, tokens)
-    plain = _attempt(w_OI, jnp.eye(len(h_II), dtype=jnp.float32), group)
+    plain = _attempt(w_OI, None, group)
     best, method = plain, ["rounding"] * len(w)
     if tokens:
         u_II, dead_I, damp = _factor(h_II, FEW_DAMP if tokens < len(h_II) else DAMP)
@@ -138,7 +140,7 @@ def _round_together(w: Mapping[str, Any], h_II: jax.Array, tokens: int, group: i
     return out
 
 
-def _attempt(w_OI: jax.Array, u_II: jax.Array, group: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _attempt(w_OI: jax.Array, u_II: jax.Array | None, group: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     q_OI, scale_OG = (np.asarray(part) for part in rounding.rounded(w_OI, u_II, group))
     return q_OI, scale_OG, rounding.meant(q_OI, scale_OG)
 

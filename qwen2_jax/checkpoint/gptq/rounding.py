@@ -3,7 +3,7 @@
 
 Columns are rounded from left to right. The error of each is moved into the columns that are not rounded yet, in the
 way that changes the layer's outputs least on the calibration inputs: by the rows of U, upper triangular, with U^T U the
-inverse of H = mean of x x^T over the inputs x. With U the identity it is plain rounding.
+inverse of H = mean of x x^T over the inputs x. Without U it is plain rounding.
 
 I inputs, O outputs, g inputs of a group, G groups.
 """
@@ -38,13 +38,16 @@ def factor(h_II: jax.Array, damp: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 @partial(jax.jit, static_argnames="group")
-def rounded(w_OI: jax.Array, u_II: jax.Array, group: int) -> tuple[jax.Array, jax.Array]:
+def rounded(w_OI: jax.Array, u_II: jax.Array | None, group: int) -> tuple[jax.Array, jax.Array]:
     """(q uint8 [O, I], scale float16 [O, G]) of a float32 matrix. A group's scale is chosen when its turn comes."""
     O, I = w_OI.shape
 
     def one_group(b, carry):
         w_OI, q_OI, scale_OG = carry
         w_Og = jax.lax.dynamic_slice(w_OI, (0, b * group), (O, group))
+        if u_II is None:
+            scale_O = _best_scale(w_Og, jnp.ones(group))
+            return w_OI, *_placed(b, _nearest(w_Og, scale_O[:, None]).astype(jnp.uint8), scale_O, q_OI, scale_OG)
         u_gI = jax.lax.dynamic_slice(u_II, (b * group, 0), (group, I))
         u_gg = jax.lax.dynamic_slice(u_gI, (0, b * group), (group, group))
         scale_O = _best_scale(w_Og, jnp.diagonal(u_gg) ** -2)
@@ -59,12 +62,17 @@ def rounded(w_OI: jax.Array, u_II: jax.Array, group: int) -> tuple[jax.Array, ja
         start = w_Og, jnp.zeros((O, group), jnp.uint8), jnp.zeros_like(w_Og)
         _, q_Og, error_Og = jax.lax.fori_loop(0, group, one_column, start)
         w_OI -= error_Og @ u_gI  # columns that are rounded already change too, and are not read again
-        q_OI = jax.lax.dynamic_update_slice(q_OI, q_Og, (0, b * group))
-        return w_OI, q_OI, scale_OG.at[:, b].set(scale_O.astype(jnp.float16))
+        return w_OI, *_placed(b, q_Og, scale_O, q_OI, scale_OG)
 
     start = w_OI, jnp.zeros((O, I), jnp.uint8), jnp.zeros((O, I // group), jnp.float16)
     _, q_OI, scale_OG = jax.lax.fori_loop(0, I // group, one_group, start)
     return q_OI, scale_OG
+
+
+def _placed(b, q_Og, scale_O, q_OI, scale_OG) -> tuple[jax.Array, jax.Array]:
+    """(q_OI, scale_OG) with the columns and the scales of group b."""
+    q_OI = jax.lax.dynamic_update_slice(q_OI, q_Og, (0, b * q_Og.shape[1]))
+    return q_OI, scale_OG.at[:, b].set(scale_O.astype(jnp.float16))
 
 
 def _nearest(w: jax.Array, scale: jax.Array) -> jax.Array:
