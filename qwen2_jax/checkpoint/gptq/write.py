@@ -15,6 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from qwen2_jax.checkpoint.api import quantised_types
 from qwen2_jax.checkpoint.by_layer import ByLayer
 from qwen2_jax.checkpoint.formats import names, quantised_folder
 from qwen2_jax.checkpoint.formats.in_memory import recast
@@ -197,7 +198,7 @@ class Calibrated:
         self.model, self.group, self.progress = model, group, progress
         self.tokens_NT, self.held_NT = tokens_NT, held_NT
         stored = model.opened.tensors
-        if dtype is None and any(info.kind != info.dtype.name for info in stored.infos.values()):
+        if dtype is None and quantised_types(model.opened):
             dtype = model.config.dtype
         self.plain = stored if dtype is None else recast(stored, dtype)
         self.infos: dict[str, TensorInfo] = {}
