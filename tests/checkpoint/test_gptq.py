@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import checkpoint.hf_folders as hf
+from mutations import mutated_json, right_or_refused
 from qwen2_jax import checkpoint
 from qwen2_jax.checkpoint.__main__ import main
 from qwen2_jax.checkpoint.gptq import calibrate
@@ -343,3 +344,17 @@ def test_texts_that_cannot_be_used(tmp_path, tokenizer, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         token_rows(tmp_path / name, tokenizer, 2, 64)
+
+
+def test_mutated_records(tmp_path, tokenizer, mutations):
+    """Lines that somebody else wrote: rows of ids of the vocabulary, or one line that says why not."""
+    chat = [{"role": "user", "content": "What is 27 + 58?"}, {"role": "assistant", "content": "85"}]
+    good, file = [{"messages": chat, "tools": None}, {"text": "import os and more words " * 9}], tmp_path / "a.jsonl"
+
+    def use():
+        rows = token_rows(file, tokenizer, 2, 32)
+        assert rows.dtype == np.int32 and rows.min() >= 0 and rows.max() < tokenizer.vocab_size
+
+    for seed in mutations:
+        file.write_bytes(mutated_json(seed, good[seed % 2]) + b"\n" + json.dumps(good[1]).encode())
+        right_or_refused(seed, use)

@@ -12,7 +12,7 @@ import qwen2_jax
 from qwen2_jax.checkpoint.by_layer import ByLayer
 from qwen2_jax.errors import UserError
 from qwen2_jax.eval.__main__ import main
-from qwen2_jax.eval.divergence import compare
+from qwen2_jax.eval.divergence import Reference
 from qwen2_jax.model import divergence as chunks
 from qwen2_jax.weights.weight import matmul
 
@@ -64,4 +64,4 @@ def test_the_command(capsys):
 
 def test_ids_beyond_the_vocabulary():
     with pytest.raises(UserError, match="token id 99999"):
-        compare("demo", "demo", np.full((1, 4), 99999, np.int32))
+        Reference("demo", np.full((1, 4), 99999, np.int32))
