@@ -147,7 +147,8 @@ def convert(
     Raises CheckpointError for a source that cannot be used and a `dst` that exists.
     """
     if to not in (*WRITERS, "gguf"):
-        raise CheckpointError(f"to is {to!r}; choose from {', '.join((*WRITERS, 'gguf'))}")
+        choices = ", ".join((*WRITERS, "gguf"))
+        raise CheckpointError(f"to is {to!r}; choose from {choices}; write_gptq writes GPTQ, which needs a text")
     dtypes = gguf_write.KINDS if to == "gguf" else DTYPES
     if dtype is not None and dtype not in dtypes:
         raise CheckpointError(f"dtype is {dtype!r}; choose from {', '.join(dtypes)}")
