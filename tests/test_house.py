@@ -30,7 +30,7 @@ LAYERS = [
     ["model"],
     ["checkpoint"],
     ["infer"],
-    ["data", "rewards"],
+    ["data", "rewards", "eval"],
     ["observe"],
     ["train"],
     ["plan", "speedrun"],

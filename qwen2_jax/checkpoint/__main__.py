@@ -10,6 +10,7 @@ import warnings
 
 import jax
 
+from qwen2_jax.checkpoint.gptq.write import LENGTH, MAX_KL, SEQUENCES
 from qwen2_jax.checkpoint.merge_models import KEEP, METHODS, Merge, merge
 from qwen2_jax.checkpoint.sources import NotFound
 from qwen2_jax.checkpoint.transfer.write import WRITERS
@@ -29,6 +30,7 @@ examples:
   python -m qwen2_jax.checkpoint convert demo ./demo-float32 --to hf --dtype float32
   python -m qwen2_jax.checkpoint convert ./qwen2-7b-q4_k_m.gguf ./qwen2-7b-hf --to hf
   python -m qwen2_jax.checkpoint convert ./qwen2-7b-hf ./qwen2-7b-q8_0.gguf --to gguf --dtype q8_0
+  python -m qwen2_jax.checkpoint convert ./qwen2-7b-hf ./qwen2-7b-gptq --to gptq --text chats.jsonl
   python -m qwen2_jax.checkpoint convert qwen2-72b --to orbax --plan 16 --mesh fsdp=16,tensor=4
   python -m qwen2_jax.checkpoint merge ./base ./maths ./code --out ./both --method ties --keep 0.2
   python -m qwen2_jax.checkpoint verify ./qwen2-7b-hf
@@ -56,8 +58,27 @@ def parser() -> argparse.ArgumentParser:
         help="folder (or .gguf file) to write; it must not exist, and appears only when it is complete",
     )
     convert.add_argument(
-        "--to", required=True, choices=(*WRITERS, "gguf"), help="format of the new folder or .gguf file"
+        "--to", required=True, choices=(*WRITERS, "gguf", "gptq"), help="format of the new folder or .gguf file"
     )
+    convert.add_argument(
+        "--text",
+        metavar="FILE",
+        help="with --to gptq: text that is like the model's use, to choose the 4-bit weights "
+        "by and to check them on: a text file, or .jsonl with lines of chats (messages) or texts (text)",
+    )
+    convert.add_argument(
+        "--sequences",
+        type=int,
+        metavar="N",
+        help=f"with --to gptq: pieces of the text to calibrate on, as far as it goes; default: {SEQUENCES}",
+    )
+    convert.add_argument(
+        "--length", type=int, metavar="TOKENS", help=f"with --to gptq: of each piece; default: {LENGTH}"
+    )
+    convert.add_argument(
+        "--max-kl", type=float, metavar="NATS", help="with --to gptq: refuse a model whose mean KL divergence from "
+        f"SRC on held-out text is larger; default: {MAX_KL:g}",
+    )  # fmt: skip
     convert.add_argument(
         "--dtype",
         choices=(*DTYPES, "q8_0"),
@@ -142,6 +163,10 @@ def _convert(args: argparse.Namespace) -> int:
         raise UserError("convert needs a folder to write: convert SRC DST --to ...; only --plan does without")
     if args.mesh or args.json:
         raise UserError("--mesh and --json belong to --plan HOSTS; leave them out, or add it")
+    if args.to == "gptq":
+        return _convert_to_gptq(args)
+    if given := [f"--{name}" for name in ("text", "sequences", "length", "max_kl") if getattr(args, name) is not None]:
+        raise UserError(f"{given[0]} belongs to --to gptq; leave it out")
     first = jax.process_index() == 0  # of several processes, the first one reports
     with progress_bar("converting", quiet=not first) as progress:
         shard = None if args.max_shard_gb is None else int(args.max_shard_gb * 1e9)
@@ -151,9 +176,26 @@ def _convert(args: argparse.Namespace) -> int:
     return 0
 
 
+def _convert_to_gptq(args: argparse.Namespace) -> int:
+    from qwen2_jax.checkpoint import write_gptq
+
+    if args.text is None:
+        raise UserError("--to gptq needs --text FILE: text that is like the model's use")
+    if args.max_shard_gb is not None or args.dtype == "q8_0":
+        raise UserError("--max-shard-gb and q8_0 do not belong to --to gptq; leave them out")
+    given = {name: getattr(args, name) for name in ("dtype", "sequences", "length", "max_kl")}
+    given = {name: value for name, value in given.items() if value is not None}
+    with progress_bar("calibrating") as progress:
+        write_gptq(args.src, args.dst, args.text, show=print, progress=progress, **given)
+    print(f"wrote {args.dst} (gptq, 4 bits); `verify {args.dst}` checks it")
+    return 0
+
+
 def _plan(args: argparse.Namespace) -> int:
     from qwen2_jax.checkpoint import byte_plan
 
+    if args.to in ("gguf", "gptq"):
+        raise UserError(f"there is no plan for {args.to}, which one process writes; a plan is for --to hf or orbax")
     source = byte_plan.declared(args.src)
     steps = [byte_plan.convert_step(source, args.to, args.plan, dtype=args.dtype)]
     if args.mesh:
@@ -250,5 +292,6 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_platforms", "cpu")  # nothing here needs an accelerator, and one may be in use
+    if "gptq" not in sys.argv:  # nothing else here needs an accelerator, and one may be in use
+        jax.config.update("jax_platforms", "cpu")
     sys.exit(main())

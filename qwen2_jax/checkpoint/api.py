@@ -49,6 +49,11 @@ def open_checkpoint(name: str | Path | Source, config: ModelConfig | None = None
     return Opened(source, config, specs, tensors, tensors.layout())
 
 
+def quantised_types(opened: Opened) -> tuple[str, ...]:
+    """How a checkpoint stores its weights where that is not a plain dtype, such as ("Q4_K", "Q6_K"), sorted."""
+    return tuple(sorted({info.kind for info in opened.tensors.infos.values() if info.kind != info.dtype.name}))
+
+
 def load_params(
     source: str | Path | Source,
     config: ModelConfig | None = None,
@@ -147,7 +152,8 @@ def convert(
     Raises CheckpointError for a source that cannot be used and a `dst` that exists.
     """
     if to not in (*WRITERS, "gguf"):
-        raise CheckpointError(f"to is {to!r}; choose from {', '.join((*WRITERS, 'gguf'))}")
+        choices = ", ".join((*WRITERS, "gguf"))
+        raise CheckpointError(f"to is {to!r}; choose from {choices}; write_gptq writes GPTQ, which needs a text")
     dtypes = gguf_write.KINDS if to == "gguf" else DTYPES
     if dtype is not None and dtype not in dtypes:
         raise CheckpointError(f"dtype is {dtype!r}; choose from {', '.join(dtypes)}")
@@ -160,7 +166,7 @@ def convert(
         opened = open_checkpoint(source)
         tensors: ArrayTensors = opened.tensors
         layout, config = opened.layout, opened.config
-        if dtype is None and any(info.kind != info.dtype.name for info in tensors.infos.values()):
+        if dtype is None and quantised_types(opened):
             dtype = config.dtype
         if dtype is not None:
             tensors, layout, config = recast(tensors, dtype), None, dataclasses.replace(config, dtype=dtype)

@@ -14,6 +14,7 @@ that is kept are kept too, as in its authors' program.
 
 import contextlib
 import dataclasses
+import warnings
 import zlib
 from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen2_jax import validate
-from qwen2_jax.checkpoint.api import Opened, open_checkpoint
+from qwen2_jax.checkpoint.api import Opened, open_checkpoint, quantised_types
 from qwen2_jax.checkpoint.formats import names
 from qwen2_jax.checkpoint.formats.casting import as_dtype, cast_into
 from qwen2_jax.checkpoint.formats.protocol import Progress
@@ -87,9 +88,11 @@ def merge(
 ) -> Path:
     """Writes the merge of `models` on their common `base` as a new Hugging Face folder; returns its path.
 
-    All are Hugging Face folders. config.json, tokenizer and the other small files are the base's. dtype: of the result;
-    default each tensor as in the base; arithmetic is float32. Memory: the result's largest tensor, with ties another
-    one in float32, and blocks. Masks depend on seed, model's number and tensor's name alone.
+    All are Hugging Face folders or GGUF files; quantised ones are dequantised, with a warning. config.json, tokenizer
+    and the other small files are the base's. dtype: of the result; default each tensor as in the base, or the dtype of
+    the config where that is quantised; arithmetic is float32. Memory: the result's largest tensor, with ties another
+    one in float32, and blocks; of quantised models one tensor each. Masks depend on seed, model's number and tensor's
+    name alone.
 
     Raises CheckpointError for models that are not of the base's architecture, and for numbers that are not finite.
     """
@@ -97,7 +100,10 @@ def merge(
         raise UserError("nothing to merge: give at least one model beside the base")
     if dtype is not None:
         validate.choice("dtype", dtype, DTYPES)
-    merged = Merged(_opened(base), [_opened(model) for model in models], how, dtype)
+    first = _opened(base)
+    if dtype is None and quantised_types(first):
+        dtype = first.config.dtype
+    merged = Merged(first, [_opened(model) for model in models], how, dtype)
     config, source = merged.base.config, merged.base.source
     if dtype is not None:
         config = dataclasses.replace(config, dtype=dtype)
@@ -114,6 +120,7 @@ class Merged:
         self.weights = how.weights_of(len(models))
         for model in models:
             _same_architecture(base, model)
+        _warn_of_quantised((base, *models))
         self.infos = {
             name: TensorInfo(info.dtype if dtype is None else np.dtype(jnp.dtype(dtype)), info.shape)
             for name, info in base.tensors.infos.items()
@@ -199,6 +206,23 @@ def _opened(name: str | Path | Source) -> Opened:
         title = opened.source.format.title
         raise CheckpointError(f"{name} is an {title} folder; `convert {name} NEW --to hf` makes one that can be merged")
     return opened
+
+
+def _warn_of_quantised(opened: Sequence[Opened]) -> None:
+    """Raises CheckpointError for AWQ, whose norms and neighbouring weights have factors of their own in each file."""
+    for one in opened:
+        types = quantised_types(one)
+        if any(kind.startswith("AWQ") for kind in types):
+            raise CheckpointError(
+                f"{one.source.path} is AWQ, which moves scales of its inputs into norms and other weights: its tensors "
+                "do not belong to those of other checkpoints; merge unquantised ones and quantise the result"
+            )
+        if types:
+            warnings.warn(
+                f"{one.source.path} is quantised ({', '.join(types[:3])}): its rounding is merged as if it had been "
+                "trained; merge unquantised checkpoints and quantise the result",
+                stacklevel=3,
+            )
 
 
 def _same_architecture(base: Opened, model: Opened) -> None:

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from qwen2_jax import validate
+from qwen2_jax.checkpoint.api import open_checkpoint, quantised_types
 from qwen2_jax.checkpoint.formats import names
 from qwen2_jax.checkpoint.formats.collected_errors import CollectedErrors
 from qwen2_jax.checkpoint.formats.hf_folder import HfFolder
@@ -32,6 +33,7 @@ from qwen2_jax.checkpoint.transfer import load
 from qwen2_jax.checkpoint.transfer.multihost import shared_folder
 from qwen2_jax.checkpoint.transfer.write import MARGIN_BYTES, Writing, write_weights
 from qwen2_jax.config.model_config import HUB_IDS, ModelConfig
+from qwen2_jax.config.presets import QUANTISED_HUB_IDS
 from qwen2_jax.errors import CheckpointError, UserError
 from qwen2_jax.files.atomic_folder import write_file
 from qwen2_jax.files.json_text import parse_json_object
@@ -218,12 +220,29 @@ def other_base(folder: str | Path, name: str, source: Source) -> str | None:
     )
 
 
+def quantised_base(name: str, source: Source, *, adapters: bool) -> str | None:
+    """What to know before a checkpoint that is stored quantised is trained, None for any other. name: as it was given.
+
+    adapters: whether these are trained on it, and not the weights themselves.
+    """
+    if source.kind not in ("quantised", "gguf") or not (types := quantised_types(open_checkpoint(source))):
+        return None
+    said = f"{name} is quantised ({', '.join(types[:3])}) and is trained as its dequantised values"
+    if not adapters:
+        return f"{said}; the result is not quantised"
+    if any(kind.startswith("AWQ") for kind in types):
+        return (
+            f"{said}: AWQ moves scales into norms and other weights, so the adapters fit this checkpoint and no other"
+        )
+    return f"{said}: the adapters fit these, and the unquantised model only nearly"
+
+
 def _canonical(name: str) -> str:
     text = name.strip()
     if text == DEMO:
         return str(locate(DEMO).path.resolve())
-    if text.lower() in HUB_IDS:
-        return HUB_IDS[text.lower()].lower()
+    if text.lower() in (known := HUB_IDS | QUANTISED_HUB_IDS):
+        return known[text.lower()].lower()
     path = Path(text).expanduser()
     with contextlib.suppress(OSError, ValueError):  # a name that no file system takes
         if path.exists():

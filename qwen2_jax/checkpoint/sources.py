@@ -7,7 +7,7 @@ import difflib
 import importlib.resources
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from qwen2_jax.checkpoint.formats.protocol import Format
 from qwen2_jax.checkpoint.formats.small_files import CONFIG, FolderFiles, SmallFiles, read_json, small_file
 from qwen2_jax.checkpoint.formats.table import FORMATS, recognise
 from qwen2_jax.config.model_config import HUB_IDS, ModelConfig
+from qwen2_jax.config.presets import GGUF_TYPES, QUANTISED_HUB_IDS
 from qwen2_jax.errors import CheckpointError, UserError
 from qwen2_jax.files.atomic_folder import MARKER, UNFINISHED
 from qwen2_jax.validate import short
@@ -26,6 +27,7 @@ ADAPTER_CONFIG = "adapter_config.json"  # of a PEFT folder
 DOWNLOADED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.jinja"]
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 WEIGHTS = (".safetensors", *PICKLES)
+GGUF_TYPE = re.compile(r"[A-Za-z0-9_]{2,12}")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -93,7 +95,9 @@ def read_config(source: Source) -> ModelConfig:
 def locate(name: str | Path | Source) -> Source:
     """Finds a checkpoint, downloading it if it is on the Hugging Face Hub.
 
-    name: "demo" (bundled), a folder, a gs:// path, a preset ("qwen2-7b-instruct") or a Hub id ("Qwen/Qwen2-7B").
+    name: "demo" (bundled), a folder, a .gguf file, a gs:// path, a preset ("qwen2-7b-instruct"), a name of an official
+    quantised checkpoint ("qwen2-7b-instruct-gptq-int4") or a Hub id ("Qwen/Qwen2-7B"); of a repository of GGUF files
+    with a type: "qwen2-7b-instruct-gguf:q4_k_m", "Qwen/Qwen2-7B-Instruct-GGUF:q4_k_m".
     Raises CheckpointError that names what was searched for and what to give instead.
     """
     if isinstance(name, Source):
@@ -115,17 +119,38 @@ def locate(name: str | Path | Source) -> Source:
         if found := recognise(folder):
             return Source(found.name, folder)
         raise CheckpointError(f"{folder} is no .gguf file; of another format, give the folder: {folder.parent}")
-    hub_id = HUB_IDS.get(text.lower())
-    if hub_id is None and HUB_ID.fullmatch(text) and not text.endswith(PICKLES):
-        hub_id = text
+    repository, colon, kind = text.partition(":")
+    hub_id = (HUB_IDS | QUANTISED_HUB_IDS).get(repository.lower())
+    if hub_id is None and HUB_ID.fullmatch(repository) and not text.endswith(PICKLES):
+        hub_id = repository
     if hub_id is None or isinstance(name, Path):
         raise NotFound(f"there is no folder {text!r} and no model of that name{_hint(text)}")
+    if hub_id.endswith("-GGUF") or colon:
+        return _downloaded_gguf(hub_id, kind, asked=text)
     return _in_folder(download(hub_id, asked=text))
+
+
+def _downloaded_gguf(hub_id: str, kind: str, *, asked: str) -> Source:
+    """The file of one type, such as q4_k_m, in a Hub repository of GGUF files, or the first of its parts."""
+    if not GGUF_TYPE.fullmatch(kind):
+        raise CheckpointError(
+            f"{asked}: a repository of GGUF files has one of each type; put one behind a colon: "
+            f"{asked.partition(':')[0]}:q4_k_m (or {', '.join(GGUF_TYPES)})"
+        )
+    ends = [f"[-.]{spelled}{part}.gguf" for spelled in (kind.lower(), kind.upper()) for part in ("", "-*-of-*")]
+    folder = download(hub_id, asked=asked, patterns=[f"*{end}" for end in ends])
+    files = sorted({file.name: file for end in ends for file in folder.glob(f"*{end}")}.items())
+    if not files:
+        raise NotFound(
+            f"{hub_id} has no file of the type {kind!r} (*-{kind.lower()}.gguf), or it is not on this machine and the "
+            "Hub cannot be reached; the repository's page lists its files"
+        )
+    return Source(gguf.FORMAT.name, files[0][1])
 
 
 def _hint(text: str) -> str:
     """The nearest names, and beside a path the nearest folders."""
-    known = [DEMO, *HUB_IDS, *HUB_IDS.values()]
+    known = [DEMO, *HUB_IDS, *HUB_IDS.values(), *QUANTISED_HUB_IDS]
     near = difflib.get_close_matches(text.lower(), known, 3, 0.6)
     folder = Path(text).expanduser()
     if not near and len(folder.parts) > 1 and folder.parent.is_dir():
@@ -189,14 +214,17 @@ def _in_bucket(text: str) -> Source:
     return Source("orbax", path)
 
 
-def download(hub_id: str, *, asked: str) -> Path:
-    """The repository's weights and text files in the Hub's cache; resumes, shows progress, works offline if cached."""
+def download(hub_id: str, *, asked: str, patterns: Sequence[str] = DOWNLOADED) -> Path:
+    """The repository's weights and text files in the Hub's cache; resumes, shows progress, works offline if cached.
+
+    patterns: of the names of the files that are wanted.
+    """
     from huggingface_hub import errors, snapshot_download
 
-    instead = "give a local folder with its config.json and .safetensors files instead"
+    instead = "give a local folder with its config.json and .safetensors files, or a .gguf file, instead"
     offline = f"no complete copy of {hub_id} is on this machine; {instead}"
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=DOWNLOADED))
+        return Path(snapshot_download(hub_id, allow_patterns=list(patterns)))
     except errors.GatedRepoError:
         raise CheckpointError(
             f"{hub_id} asks for consent: accept its terms on the Hub, then run `hf auth login`"
@@ -209,7 +237,7 @@ def download(hub_id: str, *, asked: str) -> Path:
     except errors.HFValidationError as why:
         raise NotFound(f"{hub_id!r} is no Hub id: {why}") from None
     except errors.LocalEntryNotFoundError:
-        hint = "" if hub_id in HUB_IDS.values() else _hint(hub_id)
+        hint = "" if hub_id in (*HUB_IDS.values(), *QUANTISED_HUB_IDS.values()) else _hint(hub_id)
         raise NotFound(
             f"there is no folder {asked!r}, the Hugging Face Hub cannot be reached and {offline}{hint}"
         ) from None

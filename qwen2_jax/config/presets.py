@@ -70,6 +70,20 @@ ROWS: list[tuple[str, str, float, int, int | None, int, int]] = [
 ]  # fmt: skip
 
 
+def _forms(name: str) -> tuple[str, ...]:
+    """In which quantised forms Qwen publishes a checkpoint, as the ends of their repositories' names."""
+    if name.endswith("-1M") or not name.endswith(("-Instruct", "-Chat")):
+        return ()
+    if "MoE" in name:
+        return ("GPTQ-Int4",)
+    return ("GPTQ-Int4", "GGUF") if "A14B" in name else ("GPTQ-Int4", "GPTQ-Int8", "AWQ", "GGUF")
+
+
+# Quantised checkpoints: Hub ids by name. "qwen2-7b-instruct-gguf" needs a type behind a colon, one of GGUF_TYPES.
+QUANTISED_HUB_IDS = {f"{row[0]}-{form}".lower(): f"Qwen/{row[0]}-{form}" for row in ROWS for form in _forms(row[0])}
+GGUF_TYPES = ("q2_k", "q3_k_m", "q4_0", "q4_k_m", "q5_0", "q5_k_m", "q6_k", "q8_0", "fp16")  # of Qwen's own files
+
+
 def hub_config(row: tuple[str, str, float, int, int | None, int, int]) -> dict[str, object]:
     """One row spelled as the checkpoint's config.json."""
     name, shape, eps, positions, window, window_layers, eos = row

@@ -76,15 +76,7 @@ class SparseMLP(nnx.Module):
         implementation: see ops.
         """
         x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
-        # HIGHEST: by default TPUs and recent GPUs round the inputs of a float32 product to 8 or 10 bits.
-        logits_ME = jax.lax.dot_general(
-            x_MD.astype(jnp.float32),
-            self.router_ED[...].astype(jnp.float32),
-            (((1,), (1,)), ((), ())),
-            precision=jax.lax.Precision.HIGHEST,
-        )
-        p_ME = jax.nn.softmax(logits_ME, axis=-1)
-        p_Mk, expert_Mk = jax.lax.top_k(p_ME, self.top_k)
+        logits_ME, p_ME, p_Mk, expert_Mk = route(x_MD, self.router_ED[...], self.top_k)
         weight_Mk = p_Mk / p_Mk.sum(axis=-1, keepdims=True) if self.renormalise else p_Mk
 
         E, real_M = p_ME.shape[-1], real_BT.reshape(-1)
@@ -101,6 +93,19 @@ class SparseMLP(nnx.Module):
         gate_BT = jax.nn.sigmoid(jnp.sum(x_BTD * self.shared_gate_D[...], axis=-1))
         y_BTD = routed_BTD + gate_BT[..., None] * self.shared(x_BTD)
         return y_BTD, _stats(logits_ME, p_ME, expert_Mk, real_M)
+
+
+def route(x_MD: jax.Array, router_ED: jax.Array, top_k: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """(float32 logits [M, E], their softmax [M, E], the k largest probabilities [M, k], their experts [M, k])."""
+    # HIGHEST: by default TPUs and recent GPUs round the inputs of a float32 product to 8 or 10 bits.
+    logits_ME = jax.lax.dot_general(
+        x_MD.astype(jnp.float32),
+        router_ED.astype(jnp.float32),
+        (((1,), (1,)), ((), ())),
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    p_ME = jax.nn.softmax(logits_ME, axis=-1)
+    return logits_ME, p_ME, *jax.lax.top_k(p_ME, top_k)
 
 
 def _stats(logits_ME, p_ME, expert_Mk, real_M) -> RouterStats:

@@ -65,8 +65,12 @@ def _run(job: TrainingJob, trainer: Trainer, console: Console, group: Group) -> 
     recorder = Recorder(
         config.log, config.out, total=job.steps, cost=cost, about=dataclasses.asdict(config), console=console
     )
-    if config.start is not None and config.start.adapter is not None and job.source is not None:
-        if warning := peft.other_base(config.start.adapter, config.start.checkpoint, job.source):
+    if config.start is not None and job.source is not None:
+        name, source = config.start.checkpoint, job.source
+        found = [peft.quantised_base(name, source, adapters=config.lora is not None)]
+        if config.start.adapter is not None:
+            found.append(peft.other_base(config.start.adapter, name, source))
+        for warning in filter(None, found):
             console.print(f"warning: {warning}", soft_wrap=True)
     begin, frozen = initial_state.weights(job, trainer)
     console.print(

@@ -220,6 +220,8 @@ def test_adapters_of_another_base_are_named(tmp_path, monkeypatch):
     ):  # fmt: skip
         assert warned(recorded, str(name)) is None
     assert warned("qwen2-7b", "qwen2-7b-instruct") and warned("base", "base2")
+    assert warned("Qwen/Qwen2-7B-Instruct", "qwen2-7b-instruct-awq")
+    assert warned("Qwen/Qwen2-7B-Instruct-AWQ", "qwen2-7b-instruct-awq") is None
     here = weights_sha256(demo)
     assert len(here) == 64 and warned("elsewhere/demo", "demo", sha=here) is None
     assert "was trained on demo, and" in warned("demo", "demo", sha="0" * 64)  # other weights under the same name

@@ -18,6 +18,8 @@ from checkpoint.kept_groups import groups_are_the_weights
 from mutations import declare_once, mutated, right_or_refused
 from qwen2_jax import checkpoint
 from qwen2_jax.checkpoint import api
+from qwen2_jax.checkpoint.merge_models import Merge, merge
+from qwen2_jax.checkpoint.peft import quantised_base
 from qwen2_jax.errors import UserError
 
 QUANT = Path(__file__).parents[3] / "shared" / "data" / "quant"
@@ -181,6 +183,38 @@ def test_tensors_that_contradict_each_other_are_named(tmp_path):
     text = str(refused.value)
     assert f"{q}: has no scales" in text and f"{o}: qzeros is [1, 4]" in text and f"{o}.bias" in text
     assert f"{k}: g_idx is float32" in text and f"{v}: weight is float16; packed tensors take its place" in text
+
+
+def test_merging(tmp_path):
+    """A quantised model is merged as its values, with a warning; AWQ, whose norms are scaled, is refused."""
+    means = made(tmp_path / "gptq", "gptq")
+    changed = {
+        name: np.add(value, 0.5, dtype=np.float32).astype(np.float16, order="C") for name, value in means.items()
+    }
+    hf.write_folder(tmp_path / "other", CONFIG, changed, extras=False)
+    with pytest.warns(UserWarning, match=r"gptq is quantised \(GPTQ int4\): its rounding is merged") as said:
+        merge(tmp_path / "gptq", [tmp_path / "other"], tmp_path / "out", Merge(method="linear"))
+    assert len(said) == 1
+    opened = checkpoint.open_checkpoint(tmp_path / "out")
+    assert opened.config.dtype == "bfloat16"  # as convert writes it, not the float32 of the arithmetic
+    for name, value in opened.tensors.stream(list(means)):
+        np.testing.assert_array_equal(value, changed[name].astype(ml_dtypes.bfloat16), name)
+    made(tmp_path / "awq", "awq")
+    for base, model in (("awq", "other"), ("other", "awq")):
+        with pytest.raises(UserError, match=r"awq is AWQ, .* merge unquantised ones"):
+            merge(tmp_path / base, [tmp_path / model], tmp_path / "no", Merge(method="linear"))
+
+
+def test_what_is_said_before_training(tmp_path):
+    for method, fits in (("gptq", "the unquantised model only nearly"), ("awq", "this checkpoint and no other")):
+        made(tmp_path / method, method)
+        source = checkpoint.locate(tmp_path / method)
+        assert fits in quantised_base("base", source, adapters=True)
+        kind = {"gptq": "GPTQ int4", "awq": "AWQ int4"}[method]
+        assert quantised_base("base", source, adapters=False) == (
+            f"base is quantised ({kind}) and is trained as its dequantised values; the result is not quantised"
+        )
+    assert quantised_base("demo", checkpoint.locate("demo"), adapters=True) is None
 
 
 def test_mutated_settings(tmp_path, mutations, monkeypatch):

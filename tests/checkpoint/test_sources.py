@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From names to folders: presets, Hub ids, folders, the demo; and what is said when there is nothing."""
 
+import fnmatch
 import json
 import shutil
 from pathlib import Path
@@ -12,7 +13,7 @@ from huggingface_hub import errors
 import checkpoint.hf_folders as hf
 from qwen2_jax import checkpoint
 from qwen2_jax.checkpoint import sources
-from qwen2_jax.config import HUB_IDS
+from qwen2_jax.config import HUB_IDS, presets
 
 
 def test_local_folders(tmp_path, dense, monkeypatch):
@@ -47,6 +48,79 @@ def test_names_become_hub_ids(tmp_path, dense, monkeypatch, name, hub_id):
     assert asked == [hub_id]
 
 
+OFFICIAL = {
+    "qwen2-7b-instruct-gptq-int4": "Qwen/Qwen2-7B-Instruct-GPTQ-Int4",
+    "qwen2-0.5b-instruct-gptq-int8": "Qwen/Qwen2-0.5B-Instruct-GPTQ-Int8",
+    "Qwen2-72B-Instruct-AWQ": "Qwen/Qwen2-72B-Instruct-AWQ",
+    "qwen2-57b-a14b-instruct-gptq-int4": "Qwen/Qwen2-57B-A14B-Instruct-GPTQ-Int4",
+    "qwen1.5-moe-a2.7b-chat-gptq-int4": "Qwen/Qwen1.5-MoE-A2.7B-Chat-GPTQ-Int4",
+    "qwen2.5-32b-instruct-awq": "Qwen/Qwen2.5-32B-Instruct-AWQ",
+}
+
+
+@pytest.mark.parametrize(("name", "hub_id"), OFFICIAL.items())
+def test_names_of_quantised_checkpoints(dense, monkeypatch, name, hub_id):
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo_id, **_: asked.append(repo_id) or str(dense))
+    assert checkpoint.locate(name).path == dense
+    assert asked == [hub_id]
+
+
+def test_what_is_not_published_has_no_name():
+    """The 57B mixture has no AWQ or Int8, base models and those of a million tokens have no quantised form."""
+    for name in ("57b-a14b-instruct-awq", "57b-a14b-instruct-gptq-int8", "7b-awq", "7b-gptq-int4"):
+        assert f"qwen2-{name}" not in presets.QUANTISED_HUB_IDS
+    assert not any("-1m-" in name for name in presets.QUANTISED_HUB_IDS)
+    with pytest.raises(checkpoint.CheckpointError, match="no model of that name"):
+        checkpoint.locate("qwen2-57b-a14b-instruct-awq")
+
+
+@pytest.mark.parametrize(
+    ("name", "files", "hub_id"),
+    [
+        ("qwen2-7b-instruct-gguf:q4_k_m", ["qwen2-7b-instruct-q4_k_m.gguf"], "Qwen/Qwen2-7B-Instruct-GGUF"),
+        ("qwen2-0.5b-instruct-gguf:Q8_0", ["qwen2-0_5b-instruct-q8_0.gguf"], "Qwen/Qwen2-0.5B-Instruct-GGUF"),
+        ("Qwen/Qwen2-7B-Instruct-GGUF:fp16", ["qwen2-7b-instruct-fp16.gguf"], "Qwen/Qwen2-7B-Instruct-GGUF"),
+        ("some/a-GGUF:q4_k_m", ["a.Q4_K_M.gguf", "a.Q4_K_S.gguf"], "some/a-GGUF"),
+        (
+            "qwen2-72b-instruct-gguf:q4_k_m",
+            [f"qwen2-72b-instruct-q4_k_m-0000{n}-of-00002.gguf" for n in (1, 2)] + ["qwen2-72b-instruct-q2_k.gguf"],
+            "Qwen/Qwen2-72B-Instruct-GGUF",
+        ),
+    ],
+)
+def test_gguf_files_of_a_repository(tmp_path, monkeypatch, name, files, hub_id):
+    """One type is asked for and taken, also where others were downloaded before; of parts the first."""
+
+    def snapshot_download(repo_id, allow_patterns):
+        assert repo_id == hub_id
+        wanted = [f for f in files if any(fnmatch.fnmatchcase(f, p) for p in allow_patterns)]
+        assert wanted and all("q2_k" not in f and "Q4_K_S" not in f for f in wanted)
+        for file in files:
+            (tmp_path / file).write_bytes(b"GGUF")
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert checkpoint.locate(name) == checkpoint.Source("gguf", tmp_path / files[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("qwen2-7b-instruct-gguf", "put one behind a colon: qwen2-7b-instruct-gguf:q4_k_m"),
+        ("Qwen/Qwen2-7B-Instruct-GGUF", "put one behind a colon: Qwen/Qwen2-7B-Instruct-GGUF:q4_k_m"),
+        ("qwen2-7b-instruct-gguf:../x", "put one behind a colon"),
+        ("qwen2-7b-instruct-gguf:q9_z", "has no file of the type 'q9_z'"),
+        ("qwen2-7b-instruct-gptq-int5", "did you mean qwen2-7b-instruct-gptq-int"),
+    ],
+)
+def test_gguf_types_that_are_not_there(tmp_path, monkeypatch, name, said):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
+    with pytest.raises(checkpoint.CheckpointError) as error:
+        checkpoint.locate(name)
+    assert said in str(error.value)
+
+
 def test_a_folder_of_that_name_wins(tmp_path, dense, monkeypatch):
     shutil.copytree(dense, tmp_path / "Qwen" / "Qwen2-7B")
     monkeypatch.chdir(tmp_path)
@@ -74,12 +148,13 @@ def test_no_download(monkeypatch, raised, said):
     assert "give a local folder" in str(error.value)
 
 
-def test_offline(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["qwen2-72b", "qwen2-72b-instruct-gptq-int4", "qwen2-72b-instruct-gguf:q4_k_m"])
+def test_offline(tmp_path, monkeypatch, name):
     """The real client, told to stay offline, with an empty cache."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="give a local folder"):
-        checkpoint.locate("qwen2-72b")
+    with pytest.raises(FileNotFoundError, match="cannot be reached .*give a local folder"):
+        checkpoint.locate(name)
 
 
 @pytest.mark.parametrize(

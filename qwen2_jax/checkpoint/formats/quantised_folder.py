@@ -10,14 +10,11 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import ml_dtypes
-import numpy as np
-
 from qwen2_jax.checkpoint.formats import bitsandbytes, compressed_tensors, gptq_awq
 from qwen2_jax.checkpoint.formats.hf_folder import HfFolder
 from qwen2_jax.checkpoint.formats.names import Slot, Tree, table
 from qwen2_jax.checkpoint.formats.protocol import Format
-from qwen2_jax.checkpoint.formats.safetensors import DTYPES, TensorInFile
+from qwen2_jax.checkpoint.formats.safetensors import ALL_DTYPES, DTYPES, TensorInFile
 from qwen2_jax.checkpoint.formats.small_files import CONFIG, MAX_JSON_BYTES, FolderFiles, SmallFiles
 from qwen2_jax.checkpoint.formats.stored_tensor import DecodedTensor, StoredTensor
 from qwen2_jax.errors import CheckpointError
@@ -25,13 +22,6 @@ from qwen2_jax.files.json_text import parse_json_object
 
 KEYS = ("quantization_config", "compression_config")  # of config.json; the second is of older compressed-tensors
 BESIDE = "quantize_config.json"  # of older GPTQ folders, in place of the key
-PACKED_DTYPES = {
-    "I8": np.dtype(np.int8),
-    "U8": np.dtype(np.uint8),
-    "I32": np.dtype(np.int32),
-    "I64": np.dtype(np.int64),
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-}
 
 
 class Method(Protocol):
@@ -85,7 +75,7 @@ def _method(path: Path) -> Method:
 class QuantisedFolder(HfFolder):
     """An opened folder with quantised weights; see HfFolder."""
 
-    dtypes = DTYPES | PACKED_DTYPES
+    dtypes = ALL_DTYPES
 
     def __init__(self, path: Path):
         self.method = _method(path)

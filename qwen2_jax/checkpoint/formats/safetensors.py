@@ -32,6 +32,14 @@ DTYPES: dict[str, np.dtype] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
+PACKED_DTYPES = {  # of what quantised weights are stored in
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "I32": np.dtype(np.int32),
+    "I64": np.dtype(np.int64),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+}
+ALL_DTYPES = DTYPES | PACKED_DTYPES
 MAX_HEADER_BYTES = 100_000_000  # the bound of the official reader
 MAX_SIZE = 2**62
 MAX_DIMS = 32
@@ -217,13 +225,14 @@ def header_text(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str] | N
 
     metadata: more texts by key, for a reader who knows the keys.
     """
+    codes = {dtype: code for code, dtype in ALL_DTYPES.items()}
     entries: dict[str, Any] = {
         METADATA: {"format": "pt", **(metadata or {})}
     }  # transformers refuses files that do not say it
     start = 0
     for name, info in infos.items():
         entries[name] = {
-            "dtype": CODES[info.dtype],
+            "dtype": codes[info.dtype],
             "shape": list(info.shape),
             "data_offsets": [start, start + info.nbytes],
         }

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qwen2_jax.checkpoint.formats.safetensors import MAX_HEADER_BYTES, header_entries, header_text
+from qwen2_jax.checkpoint.formats.safetensors import ALL_DTYPES, MAX_HEADER_BYTES, header_entries, header_text
 from qwen2_jax.checkpoint.formats.stored_tensor import TensorInfo
 from qwen2_jax.errors import CheckpointError
 from qwen2_jax.files.json_text import parse_json_object
@@ -57,7 +57,7 @@ class Layout:
         out: dict[str, list[tuple[str, int, TensorInfo]]] = {}
         for file, text in self.headers.items():
             base = 8 + len(text.encode())
-            for name, (info, start) in _good(header_entries(text)[0], file).items():
+            for name, (info, start) in _good(header_entries(text, ALL_DTYPES)[0], file).items():
                 out.setdefault(self.aliases.get(name, name), []).append((file, base + start, info))
         return out
 

@@ -19,7 +19,8 @@ SUFFIXES = (".json", ".txt", ".jinja", ".model", ".md")  # of the files that are
 MAX_BYTES = 100_000_000  # larger files are not copied
 MAX_JSON_BYTES = 100_000_000
 SUBFOLDERS = ("additional_chat_templates",)
-NOT_COPIED = (MANIFEST, LAYOUT, "commit_success.txt")  # written anew; the last is Orbax's
+REPORT = "gptq_report.json"  # how `convert --to gptq` rounded
+NOT_COPIED = (MANIFEST, LAYOUT, REPORT, "commit_success.txt")  # written anew; the last is Orbax's
 
 
 def small_file(folder: Any, name: str, where: str, *, writing: bool = False) -> Any:

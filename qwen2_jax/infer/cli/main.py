@@ -27,6 +27,7 @@ EXAMPLES = """examples:
   python infer.py --ckpt qwen2-0.5b "The capital of France"  download a base model once and continue a text
   python infer.py --ckpt qwen2-7b-instruct                   chat; /help lists its commands, Ctrl-C stops an answer
   python infer.py --ckpt ./my-folder "Why is the sky blue?"  a local Hugging Face or Orbax folder, or a .gguf file
+  python infer.py --ckpt qwen2-7b-instruct-gguf:q4_k_m "Hello"  a file of the official GGUF repository; also -gptq-int4
   cat report.txt | python infer.py --ckpt qwen2-7b-instruct --system "Summarise in one sentence."
   python infer.py --ckpt qwen2-7b-instruct --input prompts.jsonl --output answers.jsonl
         one JSON object per line: {"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]}, optionally

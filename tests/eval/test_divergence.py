@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The divergence of two models against numpy, models run a layer at a time, and the command."""
+
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import qwen2_jax
+from qwen2_jax.checkpoint.by_layer import ByLayer
+from qwen2_jax.errors import UserError
+from qwen2_jax.eval.__main__ import main
+from qwen2_jax.eval.divergence import Reference
+from qwen2_jax.model import divergence as chunks
+from qwen2_jax.weights.weight import matmul
+
+TEXT = Path(__file__).parents[2] / "README.md"
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def test_against_numpy(monkeypatch):
+    monkeypatch.setattr(chunks, "CHUNK", 8)  # 13 positions: a whole chunk and a part of one
+    rng = np.random.default_rng(0)
+    x, y = (rng.standard_normal((13, 6)).astype(np.float32) for _ in range(2))
+    a, b = (rng.standard_normal((40, 6)).astype(np.float32) for _ in range(2))
+    found = chunks.divergence(x, jnp.asarray(a), y, jnp.asarray(b))
+    p, q = (softmax((h @ head.T).astype(np.float64)) for h, head in ((x, a), (y, b)))
+    kl = (p * np.log(p / q)).sum(-1)
+    np.testing.assert_allclose(found.kl_M, kl, rtol=1e-4)
+    np.testing.assert_array_equal(found.same_M, p.argmax(-1) == q.argmax(-1))
+    summary = found.summary()
+    assert summary["positions"] == 13
+    for key, want in (("mean_kl", kl.mean()), ("median_kl", np.median(kl)), ("p99_kl", np.quantile(kl, 0.99))):
+        np.testing.assert_allclose(summary[key], want, rtol=1e-4)
+
+
+def test_a_layer_at_a_time_is_the_model():
+    ids = np.random.default_rng(1).integers(0, 2000, (3, 20)).astype(np.int32)
+    model = ByLayer("demo")
+    logits = matmul(jnp.asarray(model.hidden(ids)), model.head(), dtype=jnp.float32)
+    # Largest difference measured: 2e-5, of logits up to 13.
+    np.testing.assert_allclose(logits, qwen2_jax.load("demo", dtype="float32").logits(ids), atol=1e-4)
+
+
+def test_the_command(capsys):
+    def run(*flags):
+        assert (
+            main(["divergence", "demo", "demo", "--text", str(TEXT), "--tokens", "256", "--length", "64", *flags]) == 0
+        )
+        return json.loads(capsys.readouterr().out)
+
+    assert run() == {"mean_kl": 0.0, "median_kl": 0.0, "p99_kl": 0.0, "top1": 1.0, "positions": 256}
+    int8 = run("--dtype", "int8")
+    assert 0 < int8["mean_kl"] < 2e-3 and int8["top1"] > 0.95  # 4e-4 and 0.99 were measured
+    assert main(["divergence", "demo", "demo", "--text", "absent.txt"]) == 2
+    assert "absent.txt cannot be read" in capsys.readouterr().err
+
+
+def test_ids_beyond_the_vocabulary():
+    with pytest.raises(UserError, match="token id 99999"):
+        Reference("demo", np.full((1, 4), 99999, np.int32))
