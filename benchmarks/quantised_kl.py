@@ -16,8 +16,11 @@ from pathlib import Path
 from qwen2_jax import checkpoint
 from qwen2_jax.checkpoint.token_rows import token_rows
 from qwen2_jax.console import progress_bar
-from qwen2_jax.eval.divergence import FORMS, Reference
+from qwen2_jax.eval.divergence import Reference
 from qwen2_jax.tokenizer import Tokenizer
+from qwen2_jax.weights.forms import FORMS, nbytes
+from qwen2_jax.weights.params import count, leaves
+from qwen2_jax.weights.weight import is_matrix
 
 HEADER = """| form | bits per weight | mean KL | median | 99% | same top token |
 |---|---|---|---|---|---|"""
@@ -37,12 +40,12 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def bits(name: str, form: str | None) -> float:
     """Bits per number of all the model's matrices as they are stored, scales included."""
-    tensors = checkpoint.open_checkpoint(name).tensors.infos.values()
-    matrices = [info for info in tensors if len(info.shape) == 2]
-    count = sum(info.shape[0] * info.shape[1] for info in matrices)
+    opened = checkpoint.open_checkpoint(name)
     if form in FORMS:
-        return 8.0 + 32 * sum(info.shape[0] for info in matrices) / count  # int8: a float32 for each row
-    return 8 * sum(info.stored_bytes for info in matrices) / count
+        specs = {path: spec for path, spec in leaves(opened.specs) if is_matrix(spec)}
+        return 8 * nbytes(specs, form) / count(specs)
+    matrices = [info for info in opened.tensors.infos.values() if len(info.shape) == 2]
+    return 8 * sum(info.stored_bytes for info in matrices) / sum(info.shape[0] * info.shape[1] for info in matrices)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -58,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
             continue
         if reference is None:
             with progress_bar("original") as progress:
-                reference = Reference(source, rows, progress)
+                reference = Reference(source, rows, progress=progress)
         found, _, form = given.partition("@")
         began = time.monotonic()
         with progress_bar(name) as progress:

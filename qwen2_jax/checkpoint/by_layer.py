@@ -25,7 +25,8 @@ from qwen2_jax.model import decoder
 from qwen2_jax.model.attention import Tokens
 from qwen2_jax.model.rope import plain
 from qwen2_jax.weights import weight
-from qwen2_jax.weights.params import ParamSpec, Tree, leaves
+from qwen2_jax.weights.forms import form_of
+from qwen2_jax.weights.params import Tree, leaves
 from qwen2_jax.weights.weight import Weight
 
 # N sequences  T tokens of each  D model width  V vocabulary
@@ -36,19 +37,18 @@ BATCH_TOKENS = 4096  # tokens that go through a layer together
 class ByLayer:
     """A language model of a checkpoint, a layer at a time.
 
-    name: see checkpoint.locate. dtype: of the computation, and of weights that `form` does not change. form: turns each
-    weight matrix into another stored form, such as weights.int8.to_int8.
+    name: see checkpoint.locate. dtype: of the computation and of the weights; or a form in weights.forms.FORMS of the
+    weight matrices, with everything else in float32.
     """
 
     def __init__(
         self,
         name: str | Path | Source,
         dtype: str = "float32",
-        form: Callable[[jax.Array, ParamSpec], Weight] | None = None,
     ):
         self.opened = open_checkpoint(name)
-        self.config, self.form = self.opened.config, form
-        self.dtype = jnp.dtype(dtype)
+        self.config, self.form = self.opened.config, form_of(dtype)
+        self.dtype = jnp.dtype("float32" if self.form else dtype)
         decoder.check_head(self.config, scores=False)
         specs = names.unrolled(self.opened.specs)
         typed = {path: dataclasses.replace(spec, dtype=self.dtype) for path, spec in leaves(specs)}
@@ -56,8 +56,7 @@ class ByLayer:
 
     def read(self, specs: Tree) -> Tree:
         """The parameters that a part of self.specs declares, on the first device."""
-        params = self.opened.tensors.read_params(specs, param_shardings(None))
-        return params if self.form is None else weight.convert(params, specs, self.form)
+        return self.opened.tensors.read_params(specs, param_shardings(None), form=self.form)
 
     def layer(self, i: int) -> Tree:
         """The parameters of layer i, each with a leading dimension of 1."""

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""python -m qwen2_jax.eval divergence: how far a checkpoint, for example a quantised one, is from another."""
+"""python -m qwen2_jax.eval compare: how far a checkpoint, for example a quantised one, is from another."""
 
 import argparse
 import json
 import sys
+from pathlib import Path
 
 from qwen2_jax.config.model_config import DTYPES
 from qwen2_jax.errors import UserError
+from qwen2_jax.files.atomic_folder import new_file
 
 EPILOG = """example:
-  python -m qwen2_jax.eval divergence Qwen/Qwen2-7B-Instruct ./qwen2-7b-instruct-q4_k_m.gguf --text prose.txt
+  python -m qwen2_jax.eval compare Qwen/Qwen2-7B-Instruct ./qwen2-7b-instruct-q4_k_m.gguf --text prose.txt
 
 Prints one line of JSON: mean, median and 99% quantile of the KL divergence in nats, the share of positions at which
 both models have the same most probable token (top1), and the number of positions. Both models are run a layer at a
@@ -21,21 +23,25 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="python -m qwen2_jax.eval", description="Evaluate models.", epilog=EPILOG, formatter_class=raw
     )
-    commands = top.add_subparsers(dest="command", required=True, metavar="divergence")
+    commands = top.add_subparsers(dest="command", required=True, metavar="compare")
     one = commands.add_parser(
-        "divergence", help="compare a checkpoint with another, on a text", epilog=EPILOG, formatter_class=raw
+        "compare", help="how far a checkpoint is from another, on a text", epilog=EPILOG, formatter_class=raw
     )
-    one.add_argument("reference", help="checkpoint to compare with, as everywhere: a preset, a Hub id, a folder, ...")
-    one.add_argument("model", help="checkpoint to judge")
+    one.add_argument("a", metavar="A", help="checkpoint to compare with, as everywhere: a preset, a Hub id, a folder")
+    one.add_argument("b", metavar="B", help="checkpoint to judge")
     one.add_argument(
         "--text", required=True, metavar="FILE", help="a text file, or .jsonl with lines of chats (messages) or texts"
     )
     one.add_argument("--tokens", type=int, default=8192, help="how many to compare at; default: %(default)s")
     one.add_argument("--length", type=int, default=1024, help="of each piece of the text; default: %(default)s")
+    for which in ("a", "b"):
+        one.add_argument(
+            f"--dtype-{which}", default="float32", choices=(*DTYPES, "int8", "int4"),
+            help=f"what {which.upper()} is computed in; int8, int4: its matrices in that form; default: %(default)s",
+        )  # fmt: skip
     one.add_argument(
-        "--dtype", default="float32", choices=(*DTYPES, "int8"), help="of MODEL: what it is computed in, or int8 "
-        "matrices; the reference is float32; default: %(default)s",
-    )  # fmt: skip
+        "--json", type=Path, metavar="OUT", help="also write the result to this file, which must not exist"
+    )
     return top
 
 
@@ -47,15 +53,20 @@ def main(argv: list[str] | None = None) -> int:
 
         with progress_bar("comparing") as progress:
             found = compare_on_text(
-                args.reference, args.model, args.text,
-                tokens=args.tokens, length=args.length, dtype=args.dtype, progress=progress,
+                args.a, args.b, args.text,
+                tokens=args.tokens, length=args.length, dtypes=(args.dtype_a, args.dtype_b), progress=progress,
             )  # fmt: skip
+        text = json.dumps({name: round(value, 6) for name, value in found.summary().items()})
+        if args.json is not None:
+            content = f"{text}\n".encode()
+            with new_file(args.json, len(content)) as out:
+                out.write(content)
     except (UserError, OSError) as why:
         print(f"error: {' '.join(str(why).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    print(json.dumps({name: round(value, 6) for name, value in found.summary().items()}))
+    print(text)
     return 0
 
 

@@ -15,25 +15,26 @@ from qwen2_jax.errors import UserError
 from qwen2_jax.model.divergence import Divergence, divergence
 from qwen2_jax.tokenizer import Tokenizer
 from qwen2_jax.validate import choice
-from qwen2_jax.weights.int8 import to_int8
+from qwen2_jax.weights.forms import FORMS
 
 LENGTH = 1024
-FORMS = {"int8": to_int8}  # stored forms of weight matrices, with everything else in float32
 
 
 class Reference:
-    """A checkpoint on a text, computed once in float32, for models to be compared with.
+    """A checkpoint on a text, computed once, for models to be compared with.
 
-    tokens_NT: int32 [N, T], each row a text of its own. progress: (layers done, layers).
+    tokens_NT: int32 [N, T], each row a text of its own. dtype: of its computation, or a form in weights.forms.FORMS of
+    its matrices, with everything else in float32. progress: (layers done, layers).
     """
 
     def __init__(
         self,
         name: str | Path | Source,
         tokens_NT: np.ndarray,
+        dtype: str = "float32",
         progress: Callable[[int, int], object] | None = None,
     ):
-        model = ByLayer(name)
+        model = by_layer(name, dtype)
         if tokens_NT.max() >= (size := model.config.vocab_size):
             raise UserError(f"the text has the token id {tokens_NT.max()}, and the model {size} tokens")
         self.config, self.tokens_NT = model.config, tokens_NT
@@ -47,19 +48,23 @@ class Reference:
         dtype: str = "float32",
         progress: Callable[[int, int], object] | None = None,
     ) -> Divergence:
-        """Of another checkpoint from this one, at every position.
+        """Of another checkpoint from this one, at every position. dtype: as for this one.
 
-        dtype: of its computation, or a form in FORMS of its matrices, with everything else in float32. Raises UserError
-        where the vocabularies have different sizes.
+        Raises UserError where the vocabularies have different sizes.
         """
-        choice("dtype", dtype, (*DTYPES, *FORMS))
-        model = ByLayer(name, "float32" if dtype in FORMS else dtype, FORMS.get(dtype))
+        model = by_layer(name, dtype)
         sizes = self.config.vocab_size, model.config.vocab_size
         if sizes[0] != sizes[1]:
             raise UserError(f"the models have {sizes[0]} and {sizes[1]} tokens; only models of one vocabulary compare")
         with jax.default_matmul_precision("highest"):
             hidden_NTD = model.hidden(self.tokens_NT, progress)
             return divergence(self.hidden_NTD, self.head_VD, hidden_NTD, model.head())
+
+
+def by_layer(name: str | Path | Source, dtype: str) -> ByLayer:
+    """The model of a checkpoint. Raises UserError for an unknown dtype."""
+    choice("dtype", dtype, (*DTYPES, *FORMS))
+    return ByLayer(name, dtype)
 
 
 def compare_on_text(
@@ -69,12 +74,12 @@ def compare_on_text(
     *,
     tokens: int = 8 * LENGTH,
     length: int = LENGTH,
-    dtype: str = "float32",
+    dtypes: tuple[str, str] = ("float32", "float32"),
     progress: Callable[[int, int], object] | None = None,
 ) -> Divergence:
     """The divergence of `model` from `reference` on the first `tokens` tokens of a text file, in rows of `length`.
 
-    Both are run a layer at a time. text: see token_rows. dtype: of `model`, see Reference. progress: (layers done,
+    Both are run a layer at a time. text: see token_rows. dtypes: of both, see Reference. progress: (layers done,
     layers in all).
     """
     source = locate(reference)
@@ -82,5 +87,5 @@ def compare_on_text(
         tokenizer = Tokenizer.from_folder(folder)
     rows = token_rows(text, tokenizer, max(2, tokens // max(1, length)), length)
     report = progress or (lambda done, total: None)
-    first = Reference(source, rows, lambda done, layers: report(done, 2 * layers))
-    return first.divergence(model, dtype, lambda done, layers: report(layers + done, 2 * layers))
+    first = Reference(source, rows, dtypes[0], lambda done, layers: report(done, 2 * layers))
+    return first.divergence(model, dtypes[1], lambda done, layers: report(layers + done, 2 * layers))
