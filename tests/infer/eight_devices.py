@@ -18,12 +18,15 @@ from qwen2_jax.infer.engine.buckets import Buckets
 from qwen2_jax.infer.engine.programs import Generator, Request
 from qwen2_jax.infer.engine.rollouts import Rollouts
 from qwen2_jax.infer.engine.sampling_params import SamplingParams
+from qwen2_jax.infer.lm import LM
 from qwen2_jax.model import lora
 from qwen2_jax.model.lora import Lora
 from qwen2_jax.parallel import sharding
 from qwen2_jax.plan import hlo
-from qwen2_jax.plan.infer import Job, make_generator
-from qwen2_jax.weights import int8
+from qwen2_jax.plan.infer import InferenceJob, make_generator
+from qwen2_jax.train.step import shardings_of
+from qwen2_jax.weights import int8, weight
+from qwen2_jax.weights.forms import FORMS
 from tiny import random_params
 from tolerance import close
 
@@ -105,6 +108,23 @@ def _answers(name, rows, mesh):
     return tokens, np.concatenate(logprobs), np.concatenate(scores), logits
 
 
+def quantised(name: str, axes: dict[str, int], dtype: str) -> None:
+    """Weights in another form, spread over a mesh: the logits of one device, although groups of inputs are divided."""
+    config, mode = MODELS[name]
+    ids, said = np.random.default_rng(0).integers(100, 4096, (2, 9)), []
+    specs = model.declare(config, unroll=True)[1]
+    for mesh in (None, sharding.make_mesh(**axes)):
+        params = weight.convert(random_params(config, unroll=True), specs, FORMS[dtype].round)
+        if mesh is not None:
+            params = weight.put(params, shardings_of(specs, mesh, sharding.SERVING))
+            down = params["stacks"][0]["blocks"][0]["moe"]["down_EDF"]
+            assert dtype != "int4" or len({str(shard.index) for shard in down.scale.addressable_shards}) == 8
+        lm = LM(config, params, dtype="float32", unroll=True, mesh=mesh, long_context=mode)
+        said.append((lm.logits(ids), lm.generate([ids[0].tolist()], max_new_tokens=6, ignore_eos=True)[0].token_ids))
+    close(said[1][0], said[0][0], units=4096)  # int8 products on a CPU keep 15 bits of their inputs
+    assert said[0][1] == said[1][1]
+
+
 def command_line(flags: list[str]) -> None:
     """infer.py's answer with the flags is the one without."""
     command = ["--raw", "--dtype", "float32", "--max-new-tokens", "12", "--temperature", "0", "What is 11 + 22?"]
@@ -166,7 +186,7 @@ def collectives(name: str, axes: dict[str, int]) -> None:
     config, mode = MODELS[name]
     rows, chunk, slots = 8, 32, 4096
     mesh = sharding.make_mesh(**axes)
-    generator = make_generator(config, mesh, Job(dtype="float32", long_context=mode))
+    generator = make_generator(config, mesh, InferenceJob(dtype="float32", long_context=mode))
     activations = 4 * 3 * config.intermediate_size  # bytes of a token
     cache = rows * config.num_key_value_heads * slots * config.head_dim * 4
     table = config.vocab_size * config.hidden_size * 4

@@ -58,3 +58,9 @@ def test_neither_tables_nor_caches_move(name, axes, eight):
 
 def test_the_command_line_takes_a_mesh(eight):
     eight("eight_devices", "command_line", ["--mesh", "context=-1"])
+
+
+@pytest.mark.slow  # quick: scales and heads in tests/weights/test_forms.py, int8 experts in tests/parallel
+def test_int4_on_a_mesh(eight):
+    """Routed experts and heads of 8 numbers in groups of 64: devices get parts of groups, with their scales."""
+    eight("eight_devices", "quantised", "moe", sizes("expert=2,fsdp=2,tensor=2"), "int4")

@@ -292,7 +292,7 @@ def test_fine_tuning_makes_a_chat_model(corpus, straight, tmp_path):
     assert 1 <= len(lm.chat([{"role": "user", "content": "after 3"}], max_new_tokens=4).token_ids) <= 4
 
 
-@pytest.mark.parametrize("base", ["bfloat16", *slow("int8")])
+@pytest.mark.parametrize("base", ["bfloat16", *slow("int8", "int4")])
 def test_lora_leaves_the_weights_alone(base, corpus, straight, tmp_path):
     """The folder that is told and returned is one that was written. Other weights under the adapters are refused."""
     config = sft(
@@ -308,8 +308,8 @@ def test_lora_leaves_the_weights_alone(base, corpus, straight, tmp_path):
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
     losses = [line["loss"] for line in lines_of(tmp_path)]
     assert all(np.isfinite(losses))
-    assert (tmp_path / "hf").exists() == (base != "int8")
-    assert folder == tmp_path / ("adapter" if base == "int8" else "hf") and f"wrote {folder}" in screen
+    assert (tmp_path / "hf").exists() == (base == "bfloat16")
+    assert folder == tmp_path / ("hf" if base == "bfloat16" else "adapter") and f"wrote {folder}" in screen
     if base == "bfloat16":  # what was trained is what is exported, beyond the base's own bits
         whole, low, before = (
             load_file(folder / file)
@@ -327,10 +327,10 @@ def test_lora_leaves_the_weights_alone(base, corpus, straight, tmp_path):
             got = whole[f"{module}.weight"]
             assert got.dtype == np.float32 and np.abs(change).max() > 0
             np.testing.assert_allclose(got, base_weight + change, atol=1e-6)  # float32 of numbers below 2: 1.2e-7
-    other = {"bfloat16": "float32", "int8": "bfloat16"}[base]
+    other = {"bfloat16": "float32", "int8": "bfloat16", "int4": "int8"}[base]
     with pytest.raises(UserError, match=r"weights below the adapters differ.*same start\.checkpoint and lora_base"):
         run(dataclasses.replace(config, lora_base=other, dtype="float32" if other == "float32" else "bfloat16"))
-    if base == "int8":
+    if base != "bfloat16":
         (tmp_path / "hf").mkdir()
         assert f"warning: {tmp_path / 'hf'} is the result of an earlier run" in run(config)[1]
 
