@@ -225,9 +225,7 @@ def _between_slices(
         return None
     kind = "collective-permute" if match[1] == "ONE_TO_ONE" else match[1].lower().replace("_", "-")
     if product := re.search(r'_xla_megascale_target="\{([\d,]+)\}x\{(\d+):(\d+)\}"', attributes):
-        positions = range(
-            int(product[2]), int(product[3]) + 1
-        )  # from slices x partitions of each, the last one included
+        positions = range(int(product[2]), int(product[3]) + 1)  # slices x partitions of each, inclusive
         groups = [tuple(slices[number][position] for number in _numbers(product[1])) for position in positions]
     else:
         listed = re.search(r"_xla_megascale_target=\{(\{.*?\})\}", attributes)

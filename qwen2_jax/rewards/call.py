@@ -41,9 +41,7 @@ def load(reference: str) -> Function:
         raise UserError(f"reward function {reference}: no file {str(Path(origin).absolute())!r}")
     try:
         if is_file:
-            sys.path.insert(
-                0, str(Path(origin).absolute().parent)
-            )  # as for a script, so that it can import files in its folder
+            sys.path.insert(0, str(Path(origin).absolute().parent))  # as for a script: it may import its neighbours
             found = runpy.run_path(origin).get(name)
         else:
             found = getattr(importlib.import_module(origin), name, None)

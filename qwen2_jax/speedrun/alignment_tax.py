@@ -21,9 +21,8 @@ def measure(lm: LM, *, sums: int = 200, texts: int = 32, length: int = 256) -> d
     """{"sums": share of held-out sums answered right, greedy; "preferred": share of those where the right sum is more
     probable than one near it; "prose": nats per token of held-out prose, the first `length` tokens of each text}."""
     assert lm.tokenizer is not None
-    held_out = list(
-        post_training_data.sums(np.random.default_rng([0, True]), sums, held_out=True)
-    )  # the same as in the data files
+    rng = np.random.default_rng([0, True])  # the same sums as in the data files
+    held_out = list(post_training_data.sums(rng, sums, held_out=True))
     asked = [lm.tokenizer.chat_ids([{"role": "user", "content": item.prompt}]) for item in held_out]
     right, near = [item.ranked[0] for item in held_out], [item.near for item in held_out]
     answers = lm.generate(asked, max_new_tokens=8, temperature=0.0)

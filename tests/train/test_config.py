@@ -91,7 +91,7 @@ def test_optimizer_and_mesh_values_are_checked():
         Optim(lr=1.0, b2=1.0)
     with pytest.raises(UserError, match="muon: lr is -1.0"):
         Muon(lr=-1.0)
-    with pytest.raises(UserError, match="one axis at most"):
+    with pytest.raises(UserError, match="at most one axis"):
         Mesh(data=-1, fsdp=-1)
     with pytest.raises(UserError, match="tensor=3.* is for a multiple of 3 devices, and 8 are here"):
         Mesh(tensor=3).sizes(8)

@@ -88,8 +88,7 @@ def _compare(given: list[dict[str, str]]) -> list[Difference]:
         for process, facts in enumerate(given):
             values.setdefault(facts.get(fact, "absent"), []).append(process)
         if len(values) > 1:
-            common = sorted(
-                values.items(), key=lambda item: -len(item[1])
-            )  # stable: of equally common values, that of process 0 first
+            # Stable: of equally common values, that of process 0 comes first.
+            common = sorted(values.items(), key=lambda item: -len(item[1]))
             found.append(Difference(fact, tuple((value, tuple(who)) for value, who in common)))
     return found

@@ -66,11 +66,8 @@ def _described(group: Group, one: Difference) -> str:
 def _code() -> Iterator[tuple[str, str]]:
     """A digest of every source file of the package."""
     root = Path(__file__).parents[2]  # qwen2_jax/
-    kernels = root / "kernels"
-    for folder in (
-        root,
-        kernels if kernels.is_dir() else root.parent / "kernels",
-    ):  # in a clone, kernels/ is beside qwen2_jax/
+    kernels = root / "kernels" if (root / "kernels").is_dir() else root.parent / "kernels"  # beside it in a clone
+    for folder in (root, kernels):
         for path in sorted(folder.rglob("*.py")):
             digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
             yield f"file {folder.name}/{path.relative_to(folder).as_posix()}", digest

@@ -194,9 +194,8 @@ def execute(job: dict[str, Any], folder: str) -> NoReturn:
         seconds = int(job["seconds"]) + 2
         limits = {"CPU": seconds, "AS": job["memory"], "FSIZE": job["disk"], "NOFILE": 64, "CORE": 0}
         if not job["bare"]:
-            limits["NPROC"] = (
-                job["processes"] + 2
-            )  # plus the two supervisors; without a sandbox it would count all processes of the user
+            # Plus the two supervisors. Without a sandbox it would count all processes of the user.
+            limits["NPROC"] = job["processes"] + 2
         if not job["bare"] and os.geteuid() == 0:
             user = job["user"]
             os.setgroups([])
