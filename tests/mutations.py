@@ -18,7 +18,7 @@ from typing import Any
 
 from qwen2_jax.errors import UserError
 
-SECONDS = 10.0  # nothing here takes longer to read or to refuse, also on a busy machine
+SECONDS = 10.0  # of processor time, which a busy machine does not lengthen: nothing takes longer to read or to refuse
 BYTES = 2**30  # nor grows the process by more
 
 # What files in the wild, and hostile ones, hold where something else is meant.
@@ -101,7 +101,19 @@ def right_or_refused(seed: int, use: Callable[[], Any]) -> Any:
 
     So does a use that takes longer than SECONDS or makes the process grow by more than BYTES.
     """
-    began, held = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    outcome, took = _outcome(seed, use)
+    if took >= SECONDS:  # a virtual machine that stood still counts as well; twice, it does not
+        outcome, took = _outcome(seed, use)
+    assert took < SECONDS, f"mutation {seed} took {took:.1f} s"
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - held) * 1024
+    assert grown < BYTES, f"mutation {seed} grew by {grown / 2**20:.0f} MiB"
+    return outcome
+
+
+def _outcome(seed: int, use: Callable[[], Any]) -> tuple[Any, float]:
+    """(the result or the refusal, seconds of processor time)."""
+    began = time.process_time()
     try:
         outcome = use()
     except UserError as refusal:
@@ -111,7 +123,4 @@ def right_or_refused(seed: int, use: Callable[[], Any]) -> Any:
         text.encode()  # it can be printed
     except Exception as error:
         raise AssertionError(f"mutation {seed} ended in {type(error).__name__}") from error
-    assert time.monotonic() - began < SECONDS, f"mutation {seed} took {time.monotonic() - began:.1f} s"
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - held) * 1024
-    assert grown < BYTES, f"mutation {seed} grew by {grown / 2**20:.0f} MiB"
-    return outcome
+    return outcome, time.process_time() - began

@@ -22,6 +22,7 @@ from qwen2_jax.train.upcycle.upcycle import Upcycling
 
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
 COMPUTE = ("bfloat16", "float32")
+MAX_ROWS, MAX_STEPS = 1_000_000, 1_000_000_000  # hundreds of times what anybody trains; more is a mistake
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -219,9 +220,9 @@ class Run:
 
     def __post_init__(self):
         self.check_data()
-        validate.number(self, "config", ("rows", "accumulate"), int, 1)
+        validate.number(self, "config", ("rows", "accumulate"), int, 1, most=MAX_ROWS)
         validate.number(self, "config", ("length",), int, 2)
-        validate.number(self, "config", ("steps",), int, 1, none=True)
+        validate.number(self, "config", ("steps",), int, 1, none=True, most=MAX_STEPS)
         validate.number(self, "config", ("epochs", "z_loss"), float, 0.0, none=True)
         validate.number(self, "config", ("ema",), float, 0.0, none=True)
         validate.number(self, "config", ("seed",), int, 0)

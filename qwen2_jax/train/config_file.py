@@ -29,10 +29,16 @@ def load(path: Path, flags: Sequence[str] = ()) -> Recipe:
         raise UserError(f"no config file {str(path)!r}; give the path of a Python file such as configs/sft.py")
     try:
         values = _executed(path)
-    except (SyntaxError, ImportError, NameError, TypeError, AttributeError) as mistake:
+    except UserError:
+        raise
+    except Exception as mistake:
         lines = [frame.lineno for frame in traceback.extract_tb(mistake.__traceback__) if frame.filename == str(path)]
         other = "; for a function give a RewardFunction of qwen2_jax.rewards" * ("Reward.__init__" in str(mistake))
-        raise UserError(f"{path}{f' line {lines[-1]}' if lines else ''}: {mistake}{other}") from mistake
+        known = isinstance(mistake, SyntaxError | ImportError | NameError | TypeError | AttributeError)
+        said = (
+            " ".join(str(mistake).split()) if known else f"{type(mistake).__name__}: {' '.join(str(mistake).split())}"
+        )
+        raise UserError(f"{path}{f' line {lines[-1]}' if lines else ''}: {said}{other}") from mistake
     config = values.get("config")
     if not isinstance(config, Recipe):
         raise UserError(

@@ -13,7 +13,7 @@ from qwen2_jax import validate
 from qwen2_jax.data.spec import Data, PromptData
 from qwen2_jax.errors import UserError
 from qwen2_jax.rewards import RewardFunction
-from qwen2_jax.train.config import Mesh, Optim, Run
+from qwen2_jax.train.config import MAX_ROWS, Mesh, Optim, Run
 from qwen2_jax.train.objectives.dpo import Preference
 from qwen2_jax.train.objectives.grpo import Policy
 from qwen2_jax.train.online.episodes import MOST
@@ -85,8 +85,8 @@ class Sampling:
     mesh: Mesh | None = None
 
     def __post_init__(self):
-        validate.number(self, "sampling", ("samples",), int, 2)
-        validate.number(self, "sampling", ("max_new_tokens", "rows"), int, 1)
+        validate.number(self, "sampling", ("samples",), int, 2, most=MAX_ROWS)
+        validate.number(self, "sampling", ("max_new_tokens", "rows"), int, 1, most=MAX_ROWS)
         validate.number(self, "sampling", ("temperature",), float, 0.0)
         if not self.temperature:
             raise UserError("sampling.temperature is 0, which draws the same answer every time; usual: 0.7 to 1.0")
@@ -136,7 +136,7 @@ class Online(Run):
     filled_in: ClassVar[tuple[str, ...]] = ()  # fields that were 0
 
     def __post_init__(self):
-        validate.number(self, "config", ("prompts", "updates", "iterations"), int, 1)
+        validate.number(self, "config", ("prompts", "updates", "iterations"), int, 1, most=MAX_ROWS)
         validate.number(self, "config", ("bound",), float, 0.0, none=True)
         self.check_data()
         given = self.rewards if isinstance(self.rewards, tuple | list) else [None]

@@ -3,10 +3,13 @@
 
 import errno
 import json
+import math
+import random
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 from tokenizers import AddedToken, models, pre_tokenizers
 
 import checkpoint.hf_folders as hf
@@ -17,9 +20,12 @@ from qwen2_jax.checkpoint import api
 from qwen2_jax.checkpoint.formats import gguf_write
 from qwen2_jax.checkpoint.formats.gguf_blocks import BLOCKS
 from qwen2_jax.checkpoint.formats.gguf_file import read_gguf
+from qwen2_jax.checkpoint.formats.gguf_metadata import Metadata
 from qwen2_jax.checkpoint.sources import locate
 from qwen2_jax.config import ModelConfig
 from qwen2_jax.errors import UserError
+from qwen2_jax.files.json_text import parse_json_object
+from qwen2_jax.infer.engine.generation_config import StoredParams
 from qwen2_jax.tokenizer import Tokenizer, pipeline
 
 QUANT = Path(__file__).parents[3] / "shared" / "data" / "quant"
@@ -238,3 +244,46 @@ def test_mutated_files(tmp_path, mutations, monkeypatch):
     for seed in mutations:
         bad.write_bytes(damaged(seed, content[:end]) + content[end:])
         right_or_refused(seed, use)
+
+
+# What a value of GGUF's metadata may be: a number of 8 to 64 bits, a text, a list of texts, an array of numbers.
+METADATA = (
+    0, 1, -1, 2, 7, 255, 2**31, 2**32 - 1, 2**63, 2**64 - 1, -(2**63), True, False, 0.0, -1.0, 1e-30, 3e38, math.inf,
+    math.nan, "", "x", "qwen2moe", "linear", "a b", "<|im_end|>", [], ["x"], ["a b c", ""],
+    np.array([], np.int32), np.array([1, 3], np.int32), np.array([math.nan], np.float32), np.array([True]),
+)  # fmt: skip
+
+
+def test_mutated_metadata(tmp_path, mutations):
+    """Values of other types, beyond all bounds, missing or of another length: usable files, or one line."""
+    folder, _ = folder_of(tmp_path / "hf", TINY | {"num_hidden_layers": 1})
+    read = read_gguf(checkpoint.convert(folder, tmp_path / "good.gguf", "gguf", dtype="q8_0"))
+    shapes = {name: tensor.shape for name, tensor in read.tensors.items()}
+    extra = {"rope.scaling.type": "yarn", "rope.scaling.factor": 2.0, "rope.scaling.original_context_length": 64}
+    good = read.metadata | {f"qwen2.{key}": value for key, value in extra.items()}
+
+    def use(metadata):
+        held = Metadata("file", metadata, shapes, "bfloat16")
+        config = ModelConfig.from_hf(parse_json_object(held.file("config.json"), "config.json"))
+        StoredParams.read(parse_json_object(held.file("generation_config.json"), "generation_config.json"))
+        settings = parse_json_object(held.file("tokenizer_config.json"), "tokenizer_config.json")
+        tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(held.file("tokenizer.json")), settings)
+        assert all(0 <= i < config.vocab_size for i in tokenizer.encode("hi there 42 <|im_end|>"))
+
+    use(good)
+    for seed in mutations:
+        draw = random.Random(seed)
+        metadata = dict(good)
+        for key in draw.sample(sorted(good), draw.choice((1, 1, 2, 4))):
+            value = metadata.pop(key)
+            match draw.choice(("replace", "replace", "replace", "drop", "rename", "inside")):
+                case "replace":
+                    metadata[key] = draw.choice(METADATA)
+                case "rename":
+                    metadata[key.replace("qwen2.", "qwen2moe.")] = value
+                case "inside" if isinstance(value, list | np.ndarray) and len(value):
+                    metadata[key] = copied = value.copy()
+                    copied[draw.randrange(len(value))] = draw.choice((7, -1)) if isinstance(value, np.ndarray) else "x"
+                case "inside":
+                    metadata[key] = [str(value)]
+        right_or_refused(seed, lambda metadata=metadata: use(metadata))

@@ -91,6 +91,9 @@ def test_optimizer_and_mesh_values_are_checked():
         Optim(lr=1.0, b2=1.0)
     with pytest.raises(UserError, match="muon: lr is -1.0"):
         Muon(lr=-1.0)
+    for field, value in {"rows": 10**12, "accumulate": 10**7, "steps": 10**10}.items():
+        with pytest.raises(UserError, match=f"{field} is {value}; .* at most 1,000,000"):
+            dataclasses.replace(config_file.load(FINETUNE), epochs=None, **{"steps": 1, field: value})
     with pytest.raises(UserError, match="at most one axis"):
         Mesh(data=-1, fsdp=-1)
     with pytest.raises(UserError, match="tensor=3.* is for a multiple of 3 devices, and 8 are here"):
@@ -107,6 +110,8 @@ def test_optimizer_and_mesh_values_are_checked():
         ("config = (", "x.py: .*was never closed"),
         ("from qwen2_jax.train import Sfd", "x.py line 1: cannot import name 'Sfd'"),
         ("from qwen2_jax.train import Optim\nOptim(lr=1, shedule='wsd')", "x.py line 2: .*'shedule'"),
+        ("import json\njson.loads('{')", "x.py line 2: JSONDecodeError: Expecting property name"),
+        ("1 / 0", "x.py line 1: ZeroDivisionError: division by zero"),
     ],
 )
 def test_a_file_without_a_run_is_refused(tmp_path, text, message):

@@ -14,7 +14,9 @@ import tokenizers
 from tokenizers import models
 
 from qwen2_jax.errors import CheckpointError
+from qwen2_jax.files.stderr_on_success import stderr_on_success
 from qwen2_jax.tokenizer import IM_END, pipeline
+from qwen2_jax.tokenizer_files import in_one_line
 
 MODEL_TYPES = {"qwen2": "qwen2", "qwen2moe": "qwen2_moe"}
 SPLITS = ("qwen2", "deepseek-r1-qwen")  # pre-tokenisations that are Qwen2's
@@ -123,7 +125,7 @@ class Metadata:
         """eos ids with the end of an answer, which old files of instruct models leave out."""
         eos, tokens = self._id("eos"), self._tokens()
         ends = [] if eos is None else [eos]
-        if IM_END in self.metadata.get("tokenizer.chat_template", "") and IM_END in tokens:
+        if IM_END in self._get("tokenizer.chat_template", str, "") and IM_END in tokens:
             ends += [tokens.index(IM_END)]
         out = {"eos_token_id": list(dict.fromkeys(ends))} if ends else {}
         return out | {
@@ -171,10 +173,8 @@ class Metadata:
         vocabulary = {
             token: i for i, (token, kind) in enumerate(zip(tokens, types.tolist(), strict=True)) if kind in wanted
         }
-        try:
+        with in_one_line(f"{self.where}: its vocabulary and merges make no tokenizer"), stderr_on_success():
             backend = pipeline(models.BPE(vocabulary, [(first, second) for first, second in merges]))
-        except Exception as why:  # the tokenizers library raises Exception itself, nothing narrower
-            raise CheckpointError(f"{self.where}: its vocabulary and merges make no tokenizer ({why})") from None
         added = [
             tokenizers.AddedToken(tokens[i], special=bool(types[i] == CONTROL), normalized=False)
             for i in np.flatnonzero((types == CONTROL) | (types == USER_DEFINED))
