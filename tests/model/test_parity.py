@@ -37,7 +37,7 @@ YARN = [name for name in DENSE + SPARSE if "yarn" in name]
 ATOL = 1e-4
 NEW = 24  # recorded new tokens of each prompt
 # Slow: what two other variants have, one each; and two numbers of heads more.
-ELSEWHERE = ["heads_14_2", "heads_28_4", "mha", "moe_sliding", "moe_yarn"]
+ELSEWHERE = ["heads_14_2", "heads_28_4", "mha", "yarn_attention_factor", "moe_sliding", "moe_yarn"]
 every_variant = pytest.mark.parametrize("variant", [v if v not in ELSEWHERE else slow(v)[0] for v in DENSE + SPARSE])
 every_sparse_variant = pytest.mark.parametrize("variant", [v if v not in ELSEWHERE else slow(v)[0] for v in SPARSE])
 
