@@ -17,9 +17,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks/README.md"]
 # Their commands train, convert and count for minutes. .ci/run executes README's two first lines, tests/checkpoint the
-# commands of docs/checkpoints.md, test_bench.py those of docs/kernels.md.
+# commands of docs/checkpoints.md, tests/infer those of docs/inference.md, test_bench.py those of docs/kernels.md.
 SLOW = ["README.md", "benchmarks/README.md"]
-SLOW += [f"docs/{name}.md" for name in ("checkpoints", "kernels", "post-training", "training")]
+SLOW += [f"docs/{name}.md" for name in ("checkpoints", "inference", "kernels", "post-training", "training")]
 SECONDS = 300  # for one command, on a busy machine with two cores
 
 

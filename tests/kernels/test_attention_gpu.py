@@ -102,6 +102,7 @@ def gradients(attend, rotations, k, v, scale, weights, layout):
     return *found, dscale / math.prod(k.shape[1:])  # the scale's is a sum over everything
 
 
+@pytest.mark.slow  # quick: the backward kernel, test_attention_gpu_backward.py
 def test_gradients_reach_everything():
     shape = (1, 40, 64, 2, 1, 64)
     rotations, k, v, weights = arrays(5, shape, jnp.bfloat16, rotations=3)

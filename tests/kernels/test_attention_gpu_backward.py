@@ -88,7 +88,7 @@ def test_flash_attention_is_as_good_as_eager_bfloat16(case):
     assert_as_good_as_eager(*case, rotations=1)
 
 
-@pytest.mark.slow  # quick: one such layout below, and what test_attention_gpu.py differentiates
+@pytest.mark.slow  # quick: one such layout below
 @simulated
 @settings(FEW, max_examples=4)
 @given(layouts([THREE], chunks=True))

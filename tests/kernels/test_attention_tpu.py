@@ -150,6 +150,7 @@ def test_no_races_and_nothing_left_unwritten():
     jax.tree.map(lambda x, y: assert_no_worse(x, y, y), got, exact)
 
 
+@pytest.mark.slow
 def test_a_list_too_long_for_scalar_memory_is_walked_in_slabs(monkeypatch):
     monkeypatch.setattr(tpu, "_attend_jit", tpu._attend)  # the number of slabs is found while tracing: trace again
     monkeypatch.setattr(tpu, "LIST_BYTES", 4 * 9)  # two rows of 4 blocks of keys at a time, or three of 3 of queries

@@ -37,7 +37,7 @@ FORMS = {
     "int8 pages": ((2, 1, 256, 4, 1, 128), {"page": 32, "int8": True}),
     "share": ((2, 2, 208, 4, 1, 64), {"share": True, "chunked": True}),
 }
-ALWAYS = ("one query", "int8 pages", "share")
+ALWAYS = ("one query", "int8 pages")
 
 
 def by_kernel(args, kwargs):

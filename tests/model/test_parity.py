@@ -38,7 +38,7 @@ ATOL = 1e-4  # 1.2e-5 to 4.4e-5 was seen, for logits of up to 14; one wrong numb
 ROUNDED = 2.0**-23  # relative: float64 rounded once to float32, 5.4e-8 was seen
 NEW = 24  # recorded new tokens of each prompt
 # Slow: what two other variants have, one each; and two numbers of heads more.
-ELSEWHERE = ["heads_14_2", "heads_28_4", "mha", "moe_sliding", "moe_yarn"]
+ELSEWHERE = ["heads_14_2", "heads_28_4", "mha", "yarn_attention_factor", "moe_sliding", "moe_yarn"]
 every_variant = pytest.mark.parametrize("variant", [v if v not in ELSEWHERE else slow(v)[0] for v in DENSE + SPARSE])
 every_sparse_variant = pytest.mark.parametrize("variant", [v if v not in ELSEWHERE else slow(v)[0] for v in SPARSE])
 

@@ -68,7 +68,9 @@ def test_who_has_a_reference_beside_the_step():
     "run",
     [
         pytest.param(GRPO, id="grpo", marks=[*GPU_COMPILER, pytest.mark.slow]),
-        pytest.param(Reward(data=PAIRS, rows=1, length=2048, **COMMON), id="reward", marks=GPU_COMPILER),
+        pytest.param(
+            Reward(data=PAIRS, rows=1, length=2048, **COMMON), id="reward", marks=[*GPU_COMPILER, pytest.mark.slow]
+        ),
     ],
 )
 def test_plans_of_stages(run):
