@@ -97,6 +97,7 @@ def compile_once():
 
     def shared(run, config, steps, *, mesh=None, objective=None):
         plain = {"out": Path("x"), "checkpoints": Checkpointing(), "evaluation": Evaluation(), "log": Logging()}
+        plain |= {"data": Data(sources=(Source(path="x"),), packing="best_fit")}
         plain |= {} if run.start is None else {"start": Start(checkpoint="x")}
         same = dataclasses.replace(run, **plain, guard=Guard(spike=run.guard.spike), resume=True, tokenizer="x")
         return make(same, config, steps)
@@ -232,7 +233,7 @@ def test_a_run_tells_what_it_leaves_out(corpus, tmp_path):
     (tmp_path / "a" / "text.jsonl").write_text("\n".join(lines), "utf-8")
     both = tuple(Source(path=str(folder / "text.jsonl")) for folder in (tmp_path / "a", corpus))
     config = pretrain(
-        corpus, tmp_path / "out", steps=1, data=Data(sources=both[:1], packing="best_fit"),
+        corpus, tmp_path / "out", data=Data(sources=both[:1], packing="best_fit"),
         evaluation=Evaluation(sources=both, batches=1),
     )  # fmt: skip
     _, screen = run(config)
