@@ -2,6 +2,8 @@
 """Reads the files of a tokenizer, which others wrote: what cannot be used is refused in one line."""
 
 import contextlib
+import json
+import math
 import operator
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +20,8 @@ from qwen2_jax.files.stderr_on_success import stderr_on_success
 
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SUBWORD_PREFIX = re.compile(rb'"continuing_subword_prefix"\s*:\s*"[^"]{1,40}"')
+DOUBLINGS = 8  # of a text; Qwen2's ByteLevel is one
+INSIDE = ("normalizers", "pretokenizers")  # of a Sequence
 # Where a normaliser, a pre-tokeniser or a post-processor is broken, one of these makes the library panic.
 PROBES = ("", " a b\n", "H\u00e4user \u4f60\u597d e\u0301 42 \U0001f600\n\n")
 
@@ -101,6 +105,7 @@ def open_tokenizer(path: Path) -> tokenizers.Tokenizer:
 
     def read() -> tokenizers.Tokenizer:
         backend = tokenizers.Tokenizer.from_file(str(path))
+        _check_growth(path, backend)
         for text in PROBES:
             backend.encode(text)
         return backend
@@ -110,6 +115,27 @@ def open_tokenizer(path: Path) -> tokenizers.Tokenizer:
     if dropout:
         raise UserError(f"{path}: dropout is {dropout:g}, so a text would get other ids each time; supported: null")
     return backend
+
+
+def _check_growth(path: Path, backend: tokenizers.Tokenizer) -> None:
+    """Raises UserError for a normaliser and pre-tokeniser that would make a short text fill the memory.
+
+    Fifty ByteLevel steps double a letter fifty times, and so do replacements; no process survives that.
+    """
+    steps = [json.loads(part.__getstate__()) for part in (backend.normalizer, backend.pre_tokenizer) if part]
+    doublings, level = 0.0, steps
+    while level:
+        for step in level:
+            match step.get("type"):
+                case "ByteLevel" | "BertNormalizer":
+                    doublings += 1
+                case "Replace":
+                    doublings += math.log2(1 + len(str(step.get("content", ""))))
+        level = [inner for step in level for name in INSIDE for inner in step.get(name) or ()]
+    if doublings > DOUBLINGS:
+        raise UserError(
+            f"{path}: its normalizer and pre_tokenizer can double a text {doublings:.0f} times; at most {DOUBLINGS}"
+        )
 
 
 def open_vocabulary(vocabulary: Path, merges: Path) -> models.BPE:

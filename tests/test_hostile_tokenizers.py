@@ -106,6 +106,19 @@ def test_a_panic_of_the_library_is_one_line(folder, capfd, change, words):
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.parametrize("part", ["normalizer", "pre_tokenizer"])
+def test_steps_that_double_a_text_are_bounded(folder, part):
+    settings = json.loads((folder / "tokenizer.json").read_text())
+    step = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    inside = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers"}[part]
+    if part == "normalizer":
+        step = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+    settings[part] = {"type": "Sequence", inside: [{"type": "Sequence", inside: [step] * 50}]}
+    (folder / "tokenizer.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="tokenizer.json: .* can double a text (50|80) times; at most 8"):
+        Tokenizer.from_folder(folder)
+
+
 def test_a_panic_on_one_text_is_one_line(small):
     broken = tokenizers.Tokenizer.from_str(small.to_str())
     broken.pre_tokenizer = tokenizers.pre_tokenizers.FixedLength(0)
