@@ -5,8 +5,8 @@ Two forms are equal up to rounding. "Dequantised": the weight is made in x's dty
 of integers for each group, and the partial sums times the scales; it writes G partial sums for each row where XLA does
 not fuse them. What XLA's compilers did with [18944, 3584] in int4 (tests/kernels/test_weight_only_matmul_compiles.py):
 on TPUs one row fuses dequantised and more rows fuse by group, but v5p copies the packed integers first; for GPUs the
-dequantised weight is always written, and by group the partial sums are, which are smaller for up to about ten rows. On a
-CPU the weight is dequantised in blocks of outputs, which was fastest at every number of rows.
+dequantised weight is always written, and by group the partial sums are, which are smaller for up to about ten rows. On
+a CPU the weight is dequantised in blocks of outputs, which was fastest at every number of rows.
 
 M rows, I inputs, O outputs, G groups, g inputs of a group.
 """

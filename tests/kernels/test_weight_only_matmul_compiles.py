@@ -41,7 +41,9 @@ class TestTpu:
         found = memory(chip, rows, group, values, offset, implementation)
         stored = O * I // (2 if values == jnp.int4 else 1) + O * I // group * 4 * (1 + offset)
         assert found.argument_size_in_bytes <= 1.1 * stored + rows * I * 2
-        copied = 1.01 * O * I // 2 if chip == "v5p" else 0  # its compiler lays packed integers out another way
+        copied = 0
+        if chip == "v5p":  # its compiler copies the packed integers, and keeps the result in float32 and a part of it
+            copied = 1.01 * O * I // 2 + 1.3 * rows * O * 4
         assert found.temp_size_in_bytes < WEIGHT / 100 + copied
 
 
