@@ -24,17 +24,17 @@ from qwen2_jax.checkpoint.formats.hf_folder import HfFolder
 from qwen2_jax.checkpoint.formats.protocol import Format
 from qwen2_jax.checkpoint.formats.safetensors import DTYPES, TensorInFile
 from qwen2_jax.checkpoint.formats.small_files import CONFIG, FolderFiles
-from qwen2_jax.checkpoint.formats.stored_tensor import DecodedTensor
+from qwen2_jax.checkpoint.formats.stored_tensor import DecodedTensor, NotInGroups
 from qwen2_jax.checkpoint.transfer import load
 
 GROUP = 16
 QUANTISED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-class Packed4:
-    """w[f, k] = scales[g_idx[k], f] * (q[k, f] - 8)."""
+class Packed4(NotInGroups):
+    """w[f, k] = scales[g_idx[k], f] * (q[k, f] - 8), in any order of groups."""
 
-    row_multiple, form, kind = 8, "int4_groups", "packed4"
+    row_multiple, kind = 8, "packed4"
 
     def __init__(self):
         self.asked = []
@@ -200,8 +200,8 @@ def test_several_tensors_per_weight(tmp_path, config, monkeypatch):
     monkeypatch.setattr(stored_tensor, "BLOCK", 400)
     opened = checkpoint.open_checkpoint(folder)
     assert opened.source.kind == "packed"
-    kept = {name for name, info in opened.tensors.infos.items() if info.form == "int4_groups"}
-    assert kept == {name for name in means if any(f".{kind}.weight" in name for kind in QUANTISED)}
+    packed = {name for name, info in opened.tensors.infos.items() if info.kind == "packed4"}
+    assert packed == {name for name in means if any(f".{kind}.weight" in name for kind in QUANTISED)}
     for unroll in (False, True):
         params = checkpoint.load_params(folder, dtype="float32", unroll=unroll)
         jax.tree.map(np.testing.assert_array_equal, params, checkpoint.load_params(tmp_path / "plain", unroll=unroll))
