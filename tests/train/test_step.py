@@ -16,6 +16,7 @@ from qwen2_jax.data.tokens.packing import Batch, stack
 from qwen2_jax.model import mlp
 from qwen2_jax.train import Guard, Moe, Optim, Pretrain, step
 from qwen2_jax.train.optim import optimizer
+from qwen2_jax.weights.params import is_spec
 from tiny import CONFIGS, random_params
 
 LENGTH = 16
@@ -136,7 +137,7 @@ def test_weights_stay_float32_under_bfloat16_compute():
 
 
 def flat(specs, tree):
-    return zip(jax.tree.leaves(specs, is_leaf=step._is_spec), jax.tree.leaves(tree), strict=True)
+    return zip(jax.tree.leaves(specs, is_leaf=is_spec), jax.tree.leaves(tree), strict=True)
 
 
 def poisoned(params):
