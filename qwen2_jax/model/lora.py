@@ -4,7 +4,8 @@
 y = W x + alpha / rank * b (a x), with a random and b zero at the start, so that training begins at the base model
 (arXiv:2106.09685, sec. 4.1). Only the adapters are trained: a nested dict like the parameters', in which each
 adapted weight is {"a": [R, rank, *in], "b": [R, *out, rank]} in float32. `attach` puts them beside the weights inside
-the jitted step; the base may be float32, bfloat16 or int8 (as in QLoRA, Dettmers et al. 2023, arXiv:2305.14314).
+the jitted step; the base may be float32, bfloat16, int8 or int4 (as in
+QLoRA, Dettmers et al. 2023, arXiv:2305.14314).
 """
 
 import dataclasses

@@ -71,29 +71,35 @@ def test_a_quantized_model_stays_close(name, unroll):
     assert 0 < divergence < 0.02, f"mean KL divergence {divergence:.4f} nats"
 
 
-@pytest.mark.parametrize("rows", [3, 96])  # expert by expert, and laid out side by side
-def test_int8_experts_multiply_as_their_widened_matrices(rows):
-    """Values and the gradient of x; nothing like a widened copy of all experts is made."""
-    E, D, F = 8, 128, 192
+def experts_are_their_widened_matrices(rows, matrices, tolerance):
+    """Values and the gradient of x of a layer of experts (gate, up, down); returns the bytes of its temporaries."""
+    E, _, D = matrices[0].shape
     rng = np.random.default_rng(0)
     x_MD = jnp.asarray(rng.normal(size=(rows, D)), jnp.float32)
     chosen_Mk = jnp.asarray(rng.permuted(np.tile(np.arange(E), (rows, 1)), axis=1)[None, :, :2])
     weights_Mk = jnp.full(chosen_Mk.shape, 0.5)
-    shapes = {"gate_EFD": (E, F, D), "up_EFD": (E, F, D), "down_EDF": (E, D, F)}
-    rounded = [int8._rounded(jnp.asarray(rng.normal(size=shape) * 0.1, jnp.float32), 1) for shape in shapes.values()]
-    assert [w.scale.shape for w in rounded] == [(E, F), (E, F), (E, D)]
 
     def loss(x_MD, matrices):
         y_BTD = ops.experts(x_MD[None], chosen_Mk, weights_Mk, *map(of_experts, matrices))
         return jnp.square(y_BTD).sum(), y_BTD
 
     program = jax.jit(jax.grad(loss, has_aux=True))
-    got, want = program(x_MD, rounded), program(x_MD, [dequantize(w) for w in rounded])
+    got, want = program(x_MD, matrices), program(x_MD, [dequantize(w) for w in matrices])
     for a, b in zip(got, want, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-4 * float(jnp.abs(b).max()))  # 15 bits of x: 3e-5
-    one_matrix = E * F * D * 4
-    forward = jax.jit(lambda *args: loss(*args)[1]).lower(x_MD, rounded).compile()
-    assert forward.memory_analysis().temp_size_in_bytes < one_matrix
+        np.testing.assert_allclose(a, b, atol=tolerance * float(jnp.abs(b).max()))
+    forward = jax.jit(lambda *args: loss(*args)[1]).lower(x_MD, matrices).compile()
+    return forward.memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("rows", [3, 96])  # expert by expert, and laid out side by side
+def test_int8_experts_multiply_as_their_widened_matrices(rows):
+    """Nothing like a widened copy of all experts is made."""
+    E, D, F = 8, 128, 192
+    rng = np.random.default_rng(0)
+    shapes = {"gate_EFD": (E, F, D), "up_EFD": (E, F, D), "down_EDF": (E, D, F)}
+    rounded = [int8._rounded(jnp.asarray(rng.normal(size=shape) * 0.1, jnp.float32), 1) for shape in shapes.values()]
+    assert [w.scale.shape for w in rounded] == [(E, F), (E, F), (E, D)]
+    assert experts_are_their_widened_matrices(rows, rounded, 1e-4) < E * F * D * 4  # 15 bits of x: 3e-5
 
 
 def test_int8_covers_routed_experts_and_not_the_router():
@@ -186,25 +192,11 @@ def test_scales_are_repeated_where_devices_would_share_a_group():
 
 @pytest.mark.parametrize("rows", [3, 96])  # expert by expert, and laid out side by side
 def test_experts_in_groups_multiply_as_their_widened_matrices(rows):
-    """Values and the gradient of x."""
     E, D, F = 32, 64, 96
-    rng = np.random.default_rng(0)
-    x_MD = jnp.asarray(rng.normal(size=(rows, D)), jnp.float32)
-    chosen_Mk = jnp.asarray(rng.permuted(np.tile(np.arange(E), (rows, 1)), axis=1)[None, :, :2])
-    weights_Mk = jnp.full(chosen_Mk.shape, 0.5)
     matrices = [grouped(shape, group=32, seed=n)[0] for n, shape in enumerate([(E, F, D), (E, F, D), (E, D, F)])]
-
-    def loss(x_MD, matrices):
-        y_BTD = ops.experts(x_MD[None], chosen_Mk, weights_Mk, *map(of_experts, matrices))
-        return jnp.square(y_BTD).sum(), y_BTD
-
-    program = jax.jit(jax.grad(loss, has_aux=True))
-    got, want = program(x_MD, matrices), program(x_MD, [dequantize(w) for w in matrices])
-    for a, b in zip(got, want, strict=True):  # the same numbers multiplied in another order
-        np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()))
+    temporary = experts_are_their_widened_matrices(rows, matrices, 1e-5)  # the same numbers in another order
     if rows < E:  # there are few activations: no copy of all experts is made
-        forward = jax.jit(lambda *args: loss(*args)[1]).lower(x_MD, matrices).compile()
-        assert forward.memory_analysis().temp_size_in_bytes < E * F * D * 4
+        assert temporary < E * F * D * 4
 
 
 @pytest.mark.parametrize("name", ["dense", "moe_mixed"])
