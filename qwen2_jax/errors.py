@@ -14,12 +14,20 @@ class CheckpointError(UserError):
     """A checkpoint that cannot be used; the message says what is wrong with which tensor or file, and what to do."""
 
 
+def one_line(error: BaseException) -> str:
+    """The error as one line; of an OSError what failed and where, without its number."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror and not isinstance(error, UserError):
+        text = error.strerror + (f": {error.filename}" if error.filename else "")
+    return " ".join(text.split())
+
+
 def exit_code(main: Callable[[], int], *, interrupted: str = "stopped") -> int:
     """main's exit code. An error that the user can fix is one line on stderr and code 2; Ctrl-C prints a line, 130."""
     try:
         return main()
     except (UserError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)

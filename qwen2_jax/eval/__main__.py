@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from qwen2_jax.config.model_config import DTYPES
-from qwen2_jax.errors import UserError
+from qwen2_jax.errors import UserError, one_line
 from qwen2_jax.files.atomic_folder import new_file
 
 EPILOG = """example:
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
             with new_file(args.json, len(content)) as out:
                 out.write(content)
     except (UserError, OSError) as why:
-        print(f"error: {' '.join(str(why).split())}", file=sys.stderr)
+        print(f"error: {one_line(why)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -96,7 +96,16 @@ def new_file(path: str | os.PathLike, nbytes: int) -> Iterator[BinaryIO]:
 def _local(path: str | os.PathLike) -> Path:
     if str(path).startswith("gs://"):
         raise CheckpointError(f"{path}: write to a local folder first, then copy it whole with `gcloud storage cp -r`")
-    return Path(path).expanduser().absolute()
+    target = Path(path).expanduser().absolute()
+    check_folder(target.parent)
+    return target
+
+
+def check_folder(path: Path) -> None:
+    """Raises CheckpointError where `path` cannot be a folder because it, or what it would lie in, is a file."""
+    there = next((part for part in (path, *path.parents) if part.exists()), path)
+    if there.exists() and not there.is_dir():
+        raise CheckpointError(f"{there} is a file and not a folder; give the path of a folder, or of a new one")
 
 
 def _lock(file: IO[Any], path: str | os.PathLike) -> None:

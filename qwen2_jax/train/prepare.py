@@ -14,6 +14,7 @@ from qwen2_jax.data.formats.prompts import Prompts
 from qwen2_jax.data.spec import Data, PromptData, Source
 from qwen2_jax.data.tokens.loader import Loaded, open_data
 from qwen2_jax.errors import UserError
+from qwen2_jax.files.atomic_folder import check_folder
 from qwen2_jax.model import yarn
 from qwen2_jax.parallel import sharding
 from qwen2_jax.tokenizer import Tokenizer
@@ -30,6 +31,7 @@ def prepare(run: Run, console: Console) -> TrainingJob:
     """
     stage = stage_of(run)
     stage.check_processes(jax.process_count())
+    check_folder(run.out)
     source = None if run.start is None else checkpoint.locate(run.start.checkpoint)
     files = _tokenizer_files(run.tokenizer) if source is None or run.tokenizer is not None else source
     check_inputs_stay(run, None if source is None else source.path, files.path)

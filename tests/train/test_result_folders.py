@@ -54,6 +54,13 @@ def sft(folder, out, chats, **changes):
     )
 
 
+def test_a_result_under_a_file(tmp_path):
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(UserError, match=f"^{tmp_path / 'file'} is a file and not a folder; give the path of a"):
+            prepared(sft(DEMO, out, tmp_path / "chats.jsonl"))
+
+
 def prepared(config):
     return prepare(config, Console(file=io.StringIO()))
 

@@ -8,9 +8,11 @@ Only Orbax's public v1 interface is used.
 
 import contextlib
 import ctypes
+import functools
 import logging
 import math
 import os
+import sys
 import warnings
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -37,6 +39,7 @@ from qwen2_jax.weights.weight import Weight
 
 # glibc keeps what many threads have freed; its trim gives it back. None elsewhere.
 _malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+STRAY = "_read_array_index_and_device_put"  # Orbax's coroutine that reads one piece of an array
 GROUP_BYTES = 128 * 2**20
 # Pieces of an array on disk. A host reads all pieces its rows touch (see row_reads.py): of a matrix of 29568 x 8192 of
 # which 16 hosts read 1848 rows each, pieces of 32 MiB, 4096 rows high, would have each host read twice as much or more.
@@ -55,6 +58,7 @@ def _orbax() -> Any:
 def _session() -> Iterator[Any]:
     """Orbax with our storage options, and without its advice to callers who pass no shardings."""
     ocp = _orbax()
+    _silence_stray_reads()
     context = ocp.Context()
     context.array.saving.use_compression = False  # trained weights do not compress; the time would be lost
     context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
@@ -69,6 +73,20 @@ def _session() -> Iterator[Any]:
             yield ocp
     finally:
         absl.setLevel(level)
+
+
+@functools.cache
+def _silence_stray_reads() -> None:
+    """Drops what Orbax's other reads raise after one has failed: no caller is left, so Python would print hundreds."""
+    report = sys.unraisablehook
+
+    def hook(stray: Any) -> None:
+        closed = isinstance(stray.exc_value, RuntimeError) and str(stray.exc_value) == "Event loop is closed"
+        if not closed and getattr(stray.object, "__qualname__", None) != STRAY:
+            report(stray)
+
+    sys.unraisablehook = hook
+    warnings.filterwarnings("ignore", message=f"coroutine '{STRAY}' was never awaited", category=RuntimeWarning)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen2_jax.errors import UserError
+from qwen2_jax.errors import UserError, one_line
 from qwen2_jax.infer.cli.prompts_and_answers import record, summary, to_json, to_prompt, with_answer_length
 from qwen2_jax.infer.engine.sampling_params import SETTABLE, checked
 from qwen2_jax.parallel import hosts
@@ -130,10 +130,8 @@ def main(argv: Sequence[str] | None = None, *, plan: Callable[[argparse.Namespac
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
-    except UserError as error:  # before OSError: a checkpoint that is not there is both
-        return _fail(error)
-    except OSError as error:
-        return _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+    except (UserError, OSError) as error:
+        return _fail(one_line(error))
     except RuntimeError as error:  # jax's class for it is not imported unless jax is
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen2_jax.errors import UserError
+from qwen2_jax.errors import UserError, one_line
 from qwen2_jax.infer.cli.prompts_and_answers import summary, to_json
 from qwen2_jax.infer.engine.sampling_params import SETTABLE, checked
 
@@ -80,10 +80,8 @@ class ChatSession:
                     self._ask(text)
             except Leave:
                 return 0
-            except UserError as error:
-                _say(f"error: {' '.join(str(error).split())}")
-            except OSError as error:  # of /save
-                _say(f"error: {error.strerror or error}: {error.filename}")
+            except (UserError, OSError) as error:  # OSError: of /save
+                _say(f"error: {one_line(error)}")
 
     def _typed(self) -> str:
         """One message or command: a line, or what stands between two triple quotes."""
