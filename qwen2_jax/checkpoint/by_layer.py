@@ -23,6 +23,7 @@ from qwen2_jax.config.layer_scans import LayerScan
 from qwen2_jax.config.model_config import ModelConfig
 from qwen2_jax.model import decoder
 from qwen2_jax.model.attention import Tokens
+from qwen2_jax.model.kv_cache import LayerCache
 from qwen2_jax.model.rope import plain
 from qwen2_jax.weights import weight
 from qwen2_jax.weights.forms import form_of
@@ -38,17 +39,15 @@ class ByLayer:
     """A language model of a checkpoint, a layer at a time.
 
     name: see checkpoint.locate. dtype: of the computation and of the weights; or a form in weights.forms.FORMS of the
-    weight matrices, with everything else in float32.
+    weight matrices, with everything else in float32. cache_dtype: keys and values are rounded as a cache of this dtype
+    rounds them; None: not at all.
     """
 
-    def __init__(
-        self,
-        name: str | Path | Source,
-        dtype: str = "float32",
-    ):
+    def __init__(self, name: str | Path | Source, dtype: str = "float32", cache_dtype: str | None = None):
         self.opened = open_checkpoint(name)
         self.config, self.form = self.opened.config, form_of(dtype)
         self.dtype = jnp.dtype("float32" if self.form else dtype)
+        self.cache_dtype = cache_dtype
         decoder.check_head(self.config, scores=False)
         specs = names.unrolled(self.opened.specs)
         typed = {path: dataclasses.replace(spec, dtype=self.dtype) for path, spec in leaves(specs)}
@@ -66,7 +65,7 @@ class ByLayer:
         """Replaces the activations by those after layer i."""
         graph = layer_graph(self.config, i)
         for rows in batches(x_NTD):
-            x_NTD[rows] = np.asarray(_run(graph, self.config, params, x_NTD[rows]))
+            x_NTD[rows] = np.asarray(_run(graph, self.config, params, x_NTD[rows], self.cache_dtype))
 
     def embedded(self, tokens_NT: np.ndarray) -> np.ndarray:
         """The activations before the first layer, [N, T, D]."""
@@ -117,13 +116,16 @@ def _layer_graph(config: ModelConfig, i: int) -> nnx.GraphDef:
     return nnx.split(nnx.eval_shape(lambda: decoder.Stack(config, plan, jax.random.key(0), jnp.float32)))[0]
 
 
-def apply_layer(graph: nnx.GraphDef, config: ModelConfig, params: Tree, x_NTD: jax.Array) -> jax.Array:
-    """The activations after one layer, for tokens at the positions 0 to T - 1."""
+def apply_layer(
+    graph: nnx.GraphDef, config: ModelConfig, params: Tree, x_NTD: jax.Array, cache_dtype: str | None = None
+) -> jax.Array:
+    """The activations after one layer, for tokens at the positions 0 to T - 1. cache_dtype: see ByLayer."""
     N, T, _ = x_NTD.shape
     positions_NT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (N, T))
     tokens = Tokens.locate(plain(config), positions_NT, None, None, config.head_dim)
+    caches = None if cache_dtype is None else (LayerCache.zeros(config, 1, N, T, jnp.dtype(cache_dtype)),)
     stack: Any = nnx.merge(graph, params)
-    return stack(x_NTD, tokens, None, None)[0]
+    return stack(x_NTD, tokens, caches, None)[0]
 
 
-_run = jax.jit(apply_layer, static_argnums=(0, 1))
+_run = jax.jit(apply_layer, static_argnums=(0, 1, 4))

@@ -14,7 +14,8 @@ EPILOG = """example:
   python -m qwen2_jax.eval compare Qwen/Qwen2-7B-Instruct ./qwen2-7b-instruct-q4_k_m.gguf --text prose.txt
 
 Prints one line of JSON: mean, median and 99% quantile of the KL divergence in nats, the share of positions at which
-both models have the same most probable token (top1), and the number of positions. Both models are run a layer at a
+both models have the same most probable token (top1), the perplexity of both on the text and the ratio of B's to A's,
+and the number of positions. Both models are run a layer at a
 time, so that they need little memory."""
 
 
@@ -39,6 +40,10 @@ def parser() -> argparse.ArgumentParser:
             f"--dtype-{which}", default="float32", choices=(*DTYPES, "int8", "int4"),
             help=f"what {which.upper()} is computed in; int8, int4: its matrices in that form; default: %(default)s",
         )  # fmt: skip
+        one.add_argument(
+            f"--cache-dtype-{which}", choices=("bfloat16", "float32", "int8"),
+            help=f"what {which.upper()}'s keys and values are rounded to, as in a cache; default: not at all",
+        )  # fmt: skip
     one.add_argument(
         "--json", type=Path, metavar="OUT", help="also write the result to this file, which must not exist"
     )
@@ -53,8 +58,8 @@ def main(argv: list[str] | None = None) -> int:
 
         with progress_bar("comparing") as progress:
             found = compare_on_text(
-                args.a, args.b, args.text,
-                tokens=args.tokens, length=args.length, dtypes=(args.dtype_a, args.dtype_b), progress=progress,
+                args.a, args.b, args.text, tokens=args.tokens, length=args.length, progress=progress,
+                dtypes=(args.dtype_a, args.dtype_b), cache_dtypes=(args.cache_dtype_a, args.cache_dtype_b),
             )  # fmt: skip
         text = json.dumps({name: round(value, 6) for name, value in found.summary().items()})
         if args.json is not None:

@@ -36,6 +36,7 @@ from qwen2_jax.infer.prompts import (
 from qwen2_jax.infer.stream import Stream
 from qwen2_jax.model import decoder, head_padding
 from qwen2_jax.model.decoder import check_head
+from qwen2_jax.model.kv_cache import CACHE_DTYPES
 from qwen2_jax.model.rope import MODES, LongContext
 from qwen2_jax.parallel import sharding
 from qwen2_jax.tokenizer import IM_END, Tokenizer
@@ -66,12 +67,13 @@ class LM:
         source: checkpoint.Source | None = None,
         max_rows: int | None = None,
         implementation: str | None = None,
+        cache_dtype: str | None = None,
     ):
         """params: nested dict of arrays of dtype `dtype` (model.init, model.split or checkpoint.load_params makes one);
         on a mesh that does not divide the heads it is emptied, see head_padding.py.
 
         source: the checkpoint whose tokenizer and other small files `save` copies. max_rows: most prompts in one batch.
-        implementation: of the kernels, see ops.
+        implementation: of the kernels, see ops. cache_dtype: of keys and values, see load.
         """
         if long_context not in MODES:
             raise UserError(f"long_context={long_context!r}; choose one of {', '.join(map(repr, MODES))}")
@@ -93,7 +95,7 @@ class LM:
             params,
             served,
             vocab_size=tokenizer.vocab_size if tokenizer else None,
-            dtype=jnp.dtype(dtype),
+            dtype=jnp.dtype(cache_dtype or dtype),
             unroll=unroll,
             mesh=mesh,
             implementation=implementation,
@@ -314,6 +316,7 @@ def load(
     mesh: jax.sharding.Mesh | None = None,
     long_context: LongContext = "auto",
     *,
+    cache_dtype: str | None = None,
     implementation: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> LM:
@@ -323,6 +326,8 @@ def load(
     weight matrices as they are loaded and keep everything else in bfloat16; "int4" keeps a quantised file as it is
     stored, with as many bits as it has. mesh: devices to spread the weights over
     (sharding.make_mesh). long_context: "auto" | "off" | "yarn" | "dca", see rope.choose.
+    cache_dtype: of keys and values, by default that of the activations; "int8" rounds them, with a scale per token and
+    head, to half the memory of bfloat16.
     implementation: of the kernels, None for the best that serves, "xla", or by operation: "attention=cudnn,decode=xla".
     progress: called with (bytes loaded, bytes in all).
     Raises UserError when the checkpoint is unknown or damaged, or does not fit the devices (before reading it).
@@ -331,6 +336,8 @@ def load(
         raise UserError(f"dtype={dtype!r}; choose one of {', '.join(map(repr, (*DTYPES, *FORMS)))}")
     if long_context not in MODES:
         raise UserError(f"long_context={long_context!r}; choose one of {', '.join(map(repr, MODES))}")
+    if cache_dtype not in (None, *CACHE_DTYPES):
+        raise UserError(f"cache_dtype={cache_dtype!r}; choose one of {', '.join(map(repr, CACHE_DTYPES))}, or None")
     ops.check_implementation(implementation)
     source = checkpoint.locate(name)
     return load_source(
@@ -339,6 +346,7 @@ def load(
         dtype=dtype,
         mesh=mesh,
         long_context=long_context,
+        cache_dtype=cache_dtype,
         implementation=implementation,
         progress=progress,
     )
@@ -351,13 +359,14 @@ def load_source(
     dtype: str,
     mesh: jax.sharding.Mesh | None,
     long_context: LongContext,
+    cache_dtype: str | None,
     implementation: str | None,
     progress: Callable[[int, int], None] | None,
 ) -> LM:
     """`load` for a checkpoint that has been located and whose config.json has been read."""
     devices = None if mesh is None else list(mesh.devices.flat)
     length = min(4096, context_limit(config, long_context))
-    memory.check_load(config, rows=1, length=length, dtype=dtype, devices=devices)
+    memory.check_load(config, rows=1, length=length, dtype=dtype, cache_dtype=cache_dtype, devices=devices)
     # One array per layer: a scan would copy each layer's weights out of a stack at every token (docs/decisions.md).
     params = checkpoint.load_params(
         source,
@@ -379,6 +388,7 @@ def load_source(
         long_context=long_context,
         source=source,
         implementation=implementation,
+        cache_dtype=cache_dtype,
     )
 
 

@@ -9,10 +9,10 @@ from flax import nnx
 
 from qwen2_jax import ops
 from qwen2_jax.config.model_config import ModelConfig
-from qwen2_jax.model.kv_cache import LayerCache
+from qwen2_jax.model.kv_cache import LayerCache, balance
 from qwen2_jax.model.rope import Angles, Rope
 from qwen2_jax.weights.params import Declare
-from qwen2_jax.weights.weight import matmul
+from qwen2_jax.weights.weight import dequantize, matmul
 
 # B batch  T query  S key/cache  D model  N query heads  K kv heads  H head width
 
@@ -93,6 +93,11 @@ class Attention(nnx.Module):
                 **common,
             )
         else:
+            if cache.scales and self.qkv_bias:
+                steps_KH = balance(dequantize(self.wk_KHD[...]), self.bk_KH[...]).astype(k_BTKH.dtype)
+                k_BTKH = k_BTKH / steps_KH
+                steps_NH = jnp.repeat(steps_KH, q_BTNH.shape[2] // len(steps_KH), axis=0)
+                queries = tuple(rotated * steps_NH for rotated in queries)
             cache = cache.write(repeat, k_BTKH, v_BTKH, tokens.positions_BT)
-            out_BTNH = ops.cached_attention(queries, cache.k, cache.v, repeat, **common)
+            out_BTNH = ops.cached_attention(queries, cache.k, cache.v, repeat, scales=cache.scales, **common)
         return matmul(out_BTNH, self.wo_DNH[...], contract=2), cache

@@ -24,8 +24,11 @@ def embedding_parameters(config: ModelConfig) -> int:
 
 
 def kv_bytes_per_token(config: ModelConfig, itemsize: int = 2) -> int:
-    """Bytes one cached token takes in all layers: keys and values of every kv head. itemsize: bytes per number."""
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * itemsize
+    """Bytes one cached token takes in all layers: keys and values of every kv head. itemsize: bytes per number; with
+    int8, 1, each head has a scale of four bytes as well.
+    """
+    head = config.head_dim * itemsize + (4 if itemsize == 1 else 0)
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * head
 
 
 def forward_flops(config: ModelConfig, length: int) -> int:

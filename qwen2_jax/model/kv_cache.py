@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from qwen2_jax import ops
-from qwen2_jax.config.model_config import ModelConfig
+from qwen2_jax.config.model_config import DTYPES, ModelConfig
 
 # B batch  T new tokens  S slots  K kv heads  H head width  R repeats of a stack
+
+CACHE_DTYPES = (*DTYPES, "int8")
 
 
 @jax.tree_util.register_dataclass
@@ -19,17 +21,35 @@ class LayerCache:
 
     The slot of a token is its position in its row. Keys are stored rotated and unscaled. It takes 2 * K * H * itemsize
     bytes per token and layer. Heads come before slots, so that a decode step reads each head's keys contiguously.
+
+    k_scale, v_scale: float32 [R, B, K, S], the scale of each token and head where the cache is int8, else None. Its
+    keys are divided by `balance` first, and the queries multiplied by it.
     """
 
     k: jax.Array
     v: jax.Array
+    k_scale: jax.Array | None = None
+    v_scale: jax.Array | None = None
+
+    @classmethod
+    def zeros(cls, config: ModelConfig, repeats: int, batch: int, length: int, dtype, place=None) -> "LayerCache":
+        """An empty cache of `repeats` layers; dtype: int8 or one of floats. place: the sharding of each array."""
+        shape = (repeats, batch, config.num_key_value_heads, length, config.head_dim)
+        numbers = [jnp.zeros(shape, dtype, device=place) for _ in range(2)]
+        scales = [jnp.zeros(shape[:-1], jnp.float32, device=place) for _ in range(2)] if dtype == jnp.int8 else []
+        return cls(*numbers, *scales)
+
+    @property
+    def scales(self) -> tuple[jax.Array, ...]:
+        """k_scale and v_scale of an int8 cache; of others nothing."""
+        return () if self.k_scale is None or self.v_scale is None else (self.k_scale, self.v_scale)
 
     def write(self, repeat, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT: jax.Array) -> "LayerCache":
         """The cache with new tokens of layer `repeat` in the slots of their positions.
 
         Tokens whose position is negative (padding) or S and above are dropped.
         """
-        written = ops.write_cache((self.k, self.v), repeat, (k_BTKH, v_BTKH), positions_BT)
+        written = ops.write_cache((self.k, self.v, *self.scales), repeat, (k_BTKH, v_BTKH), positions_BT)
         # Without the barrier XLA may fuse the write into its readers too, and then keeps the old cache by copying it.
         return LayerCache(*jax.lax.optimization_barrier(written))
 
@@ -56,8 +76,7 @@ class Cache:
         sharding of each array, which is created with it."""
 
         def layer(repeats: int) -> LayerCache:
-            shape = (repeats, batch, config.num_key_value_heads, length, config.head_dim)
-            return LayerCache(*(jnp.zeros(shape, dtype, device=place) for _ in range(2)))
+            return LayerCache.zeros(config, repeats, batch, length, jnp.dtype(dtype), place)
 
         return cls(tuple(tuple(layer(stack.repeats) for _ in stack.kinds) for stack in config.stacks(unroll)))
 
@@ -65,3 +84,21 @@ class Cache:
     def length(self) -> int:
         """Slots per row."""
         return self.layers[0][0].k.shape[3]
+
+
+def balance(w_KHD: jax.Array, bias_KH: jax.Array) -> jax.Array:
+    """float32 [K, H], equal for the two channels that rotate together: what keys of an int8 cache are divided by.
+
+    The bias of a few key channels is twenty times the others', at every token, and would set the step that all of them
+    are rounded in. Divided by about their size, the bias and four standard deviations of what the weights add to it for
+    inputs of unit variance, channels are alike; queries that are multiplied by it give the same products.
+    """
+    variance_KH, square_KH = jnp.sum(w_KHD.astype(jnp.float32) ** 2, axis=-1), bias_KH.astype(jnp.float32) ** 2
+
+    def of_pair(x_KH):
+        first_KJ, second_KJ = jnp.split(x_KH, 2, axis=-1)  # J pairs
+        mean_KJ = (first_KJ + second_KJ) / 2
+        return jnp.sqrt(jnp.concatenate([mean_KJ, mean_KJ], axis=-1))
+
+    size_KH = of_pair(square_KH) + 4 * of_pair(variance_KH)
+    return jnp.where(size_KH > 0, size_KH, 1)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention over given keys and over a cache, and writing the cache; on a mesh, each device's part."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 
@@ -69,6 +71,7 @@ def cached_attention(
     repeat,
     *,
     q_positions_BT: jax.Array,
+    scales: tuple[jax.Array, ...] = (),
     chunk_len=None,
     window=None,
     scale=None,
@@ -76,15 +79,17 @@ def cached_attention(
 ) -> jax.Array:
     """Attention over layer `repeat` of a cache whose slot index is the position: a decode step, or a prefill chunk.
 
-    Which of the two is decided by T. Everything else is as in `attention`.
+    Which of the two is decided by T. scales: of the keys and values of a cache in int8, [R, B, K, S]. All else is as in
+    `attention`.
     """
     few = q_positions_BT.shape[1] <= FEW_QUERIES
     queries = jax.tree.map(before_weights, queries)
     name = implementation_of("decode" if few else "attention", implementation)
     numbers = per_row((window, scale, None if len(queries) == 1 else chunk_len), k_RBKSH.shape[1])
-    args = (queries, k_RBKSH, v_RBKSH, q_positions_BT, numbers, jnp.asarray(repeat, jnp.int32))
+    cache = (k_RBKSH, v_RBKSH, *scales)
+    args = (queries, cache, q_positions_BT, numbers, jnp.asarray(repeat, jnp.int32))
     new, at = (STEP, ("batch", None)) if few else (QUERY, TOKENS)
-    names = (new, CACHE, CACHE, at, ROW, ())
+    names = (new, CACHE, at, ROW, ())
     axes = axes_of_names(args, names)
     # Slots are sharded in the order of their positions. So the device with the most filled slots determines the time of
     # a chunk or step, until the last device's slots are filled too: up to twice the mean over a whole prompt, and for a
@@ -92,15 +97,16 @@ def cached_attention(
     # to support it, and a cache is never more than twice as long as the request needs.
     shares, apart = axes.get("slots", ()), axes.get("length", ())
 
-    def run(queries, k_RBKSH, v_RBKSH, q_positions_BT, numbers, repeat):
+    def run(queries, cache, q_positions_BT, numbers, repeat):
         if not shares:
-            return _attend_to_cache(name, queries, k_RBKSH, v_RBKSH, repeat, q_positions_BT, *numbers)
+            return _attend_to_cache(name, queries, cache, repeat, q_positions_BT, *numbers)
         if apart:  # each query sees slots of every device
             gather = lambda x: jax.lax.all_gather(x, apart, axis=1, tiled=True)  # noqa: E731
             queries, q_positions_BT = jax.tree.map(gather, (queries, q_positions_BT))
-        first = jax.lax.axis_index(shares) * k_RBKSH.shape[3]
-        cache = (k_RBKSH, v_RBKSH, repeat)
-        out, lse_BTN = _attend_to_cache(name, queries, *cache, q_positions_BT, *numbers, first=first, return_lse=True)
+        first = jax.lax.axis_index(shares) * cache[0].shape[3]
+        out, lse_BTN = _attend_to_cache(
+            name, queries, cache, repeat, q_positions_BT, *numbers, first=first, return_lse=True
+        )
         return _merge(out, lse_BTN, shares, apart)
 
     out_BTNH = on_each_device(run, args, names, new, name)
@@ -115,10 +121,14 @@ def write_cache(
 ) -> tuple[jax.Array, ...]:
     """Each cache with the new tokens of layer `repeat` written to the slots of their positions.
 
+    caches_RBKSH: keys and values; in int8 also the scales of both, [R, B, K, S], which come of the new tokens.
     Tokens whose position is negative (padding) or S and above are dropped. On a mesh every device writes its own slots,
     so no part of a cache moves.
     """
-    args = (caches_RBKSH, jax.tree.map(before_weights, new_BTKH), positions_BT, jnp.asarray(repeat, jnp.int32))
+    new_BTKH = tuple(map(before_weights, new_BTKH))
+    if caches_RBKSH[0].dtype == jnp.int8:
+        new_BTKH = tuple(itertools.chain(*zip(*map(_decode.quantize_cache, new_BTKH), strict=True)))
+    args = (caches_RBKSH, new_BTKH, positions_BT, jnp.asarray(repeat, jnp.int32))
     names = (CACHE, ("batch", None, "kv_heads", None), ("batch", None), ())
     shares = axes_of_names(args, names).get("slots", ())
 
@@ -130,17 +140,20 @@ def write_cache(
         write = lambda cache, new: cache.at[where].set(new.astype(cache.dtype), mode="drop")  # noqa: E731
         return jax.tree.map(write, caches_RBKSH, new_BTKH)
 
-    return on_each_device(run, args, names, CACHE, None)
+    return on_each_device(run, args, names, CACHE[:-1], None)
 
 
-def _attend_to_cache(
-    name, queries, k_RBKSH, v_RBKSH, repeat, q_positions_BT, window, scale, chunk_len, first=0, return_lse=False
-):
-    """One device's part of cached_attention: slot 0 holds the position `first`."""
-    R, B, _, S, _ = k_RBKSH.shape
+def _attend_to_cache(name, queries, cache, repeat, q_positions_BT, window, scale, chunk_len, first=0, return_lse=False):
+    """One device's part of cached_attention: slot 0 holds the position `first`. cache: keys, values, their scales."""
+    R, B, _, S, _ = cache[0].shape
     common = {"window": window, "scale": scale, "return_lse": return_lse, "implementation": name}
     if q_positions_BT.shape[1] > FEW_QUERIES:
-        k_BSKH, v_BSKH = (x[repeat].swapaxes(1, 2) for x in (k_RBKSH, v_RBKSH))
+        k_BKSH, v_BKSH, *scales = (x[repeat] for x in cache)
+        k_scale, v_scale = scales or (None, None)
+        k_BSKH, v_BSKH = (
+            _plain(x_BKSH, scale_BKS, queries[0].dtype).swapaxes(1, 2)
+            for x_BKSH, scale_BKS in ((k_BKSH, k_scale), (v_BKSH, v_scale))
+        )
         slots_BS = jnp.broadcast_to(first + jnp.arange(S, dtype=jnp.int32), (B, S))
         common |= {"q_positions_BT": q_positions_BT, "kv_positions_BS": slots_BS}
         if len(queries) == 1:
@@ -149,12 +162,18 @@ def _attend_to_cache(
     q, succ, inter = queries if len(queries) == 3 else (*queries, None, None)
     # A kernel's input is a whole array: a slice of the cache would be copied at every step. So each row of each layer
     # is passed as a page of S slots, and the block table has one page per row.
-    k, v = (x.reshape(-1, *x.shape[2:]) for x in (k_RBKSH, v_RBKSH))
+    k, v, *scales = (x.reshape(-1, *x.shape[2:]) for x in cache)
+    k_scale, v_scale = scales or (None, None)
     pages_B1 = None if R == 1 else (repeat * B + jnp.arange(B, dtype=jnp.int32))[:, None]
     return _decode.decode_attention(
-        q, succ, inter, k, v,
-        q_positions_BT=q_positions_BT, block_table_BP=pages_B1, chunk_len=chunk_len, first=first, **common,
+        q, succ, inter, k, v, q_positions_BT=q_positions_BT, block_table_BP=pages_B1, chunk_len=chunk_len,
+        k_scale=k_scale, v_scale=v_scale, first=first, **common,
     )  # fmt: skip
+
+
+def _plain(x_BKSH: jax.Array, scale_BKS: jax.Array | None, dtype) -> jax.Array:
+    """One layer's keys or values of a cache, in `dtype` where they are int8."""
+    return x_BKSH if scale_BKS is None else (x_BKSH.astype(jnp.float32) * scale_BKS[..., None]).astype(dtype)
 
 
 def _merge(out_BTNH: jax.Array, lse_BTN: jax.Array, axes: tuple[str, ...], scatter: tuple[str, ...]) -> jax.Array:

@@ -42,8 +42,9 @@ def infer(args: "argparse.Namespace") -> int:
     from qwen2_jax.plan import infer as inference
 
     job = inference.InferenceJob(
-        context=args.context, rows=args.batch, dtype=args.dtype, long_context=args.long_context,
-        mesh=None if args.mesh is None else mesh_sizes(args.mesh), implementation=args.implementation,
+        context=args.context, rows=args.batch, dtype=args.dtype, cache_dtype=args.cache_dtype,
+        long_context=args.long_context, mesh=None if args.mesh is None else mesh_sizes(args.mesh),
+        implementation=args.implementation,
     )  # fmt: skip
     return _tell(lambda: inference.plan(args.ckpt, args.plan, job), args.plan, args.json)
 

@@ -30,11 +30,13 @@ CHUNKS = (128, 512, 2048)  # of a prefill, as Buckets.of chooses on accelerators
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InferenceJob:
     """An inference workload. context: tokens of prompt and completion together in each row; None: 4,096, or the
-    model's limit. mesh: sizes of axes; None lets default_mesh choose."""
+    model's limit. cache_dtype: of keys and values; None: that of the activations. mesh: sizes of axes; None lets
+    default_mesh choose."""
 
     context: int | None = None
     rows: int = 1
     dtype: str = "bfloat16"
+    cache_dtype: str | None = None
     long_context: rope.LongContext = "auto"
     mesh: Mapping[str, int] | None = None
     implementation: str | None = None
@@ -77,6 +79,7 @@ def plan(checkpoint: str, name: str, job: InferenceJob) -> Plan:
         "rows": rows,
         "cache slots": length,
         "dtype": job.dtype,
+        "cache dtype": job.cache_dtype or array_dtype(job.dtype),
         "long_context": job.long_context,
     }
     whole = Plan(f"{checkpoint}, inference", where, dict(mesh.shape), settings, parts)
@@ -120,7 +123,7 @@ def make_generator(config: ModelConfig, mesh: Mesh, job: InferenceJob) -> Genera
     params = form_shapes(specs, mesh, job.dtype, sharding.SERVING)
     buckets = Buckets(rows=1, chunks=CHUNKS, limit=max(context_limit(config, mode) for mode in rope.MODES))
     return Generator(
-        graphdef, params, config, dtype=dtype, unroll=True, mesh=mesh, buckets=buckets,
+        graphdef, params, config, dtype=jnp.dtype(job.cache_dtype or dtype), unroll=True, mesh=mesh, buckets=buckets,
         implementation=job.implementation,
     )  # fmt: skip
 
@@ -202,6 +205,11 @@ def advice(config: ModelConfig, made: Plan, job: InferenceJob, rows: int, contex
             after = made.needed - weights * (1 - share)
             verdict = "fits" if after <= made.limit else "is not enough alone"
             found.append(f"--dtype {smaller} {verdict}: about {after / GIB:.1f} GiB per device")
+    if (kept := job.cache_dtype or array_dtype(job.dtype)) != "int8":
+        small, large = (flops.kv_bytes_per_token(config, jnp.dtype(name).itemsize) for name in ("int8", kept))
+        after = made.needed - cache * (1 - small / large)
+        verdict = "fits" if after <= made.limit else "is not enough alone"
+        found.append(f"--cache-dtype int8 {verdict}: about {after / GIB:.1f} GiB per device")
     multiples = (2, 4, 8, 16)
     for more in multiples:
         tensor = default_mesh(config, made.machine.devices * more)["tensor"]

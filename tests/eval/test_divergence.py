@@ -29,7 +29,8 @@ def test_against_numpy(monkeypatch):
     rng = np.random.default_rng(0)
     x, y = (rng.standard_normal((13, 6)).astype(np.float32) for _ in range(2))
     a, b = (rng.standard_normal((40, 6)).astype(np.float32) for _ in range(2))
-    found = chunks.divergence(x, jnp.asarray(a), y, jnp.asarray(b))
+    tokens = rng.integers(0, 40, (1, 13))
+    found = chunks.divergence(x[None], jnp.asarray(a), y[None], jnp.asarray(b), tokens)
     p, q = (softmax((h @ head.T).astype(np.float64)) for h, head in ((x, a), (y, b)))
     kl = (p * np.log(p / q)).sum(-1)
     np.testing.assert_allclose(found.kl_M, kl, rtol=1e-4)
@@ -38,6 +39,9 @@ def test_against_numpy(monkeypatch):
     assert summary["positions"] == 13
     for key, want in (("mean_kl", kl.mean()), ("median_kl", np.median(kl)), ("p99_kl", np.quantile(kl, 0.99))):
         np.testing.assert_allclose(summary[key], want, rtol=1e-4)
+    loss_a, loss_b = (-np.log(of[np.arange(12), tokens[0, 1:]]).mean() for of in (p, q))  # the last token has no next
+    for key, want in (("a", loss_a), ("b", loss_b), ("ratio", loss_b - loss_a)):
+        np.testing.assert_allclose(summary[f"perplexity_{key}"], np.exp(want), rtol=1e-4)
 
 
 def test_a_layer_at_a_time_is_the_model():
@@ -53,7 +57,13 @@ def test_the_command(tmp_path, capsys):
         assert main(["compare", "demo", "demo", "--text", str(TEXT), "--tokens", "256", "--length", "64", *flags]) == 0
         return json.loads(capsys.readouterr().out)
 
-    assert run() == {"mean_kl": 0.0, "median_kl": 0.0, "p99_kl": 0.0, "top1": 1.0, "positions": 256}
+    same = run()
+    assert same.pop("perplexity_a") == same.pop("perplexity_b") > 1
+    assert same == {
+        "mean_kl": 0.0, "median_kl": 0.0, "p99_kl": 0.0, "top1": 1.0, "perplexity_ratio": 1.0, "positions": 256,
+    }  # fmt: skip
+    cache = run("--cache-dtype-b", "int8")
+    assert 0 < cache["mean_kl"] < 2e-3 and 0.9 < cache["perplexity_ratio"] < 1.1
     int8 = run("--dtype-b", "int8", "--json", str(tmp_path / "out.json"))
     assert 0 < int8["mean_kl"] < 2e-3 and int8["top1"] > 0.95  # 4e-4 and 0.99 were measured
     assert json.loads((tmp_path / "out.json").read_text()) == int8

@@ -132,7 +132,9 @@ def write_gptq(
         wrong = compare(folder, there, written.opened.tensors, None).damaged
         if wrong:
             raise CheckpointError(f"{dst} does not read back as it was meant: {'; '.join(wrong[:3])}")
-        kl = divergence(tensors.hidden(), model.head(), written.hidden(rows[aside]), written.head()).summary()
+        kl = divergence(
+            tensors.hidden(), model.head(), written.hidden(rows[aside]), written.head(), rows[aside]
+        ).summary()
         check = Check(group, len(rows) - held, rows.shape[1], kl, tensors.modules)
         if show is not None:
             show(check.table())

@@ -25,12 +25,12 @@ def free_bytes(devices: Iterable[jax.Device] | None = None) -> int | None:
     return sum(s["bytes_limit"] - s["bytes_in_use"] for s in stats)
 
 
-def check_load(config: ModelConfig, *, rows: int, length: int, dtype, devices=None) -> None:
+def check_load(config: ModelConfig, *, rows: int, length: int, dtype, cache_dtype=None, devices=None) -> None:
     """Raises UserError when the weights and one cache of rows x length tokens exceed what the devices have free.
 
-    dtype: of arrays, or the name of a form of the weights (weights/forms.py).
+    dtype: of arrays, or the name of a form of the weights (weights/forms.py). cache_dtype: None for that of arrays.
     """
-    specs, itemsize = decoder.declare(config)[1], jnp.dtype(forms.array_dtype(dtype)).itemsize
+    specs, itemsize = decoder.declare(config)[1], jnp.dtype(cache_dtype or forms.array_dtype(dtype)).itemsize
     weights = forms.nbytes(specs, dtype)
     cache = rows * length * flops.kv_bytes_per_token(config, itemsize)
     free = free_bytes(devices)

@@ -43,8 +43,8 @@ class Shardings:
         return sharding.on(self.mesh, function, sharding.SERVING)
 
     def cache(self, config: ModelConfig, rows: int, length: int) -> jax.sharding.Sharding:
-        """The sharding of keys and values: rows, heads and slots are divided where the mesh divides them evenly."""
+        """The sharding of keys, values and their scales: rows, heads and slots are divided where the mesh divides them
+        evenly."""
         if self.mesh is None:
             return self.replicated
-        shape = (1, rows, config.num_key_value_heads, length, config.head_dim)
-        return sharding.fitting(ops.CACHE, shape, self.mesh)
+        return sharding.fitting(ops.CACHE[:-1], (1, rows, config.num_key_value_heads, length), self.mesh)
