@@ -27,7 +27,7 @@ class Count(NamedTuple):
 
 
 def count(operation: str, implementation: str, shape: Mapping[str, int], sizes_E, dtype, chip: Chip) -> dict:
-    """{pass: Count}, for the passes that the kernel counts. `sizes_E` are the rows of each expert, None for attention.
+    """{pass: Count}, for the passes that the kernel counts. `sizes_E` are each expert's rows, or None.
 
     Raises NotImplementedError where the implementation has no count, or none for this chip or dtype.
     """
@@ -46,6 +46,11 @@ def count(operation: str, implementation: str, shape: Mapping[str, int], sizes_E
         given = {name: shape.get(name) for name in ("chunk_len", "window", "page")} | {"dtype": dtype}
         given |= {"cache_dtype": jnp.int8} if shape.get("int8") else {}
         return _by_pass(_kernel(operation, implementation).count(*_sizes(shape), on=on, **given))
+    if operation == "weight_only_matmul":
+        given = {"bits": shape["bits"], "offset": bool(shape.get("offset"))}
+        given |= {"dtype": dtype} if implementation == "tpu" else {}
+        M, O, I = (shape[x] for x in "MOI")
+        return _by_pass(_kernel(operation, implementation).count(M, O, I, I // shape["group"], on=on, **given))
     return _grouped(implementation, shape, sizes_E, 2 if operation == "grouped_swiglu" else 1, on, dtype)
 
 

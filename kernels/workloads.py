@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The four operations as work to be timed or counted: inputs of a shape, what they need at least, and what to beat.
+"""Every operation as work to be timed or counted: inputs of a shape, what they need at least, and what to beat.
 
 A shape is a dict of numbers, {"B": 1, "T": 4096, ...}: dimension letters and a few options. Queries stand at the end of
 the keys (a prompt's next chunk), or are all of them. B batch, T query length, S key length or cache slots, N query
-heads, K kv heads, H head width; M rows, E experts, D width in, F width out.
+heads, K kv heads, H head width; M rows, E experts, D width in, F width out; O outputs, I inputs of integers in groups.
 """
 
 import functools
@@ -18,11 +18,13 @@ from . import decode_attention as decode
 from . import dual_chunk_attention as dual_chunk
 from . import flash_attention as flash
 from . import grouped_matmul as grouped
+from . import weight_only_matmul as weight_only
 from .decode_attention import shapes as decode_shapes
 from .dual_chunk_attention import shapes as dual_chunk_shapes
 from .flash_attention import shapes as flash_shapes
 from .grouped_matmul import shapes as grouped_shapes
 from .visibility import CHUNK_REGIONS
+from .weight_only_matmul import shapes as weight_only_shapes
 
 Shape = Mapping[str, int]
 PASSES = ("forward", "backward", "step")  # step: forward and backward as one program
@@ -313,6 +315,48 @@ def expanded_bytes(shape: Shape) -> int:
     return 4 * shape["E"] * shape["M"] * shape["F"]
 
 
+# ---------------------------------------------------------------------- products with integers in groups
+
+
+def integers(shape: Shape):
+    """(values, scale, offset or nothing) of a weight [O, I] whose products are about 1."""
+    O, I, G, bits = shape["O"], shape["I"], shape["I"] // shape["group"], shape["bits"]
+    values = jax.lax.bitcast_convert_type(jax.random.bits(jax.random.key(1), (O, I), jnp.uint8), jnp.int8)
+    if bits == 4:
+        values = (values >> 4).astype(jnp.int4)
+    scale = (1 + 0.1 * draw(O, G, dtype=jnp.float32, seed=2)) * I**-0.5 / 2 ** (bits - 1)
+    return values, scale, *([draw(O, G, dtype=jnp.float32, seed=3, scale=I**-0.5)] if shape.get("offset") else [])
+
+
+def weight_only_contender(implementation, shape: Shape, dtype) -> Contender:
+    def run(x, values, scale, *offset):
+        return weight_only.weight_only_matmul(x, values, scale, *offset, implementation=implementation)
+
+    return Contender(run, (draw(shape["M"], shape["I"], dtype=dtype, seed=7), *integers(shape)))
+
+
+def not_quantised(names, shape: Shape, dtype):
+    """The product with a weight in the dtype of x, which quantised ones should beat where there are few rows."""
+
+    def contender():
+        x, w = draw(shape["M"], shape["I"], dtype=dtype, seed=7), draw(shape["O"], shape["I"], dtype=dtype, seed=8)
+        return Contender(lambda x, w: x @ w.T, (x, w))
+
+    return {"not quantised": contender}
+
+
+def weight_only_need(shape: Shape, dtype, which) -> Need:
+    M, O, I, item = shape["M"], shape["O"], shape["I"], jnp.dtype(dtype).itemsize
+    factors = 4 * O * (I // shape["group"]) * (2 if shape.get("offset") else 1)
+    return Need(2 * M * O * I, O * I * shape["bits"] // 8 + factors + M * (I + O) * item)
+
+
+def small_weight_only(shape: Shape) -> Shape:
+    group = shape["group"]
+    I = min(shape["I"], max(group, 512 // group * group))
+    return {**shape, "M": min(shape["M"], 512), "O": min(shape["O"], 512), "I": I}
+
+
 # ---------------------------------------------------------------------- the table
 
 ATTENTION = {"B": 1, "S": lambda shape: shape["T"], "K": lambda shape: shape["N"], "H": 128, "window": None}
@@ -379,6 +423,18 @@ OPERATIONS = {
         table_bytes=lambda shape: 2 * expanded_bytes(shape),
         small=small_grouped,
     ),
+    "weight_only_matmul": Operation(
+        required=("M", "O", "I"),
+        optional={"group": 128, "bits": 4, "offset": None},
+        shapes=weight_only_shapes.SHAPES,
+        trained=False,
+        tables=lambda: tables_of(weight_only),
+        contender=weight_only_contender,
+        rivals=not_quantised,
+        need=weight_only_need,
+        table_bytes=lambda shape: 4 * shape["O"] * shape["I"],
+        small=small_weight_only,
+    ),
 }
 
 
@@ -415,4 +471,6 @@ def parse_shape(operation: str, text: str) -> Shape:
         raise ValueError(f"--shape: T={shape['T']} queries stand at the end of S={shape['S']} keys, so T <= S")
     if shape.get("page") and shape["S"] % shape["page"]:
         raise ValueError(f"--shape: a cache of S={shape['S']} slots is no whole number of pages of {shape['page']}")
+    if "bits" in shape and (shape["bits"] not in (4, 8) or shape["I"] % shape["group"]):
+        raise ValueError(f"--shape: bits are 4 or 8 and group={shape['group']} divides I={shape['I']}")
     return {name: value for name, value in shape.items() if value is not None}

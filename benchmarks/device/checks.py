@@ -17,10 +17,12 @@ from qwen2_jax.kernels.dual_chunk_attention import dual_chunk_attention
 from qwen2_jax.kernels.flash_attention import flash_attention
 from qwen2_jax.kernels.grouped_matmul import grouped_matmul, grouped_swiglu
 from qwen2_jax.kernels.target import simulated
+from qwen2_jax.kernels.weight_only_matmul import weight_only_matmul
 
 from attention_cases import arrays, layout, naive
 from decode_cases import case as decode_case
 from decode_cases import expected as decode_expected
+from integer_cases import drawn
 from tolerance import BFLOAT16, assert_no_worse
 
 from .pieces import Setting
@@ -53,6 +55,14 @@ GROUPED = {  # M, E, D, F; rows of each expert; whether weights are [E, F, D]
     "fewer rows than a tile": ((19, 8, 256, 320), (0, 7, 0, 0, 1, 0, 11, 0), True),
     "all rows to one of 64": ((512, 64, 256, 256), (*[0] * 63, 512), True),
 }
+WEIGHT_ONLY = {  # rows, outputs, inputs, inputs of a group; integers; whether there are offsets
+    "one row, int4, groups of 128": ((1, 1024, 2048, 128), jnp.int4, False),
+    "8 rows, int4, groups of 32, offsets": ((8, 1152, 2304, 32), jnp.int4, True),
+    "3 rows, int8, groups of 16": ((3, 512, 2048, 16), jnp.int8, True),
+    "64 rows, int8, a scale for each output": ((64, 448, 1024, 1024), jnp.int8, False),
+    "500 rows, int4, groups of 64, offsets": ((500, 1088, 1792, 64), jnp.int4, True),
+}
+SMALL_WEIGHT_ONLY = {"int4, groups of 32, offsets": ((2, 64, 256, 32), jnp.int4, True)}
 SMALL_GROUPED = {"uneven groups": ((60, 3, 64, 128), (37, 0, 20), True)}
 
 
@@ -157,6 +167,24 @@ def grouped(implementation, setting, sizes, groups, transpose_w, *, swiglu=False
         return worst(with_gradients(run(implementation), inputs, cotangent, given), plain, exact)
 
 
+def weight_only(implementation, setting, sizes, values, offset):
+    """weight_only_matmul and the gradient of x. Plain code is the exact result rounded once."""
+    M, O, I, group = sizes
+    random = np.random.default_rng(0)
+    x, dy = (random.standard_normal((M, width)).astype(jnp.bfloat16) for width in (I, O))
+
+    def run(name):
+        return lambda x, **parts: weight_only_matmul(x, **parts, implementation=name)
+
+    with host():
+        names = ("values_OI", "scale_OG", "offset_OG")
+        parts = dict(zip(names, jax.tree.map(np.asarray, drawn(O, I, I // group, values, offset=offset)), strict=True))
+        exact = with_gradients(run("reference"), (x.astype(np.float32),), dy.astype(np.float32), parts)
+        plain = jax.tree.map(lambda x: x.astype(jnp.bfloat16), exact)
+    with on_device(implementation, setting):
+        return worst(with_gradients(run(implementation), (x,), dy, parts), plain, exact)
+
+
 def attention_cases(implementation, setting: Setting, chunked=False):
     chosen = SMALL_ATTENTION if setting.small else ATTENTION
     run = functools.partial(attention, implementation, setting, chunked=chunked)
@@ -176,10 +204,18 @@ def grouped_cases(implementation, setting: Setting):
     return products | gated
 
 
+def weight_only_cases(implementation, setting: Setting):
+    """Hopper's kernel takes up to 64 rows."""
+    chosen = SMALL_WEIGHT_ONLY if setting.small else WEIGHT_ONLY
+    few = {name: case for name, case in chosen.items() if implementation != "gpu" or case[0][0] <= 64}
+    return {name: functools.partial(weight_only, implementation, setting, *case) for name, case in few.items()}
+
+
 flash_gpu, flash_tpu = (functools.partial(attention_cases, name) for name in ("gpu", "tpu"))
 dual_chunk_gpu, dual_chunk_tpu = (functools.partial(attention_cases, name, chunked=True) for name in ("gpu", "tpu"))
 decode_gpu, decode_tpu = (functools.partial(decode_cases, name) for name in ("gpu", "tpu"))
 grouped_gpu, grouped_tpu = (functools.partial(grouped_cases, name) for name in ("gpu", "tpu"))
+weight_only_gpu, weight_only_tpu = (functools.partial(weight_only_cases, name) for name in ("gpu", "tpu"))
 
 
 def portable(setting: Setting):
@@ -189,6 +225,7 @@ def portable(setting: Setting):
         "dual_chunk_attention": attention_cases("xla", setting, chunked=True),
         "decode_attention": decode_cases("xla", setting),
         "grouped_matmul": grouped_cases("xla", setting),
+        "weight_only_matmul": weight_only_cases("xla", setting),
     }
     few = 1 if setting.small else 3
     return {f"{op}: {name}": case for op, cases in made.items() for name, case in [*cases.items()][:few]}

@@ -18,6 +18,7 @@ SMALL = {
     "dual_chunk_attention": "T=64,N=2,K=1,H=64,chunk_len=24",
     "decode_attention": "S=128,N=2,K=1,H=64",
     "grouped_matmul": "M=64,E=4,D=64,F=64",
+    "weight_only_matmul": "M=2,O=64,I=256,group=32",
 }
 TRAIN, ONLY = ("forward", "backward"), ("forward",)
 FAST, VENDOR = ("gpu", "tpu"), ("cudnn", "splash")
@@ -49,6 +50,16 @@ GROUPED = {
     "57B, 64 tokens": ("qwen2-57b-a14b batch of 64", ONLY, DENSE, {}),
     "57B, one token": ("qwen2-57b-a14b one token", ONLY, DENSE, {}),
     "57B, 16k tokens, equal groups as one product": ("M=131072,E=1,D=3584,F=2560", ONLY, DENSE, {}),
+}
+PLAIN_PRODUCT = ("xla", "not quantised")
+WEIGHT_ONLY = {
+    f"{matrix}, {form}, rows: {rows}": (f"qwen2-{matrix} {form} one,M={rows}", ONLY, PLAIN_PRODUCT, {})
+    for matrix, form, rows in (
+        *(("7b gate", "gptq-int4", rows) for rows in (1, 8, 64, 512, 4096)),
+        *(("7b down", "q4_k", rows) for rows in (1, 8, 512)),
+        ("7b gate", "gptq-int8", 1),
+        ("72b gate", "gptq-int4", 1),
+    )
 }
 OTHER_FLASH = {
     "72B, 4 rows of 4k": ("qwen2-72b train", TRAIN, VENDOR, {}),
@@ -94,6 +105,7 @@ flash = functools.partial(timed, FLASH, "flash_attention")
 dual_chunk = functools.partial(timed, DUAL_CHUNK, "dual_chunk_attention")
 decode = functools.partial(timed, DECODE, "decode_attention")
 grouped = functools.partial(timed, GROUPED, "grouped_matmul")
+weight_only = functools.partial(timed, WEIGHT_ONLY, "weight_only_matmul")
 
 
 def other_sizes(setting: Setting):

@@ -8,12 +8,14 @@ M rows, I inputs, O outputs, G groups of I / G neighbouring inputs.
 
 import jax.numpy as jnp
 
-from ..dispatch import dispatch
+from ..dispatch import dispatch, late
 from . import reference, xla
 
 __all__ = ["IMPLEMENTATIONS", "weight_only_matmul"]
 
 IMPLEMENTATIONS = {  # fastest first
+    "gpu": late(f"{__name__}.gpu", "weight_only_matmul", "gpu"),
+    "tpu": late(f"{__name__}.tpu", "weight_only_matmul", "tpu"),
     "xla": xla.weight_only_matmul,
     "reference": reference.weight_only_matmul,
 }
@@ -26,8 +28,8 @@ def weight_only_matmul(x_MI, values_OI, scale_OG, offset_OG=None, *, dtype=None,
         x_MI: float; there may be several dimensions of rows.
         values_OI: int4 or int8. scale_OG, offset_OG: float32; no offset where it is None.
         dtype: of the result, by default x's. Sums are float32.
-        implementation: "xla" (by the form that each platform fuses), "reference" (from the definition), or None for the
-            first that takes the inputs.
+        implementation: "tpu", "gpu" (kernels), "xla" (by the form that each platform fuses), "reference" (from the
+            definition), or None for the first that takes the inputs.
 
     Differentiable in x alone: the weight is a constant.
 

@@ -14,10 +14,10 @@ M rows, I inputs, O outputs, G groups, g inputs of a group.
 import math
 from functools import partial
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .gradients import with_gradient
 from .reference import dequantised
 
 GPU_ROWS = 8  # rows up to which a GPU multiplies by group
@@ -29,8 +29,7 @@ def weight_only_matmul(x_MI, values_OI, scale_OG, offset_OG, *, dtype):
     return _product(jnp.dtype(dtype), x_MI, values_OI, scale_OG, offset_OG)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(dtype, x_MI, values_OI, scale_OG, offset_OG):
+def _chosen(dtype, x_MI, values_OI, scale_OG, offset_OG):
     rows = math.prod(x_MI.shape[:-1])
     on_gpu = _by_group if rows <= GPU_ROWS else _dequantised
     on_tpu = _dequantised if rows == 1 else _by_group
@@ -82,25 +81,4 @@ def _dot(x_MI, w_OI, precision=None):
     return lax.dot_general(x_MI, w_OI, over_I, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _forward(dtype, x_MI, values_OI, scale_OG, offset_OG):
-    y_MO = _product(dtype, x_MI, values_OI, scale_OG, offset_OG)
-    return y_MO, (values_OI, scale_OG, offset_OG, x_MI[:0])
-
-
-def _backward(dtype, residuals, dy_MO):
-    """The gradient of x; the weight has none."""
-    values_OI, scale_OG, offset_OG, like_x = residuals
-
-    def product(wide, dy_MO, values_OI, scale_OG, offset_OG):
-        w_OI = dequantised(values_OI, scale_OG, offset_OG).astype(wide)
-        over_O = (((dy_MO.ndim - 1,), (0,)), ((), ()))
-        return lax.dot_general(dy_MO.astype(wide), w_OI, over_O, preferred_element_type=jnp.float32)
-
-    dx_MI = lax.platform_dependent(
-        dy_MO, values_OI, scale_OG, offset_OG,
-        cpu=partial(product, jnp.float32), default=partial(product, like_x.dtype),
-    )  # fmt: skip
-    return dx_MI.astype(like_x.dtype), None, None, None
-
-
-_product.defvjp(_forward, _backward)
+_product = with_gradient(_chosen)

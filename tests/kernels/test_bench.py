@@ -19,6 +19,7 @@ TINY = {
     "decode_attention": "S=32,N=4,K=2,H=8,page=16,int8=1,chunk_len=9",
     "grouped_matmul": "M=24,E=4,D=16,F=8",
     "grouped_swiglu": "M=24,E=4,D=16,F=8",
+    "weight_only_matmul": "M=3,O=24,I=64,group=32,offset=1",
 }
 
 
@@ -90,6 +91,7 @@ def test_a_wrong_implementation_is_seen(monkeypatch):
         (["flash_attention", "--shape", "T=64,N=4,K=3"], "N=4 query heads must be a multiple of K=3"),
         (["flash_attention", "--shape", "T=64,S=32,N=4"], "T=64 queries stand at the end of S=32 keys"),
         (["decode_attention", "--shape", "S=100,N=4,page=16"], "no whole number of pages of 16"),
+        (["weight_only_matmul", "--shape", "M=1,O=8,I=100,group=32"], "group=32 divides I=100"),
         (["grouped_matmul", "--shape", "M=8,E=2,D=4,F=4", "--implementation", "cuda"], "'cuda' is not one of ['"),
         (["grouped_matmul", "--shape", "M=8,E=2,D=4,F=4", "--count", "--implementation", "cuda"], "'cuda' is not one"),
         (["flash_attention", "--shape", "T=64,N=4", "--chip", "v9"], "invalid choice: 'v9'"),

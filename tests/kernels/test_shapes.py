@@ -12,6 +12,8 @@ from qwen2_jax.kernels.flash_attention import flash_attention
 from qwen2_jax.kernels.flash_attention import shapes as flash_shapes
 from qwen2_jax.kernels.grouped_matmul import grouped_matmul, grouped_swiglu
 from qwen2_jax.kernels.grouped_matmul import shapes as grouped_shapes
+from qwen2_jax.kernels.weight_only_matmul import shapes as weight_only_shapes
+from qwen2_jax.kernels.weight_only_matmul import weight_only_matmul
 
 
 def abstract(*shape, dtype=jnp.bfloat16):
@@ -65,3 +67,12 @@ def test_grouped_matmul(name):
     assert hidden.shape == (M, F)
     down_projection = lambda h, w: grouped_matmul(h, w, sizes, transpose_w=True, implementation="xla")
     assert trace(name, down_projection, hidden, down).shape == (M, D)
+
+
+@pytest.mark.parametrize("name", weight_only_shapes.SHAPES)
+def test_weight_only_matmul(name):
+    M, O, I, group, bits, offset = weight_only_shapes.SHAPES[name].values()
+    scale = abstract(O, I // group, dtype=jnp.float32)
+    parts = abstract(O, I, dtype=jnp.int4 if bits == 4 else jnp.int8), scale, *([scale] if offset else [])
+    out = jax.eval_shape(lambda *x: weight_only_matmul(*x, implementation="xla"), abstract(M, I), *parts)
+    assert (out.shape, out.dtype) == ((M, O), jnp.bfloat16)

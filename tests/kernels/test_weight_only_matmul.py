@@ -7,24 +7,10 @@ import numpy as np
 import pytest
 from qwen2_jax.kernels.weight_only_matmul import IMPLEMENTATIONS, reference, weight_only_matmul, xla
 
+from integer_cases import drawn, exact
 from tolerance import BFLOAT16, assert_no_worse
 
 FORMS = {"cpu": xla._in_blocks, "by group": xla._by_group, "dequantised": xla._dequantised}
-
-
-def drawn(O, I, G, values=jnp.int4, *, offset=True, seed=0):
-    """(values, scale, offset) with weights of about 1."""
-    random = np.random.default_rng(seed)
-    top = jnp.iinfo(values).max
-    q = jnp.asarray(random.integers(-top - 1, top + 1, (O, I)), values)
-    scale = jnp.asarray(random.uniform(0.5, 2, (O, G)) / top, jnp.float32)
-    return q, scale, jnp.asarray(random.normal(size=(O, G)), jnp.float32) if offset else None
-
-
-def exact(x, q, scale, offset):
-    w = np.asarray(q, np.float64).reshape(*scale.shape, -1) * np.asarray(scale, np.float64)[..., None]
-    w = w if offset is None else w - np.asarray(offset, np.float64)[..., None]
-    return np.asarray(x, np.float64) @ w.reshape(q.shape).T
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Products with integers in groups for TPU (Pallas, Mosaic): integers are read as they are and widened in fast memory.
+
+Two kernels:
+
+* `_few_kernel`, for a decode step's few rows, reads every integer once and does little else. A block of outputs with
+  all their inputs is a step, so that copies are long. Integers are only converted, which is exact; the matrix unit
+  makes one sum for each group, and the sums are multiplied by the scales: M numbers instead of g for each group.
+  Groups shorter than the 128 inputs that a matrix unit takes at once share one product: x comes as 128 / g copies, each
+  with zeros outside its own groups. Rows are what such a product has plenty of room for.
+
+      for each block of outputs:                              (shared out among the cores of the chip)
+          sums = -(sums of x over groups) offset^T
+          for each 128 inputs, or each longer group:
+              sums += (copies of x) (integers)^T * scales, of each copy those of its groups
+
+* `_many_kernel` cuts the result in blocks of rows and outputs, and walks over the inputs. A block of the weight is
+  dequantised in float32, rounded to x's dtype and multiplied; the sums stay in fast memory.
+
+XLA keeps scales as [G, O] in memory where G numbers would not fill registers, and a kernel that wants them as [O, G]
+would have them copied, padded, at every call. So they are taken as they are stored, and turned in fast memory.
+
+M rows, I inputs, O outputs, G groups, g inputs of a group, X rows of all copies of x.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from ..chip_limits import MIB, chip_of
+from ..counts import Count
+from ..target import Target, block_sizes, require
+from .blocks import BLOCKS
+from .gradients import with_gradient
+
+LANES = 128  # width of a register, and inputs that a matrix unit takes at once
+MOST_COPIED = 128  # rows of all copies of x for which `_few_kernel` is used
+LONGEST = 512  # inputs of a product in `_few_kernel`: longer groups are cut
+SUBLANES = 8
+STEPS = 8  # of `_few_kernel`, at least, where they are not too short
+SHORTEST = 2**18  # bytes of integers in such a step
+DEPTH = 512, 6144  # inputs of a block in `_many_kernel`: between these where there is a divisor
+PIECE = 256  # outputs that it dequantises at a time
+OVER_I = (((1,), (1,)), ((), ()))
+
+
+def weight_only_matmul(x_MI, values_OI, scale_OG, offset_OG, *, dtype, **blocks):
+    """Returns [M, O] in `dtype`. `blocks` replace entries of the table in blocks.py."""
+    on = require("tpu")
+    (O, I), G = values_OI.shape, scale_OG.shape[1]
+    M = math.prod(x_MI.shape[:-1])
+    if x_MI.dtype not in (jnp.bfloat16, jnp.float32):
+        raise NotImplementedError(f"needs x in bfloat16 or float32, got {x_MI.dtype}")
+    if 0 in (M, O, I):
+        raise NotImplementedError(f"needs at least one row, output and input, got {x_MI.shape} and {values_OI.shape}")
+    if I % LANES:
+        raise NotImplementedError(f"needs inputs that are a multiple of {LANES}, got {I}")
+    if I // G < 16 or ((I // G) % LANES and LANES % (I // G)):
+        raise NotImplementedError(f"needs groups of 16, 32, 64 or a multiple of {LANES} inputs, got {I // G}")
+    bits = 4 if values_OI.dtype == jnp.int4 else 8
+    cut = choose_cut(on, M, O, I, G, bits, offset_OG is not None, x_MI.dtype, dtype, **blocks)
+    static = cut, jnp.dtype(dtype), on.interpret
+    return _product(static, x_MI.reshape(M, I), values_OI, scale_OG, offset_OG).reshape(*x_MI.shape[:-1], O)
+
+
+class Cut(NamedTuple):
+    """How the work is cut. All of it is static."""
+
+    few: bool  # which kernel
+    rows: int  # of a block; `_few_kernel` has one block of all rows, padded
+    outputs: int  # of a block
+    inputs: int  # of a product
+    copies: int  # of x, in `_few_kernel`
+    memory: int  # bytes of fast memory that the kernel takes
+
+
+def choose_cut(on: Target, M, O, I, G, bits, offset, dtype, out_dtype, **blocks) -> Cut:
+    """The largest blocks that the table in blocks.py allows and that fit in fast memory."""
+    chip = chip_of(on.kind)
+    limit = (chip.fast_bytes if chip else 64 * MIB) * 7 // 10  # the compiler needs some itself
+    item, out_item, terms = jnp.dtype(dtype).itemsize, jnp.dtype(out_dtype).itemsize, 1 + offset
+    rows, copies, group = _up(M, SUBLANES), max(1, LANES * G // I), I // G
+    factors = 4 * _up(G, LANES)  # bytes of the scales of an output, at most
+    if rows * copies <= MOST_COPIED:
+        inputs = max(LANES, _divisor(group, LONGEST)) if group >= LANES else LANES
+        wanted = {**block_sizes(BLOCKS, on, "tpu, few"), **blocks}
+        step = min(wanted["step_bytes"], max(SHORTEST, O * I * bits // 8 // STEPS))
+        for outputs in _halves(step * 8 // (I * bits), O):
+            weights = 2 * outputs * I * bits // 8 + outputs * inputs * 4
+            results = rows * outputs * (4 + 2 * out_item + 4 * copies)
+            x = 2 * rows * (copies * I * item + offset * factors)
+            memory = weights + (2 * terms + 1) * outputs * factors + results + x
+            if memory <= limit:
+                return Cut(True, rows, outputs, inputs, copies, memory)
+    wanted, inputs = {**block_sizes(BLOCKS, on, "tpu, many"), **blocks}, _depth(I)
+    for most in _halves(wanted["rows"], _up(M, 2 * SUBLANES)):
+        rows = _up(-(-M // -(-M // most)), 2 * SUBLANES)
+        for outputs in _even(O, wanted["outputs"]):
+            piece = math.gcd(outputs, PIECE)
+            weights = 2 * outputs * inputs * bits // 8 + piece * inputs * (item + 4)
+            results = rows * outputs * (4 + 2 * out_item) + rows * piece * 4
+            splits = 8 * (rows + piece) * inputs * (item == 4)  # a product of float32 is one of several bfloat16 each
+            memory = weights + 3 * terms * outputs * factors + results + 2 * rows * inputs * item + splits
+            if memory <= limit:
+                return Cut(False, rows, outputs, inputs, 1, memory)
+    raise NotImplementedError(f"needs blocks of {inputs} inputs that fit in {limit} bytes of fast memory")
+
+
+def _up(x, unit):
+    return -(-x // unit) * unit
+
+
+def _halves(most, whole):
+    """`whole` if it is no more than `most`, then powers of two of registers' widths that are less than both."""
+    powers = [LANES * 2**n for n in reversed(range(12)) if LANES * 2**n <= max(most, LANES)]
+    return [*([whole] if whole <= max(most, LANES) else []), *(size for size in powers if size < whole)]
+
+
+def _even(O, most):
+    """Blocks of outputs, the one that costs least first: of padding, and of reading x once more for each block."""
+    sizes = [size for size in range(PIECE, most + 1, PIECE) if size < O]
+    cut = sorted(sizes, key=lambda size: _up(O, size) * (1 + 64 / size))
+    return [O, *cut] if most >= O else cut
+
+
+def _divisor(I, most):
+    """The largest multiple of LANES that divides I, itself one, and is no more than `most`."""
+    return max(size for size in range(LANES, most + 1, LANES) if I % size == 0)
+
+
+def _depth(I):
+    """Inputs of a block in `_many_kernel`: the smallest divisor of at least DEPTH[0], or the largest below it."""
+    low, high = DEPTH
+    sizes = [size for size in range(LANES, min(I, high) + 1, LANES) if I % size == 0]
+    return next((size for size in sizes if size >= low), sizes[-1])
+
+
+def _precision(dtype):
+    return lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
+
+
+def _dot(x, w, precision):
+    return lax.dot_general(x, w, OVER_I, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _compiler_params(semantics, cut: Cut):
+    # A quarter more than the buffers that are asked for: products need room on the way.
+    return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=cut.memory * 5 // 4 + 2 * MIB)
+
+
+def _as_stored(s_OG):
+    """(whether XLA stores it the other way round, [G, O], the array in that order)."""
+    turned = s_OG.shape[1] % LANES != 0
+    return turned, s_OG.T if turned else s_OG
+
+
+def _factors_spec(turned, outputs, G, block):
+    """Of all scales of a block of outputs; block(*grid indices) is its number."""
+    if turned:
+        return pl.BlockSpec((G, outputs), lambda *at: (0, block(*at)))
+    return pl.BlockSpec((outputs, G), lambda *at: (block(*at), 0))
+
+
+# ---------------------------------------------------------------------- few rows
+
+
+def _few_kernel(x_ref, values_ref, scale_ref, *refs, cut, turned, group, precision):
+    *offset_refs, out_ref, scale_GO_ref, sums_ref = refs
+    scale_GO_ref[...] = scale_ref[...] if turned else scale_ref[...].T
+    if offset_refs:
+        x_sums_MG, offset = (ref[...] for ref in offset_refs)
+        over_G = (((1,), (0 if turned else 1,)), ((), ()))
+        sums_ref[...] = -lax.dot_general(
+            x_sums_MG, offset, over_G, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+        )
+    else:
+        sums_ref[...] = jnp.zeros_like(sums_ref)
+
+    @pl.loop(0, values_ref.shape[1] // cut.inputs)
+    def _(n):
+        first = pl.multiple_of(n * cut.inputs, cut.inputs)
+        at = pl.ds(first, cut.inputs)
+        made = _dot(x_ref[:, at], values_ref[:, at].astype(x_ref.dtype), precision)
+        for c in range(cut.copies):
+            scale = scale_GO_ref[pl.ds(first // group + c, 1), :]
+            sums_ref[...] += made[c * cut.rows : (c + 1) * cut.rows] * scale
+
+    out_ref[...] = sums_ref[...].astype(out_ref.dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _few(cut: Cut, dtype, interpret, x_MI, values_OI, scale_OG, offset_OG):
+    (M, I), (O, G), outputs = x_MI.shape, scale_OG.shape, cut.outputs
+    x_MI = jnp.pad(x_MI, ((0, cut.rows - M), (0, 0)))
+    x_XI = x_MI
+    if cut.copies > 1:
+        of_copy_I = jnp.arange(I) // (I // G) % cut.copies
+        x_XI = jnp.concatenate([jnp.where(of_copy_I == c, x_MI, 0) for c in range(cut.copies)])
+    turned, scale = _as_stored(scale_OG)
+    whole, factors = (lambda o: (0, 0)), _factors_spec(turned, outputs, G, lambda o: o)
+    args = [x_XI, values_OI, scale]
+    specs = [pl.BlockSpec(x_XI.shape, whole), pl.BlockSpec((outputs, I), lambda o: (o, 0)), factors]
+    if offset_OG is not None:
+        args += [jnp.sum(x_MI.reshape(cut.rows, G, -1).astype(jnp.float32), axis=-1), _as_stored(offset_OG)[1]]
+        specs += [pl.BlockSpec((cut.rows, G), whole), factors]
+    y_MO = pl.pallas_call(
+        functools.partial(_few_kernel, cut=cut, turned=turned, group=I // G, precision=_precision(x_MI.dtype)),
+        out_shape=jax.ShapeDtypeStruct((cut.rows, O), dtype),
+        grid=(pl.cdiv(O, outputs),),
+        in_specs=specs,
+        out_specs=pl.BlockSpec((cut.rows, outputs), lambda o: (0, o)),
+        scratch_shapes=[pltpu.VMEM((G, outputs), jnp.float32), pltpu.VMEM((cut.rows, outputs), jnp.float32)],
+        compiler_params=_compiler_params(("parallel",), cut),
+        interpret=interpret,
+        name="weight_only_few",
+    )(*args)
+    return y_MO[:M]
+
+
+# ---------------------------------------------------------------------- many rows
+
+
+def _many_kernel(x_ref, values_ref, *refs, cut, turned, group, terms, precision):
+    stored_refs, out_ref, kept_refs, sums_ref = refs[:terms], refs[terms], refs[terms + 1 : -1], refs[-1]
+    piece, block = math.gcd(cut.outputs, PIECE), pl.program_id(2)
+    G = stored_refs[0].shape[0 if turned else 1]
+
+    @pl.when(block == 0)
+    def _():
+        for stored_ref, kept_ref in zip(stored_refs, kept_refs, strict=True):
+            kept_ref[:, :G] = stored_ref[...].T if turned else stored_ref[...]
+        sums_ref[...] = jnp.zeros_like(sums_ref)
+
+    @pl.loop(0, cut.outputs // piece)
+    def _(n):
+        at = pl.ds(pl.multiple_of(n * piece, piece), piece)
+        lane = lax.broadcasted_iota(jnp.int32, (piece, LANES), 1)
+        parts = []
+        for first in range(0, cut.inputs, LANES):
+            number = (block * cut.inputs + first) // group  # of the first group; none of LANES inputs is in two rows
+            lanes = pl.ds(pl.multiple_of(number // LANES * LANES, LANES), LANES)
+            scale, *offset = (
+                jnp.take_along_axis(ref[at, lanes], number % LANES + lane // group, axis=1, mode="promise_in_bounds")
+                for ref in kept_refs
+            )
+            w = values_ref[at, first : first + LANES].astype(jnp.float32) * scale
+            parts.append((w - offset[0] if offset else w).astype(x_ref.dtype))
+        sums_ref[:, at] += _dot(x_ref[...], jnp.concatenate(parts, axis=1), precision)
+
+    @pl.when(block == pl.num_programs(2) - 1)
+    def _():
+        out_ref[...] = sums_ref[...].astype(out_ref.dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _many(cut: Cut, dtype, interpret, x_MI, values_OI, scale_OG, offset_OG):
+    (M, I), (O, G), rows, outputs = x_MI.shape, scale_OG.shape, cut.rows, cut.outputs
+    factors = [s for s in (scale_OG, offset_OG) if s is not None]
+    turned, terms = _as_stored(scale_OG)[0], len(factors)
+    kept = pltpu.VMEM((outputs, _up(G, LANES)), jnp.float32)
+    return pl.pallas_call(
+        functools.partial(
+            _many_kernel, cut=cut, turned=turned, group=I // G, terms=terms, precision=_precision(x_MI.dtype)
+        ),
+        out_shape=jax.ShapeDtypeStruct((M, O), dtype),
+        grid=(pl.cdiv(M, rows), pl.cdiv(O, outputs), I // cut.inputs),
+        in_specs=[
+            pl.BlockSpec((rows, cut.inputs), lambda m, o, i: (m, i)),
+            pl.BlockSpec((outputs, cut.inputs), lambda m, o, i: (o, i)),
+            *[_factors_spec(turned, outputs, G, lambda m, o, i: o)] * terms,
+        ],
+        out_specs=pl.BlockSpec((rows, outputs), lambda m, o, i: (m, o)),
+        scratch_shapes=[*[kept] * terms, pltpu.VMEM((rows, outputs), jnp.float32)],
+        compiler_params=_compiler_params(("parallel", "parallel", "arbitrary"), cut),
+        interpret=interpret,
+        name="weight_only_many",
+    )(x_MI, values_OI, *[_as_stored(s)[1] for s in factors])
+
+
+def _multiply(static, x_MI, values_OI, scale_OG, offset_OG):
+    cut, dtype, interpret = static
+    return (_few if cut.few else _many)(cut, dtype, interpret, x_MI, values_OI, scale_OG, offset_OG)
+
+
+_product = with_gradient(_multiply)
+
+
+# ---------------------------------------------------------------------- counted work
+
+
+def count(M, O, I, G, *, on: Target, bits=4, offset=False, dtype=jnp.bfloat16, **blocks) -> Count:
+    """Of one call. Of a copy of x with zeros everything is counted."""
+    cut = choose_cut(on, M, O, I, G, bits, offset, dtype, dtype, **blocks)
+    item = jnp.dtype(dtype).itemsize
+    weight = O * I * bits // 8 + 4 * (1 + offset) * O * G
+    if cut.few:
+        x = cut.rows * (cut.copies * I * item + 4 * offset * G)
+        return Count(2 * cut.rows * cut.copies * O * I, weight + x + cut.rows * O * item, cut.memory)
+    down, across = -(-M // cut.rows), -(-O // cut.outputs)
+    x_read = M * I * item * (across if cut.inputs < I else 1)  # one block of all inputs stays where it is
+    return Count(2 * down * cut.rows * across * cut.outputs * I, down * weight + x_read + M * O * item, cut.memory)
