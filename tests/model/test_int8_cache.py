@@ -41,7 +41,7 @@ def error(params, unroll=False):
 
 @pytest.mark.parametrize("unroll", [False, True])
 def test_large_biases_do_not_set_the_step(unroll, monkeypatch):
-    """One channel's bias is larger than all that the inputs give, as in Qwen2's first layers; queries see little of it."""
+    """One channel has a bias beyond all that the inputs give, as in Qwen2's first layers; queries see little of it."""
     params = random_params(CONFIG, unroll=unroll)
     H, small = CONFIG.head_dim, error(params, unroll)
     large = np.arange(H) == 3
