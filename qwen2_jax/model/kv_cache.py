@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from qwen2_jax import ops
 from qwen2_jax.config.model_config import DTYPES, ModelConfig
 
-# B batch  T new tokens  S slots  K kv heads  H head width  R repeats of a stack
+# B batch  T new tokens  S slots  K kv heads  D model width  H head width  f frequencies  R repeats of a stack
 
 CACHE_DTYPES = (*DTYPES, "int8")
 
@@ -96,9 +96,9 @@ def balance(w_KHD: jax.Array, bias_KH: jax.Array) -> jax.Array:
     variance_KH, square_KH = jnp.sum(w_KHD.astype(jnp.float32) ** 2, axis=-1), bias_KH.astype(jnp.float32) ** 2
 
     def of_pair(x_KH):
-        first_KJ, second_KJ = jnp.split(x_KH, 2, axis=-1)  # J pairs
-        mean_KJ = (first_KJ + second_KJ) / 2
-        return jnp.sqrt(jnp.concatenate([mean_KJ, mean_KJ], axis=-1))
+        first_Kf, second_Kf = jnp.split(x_KH, 2, axis=-1)
+        mean_Kf = (first_Kf + second_Kf) / 2
+        return jnp.sqrt(jnp.concatenate([mean_Kf, mean_Kf], axis=-1))
 
     size_KH = of_pair(square_KH) + 4 * of_pair(variance_KH)
     return jnp.where(size_KH > 0, size_KH, 1)
