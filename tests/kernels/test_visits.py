@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The list of visits: every visible pair of tokens is in exactly one entry, and no block that nobody sees is listed."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -26,6 +29,13 @@ def entries(visits, row_blocks, columns, rotations):
     return list(zip(row // row_blocks, row % row_blocks, column, region, whole, strict=True))
 
 
+@functools.partial(jax.jit, static_argnames="by")  # one program per shape: operation by operation takes ten times as long
+def visits_of_layout(q_positions_BT, kv_positions_BS, q_segments_BT, kv_segments_BS, window, chunk_len, by):
+    q_blocks = blocks(q_positions_BT, q_segments_BT, QUERIES)
+    kv_blocks = blocks(kv_positions_BS, kv_segments_BS, KEYS)
+    return plan(q_blocks, kv_blocks, window_B=window, chunk_len_B=chunk_len, by=by)
+
+
 @pytest.mark.parametrize("by", ["query", "key"])
 @pytest.mark.parametrize("chunked", [False, True])
 @MANY
@@ -35,10 +45,8 @@ def test_every_visible_pair_once(by, chunked, case):
     chunk_len = at["chunk_len"] if chunked else None
     rotations = CHUNK_REGIONS if chunked else 1
     q, kv = at["q_positions_BT"], at["kv_positions_BS"]
-    q_blocks = blocks(jnp.asarray(q), jnp.asarray(at["q_segments_BT"]), QUERIES)
-    kv_blocks = blocks(jnp.asarray(kv), jnp.asarray(at["kv_segments_BS"]), KEYS)
     counts = -(-T // QUERIES), -(-S // KEYS)
-    visits = plan(q_blocks, kv_blocks, window_B=at["window"], chunk_len_B=chunk_len, by=by)
+    visits = visits_of_layout(q, kv, at["q_segments_BT"], at["kv_segments_BS"], at["window"], chunk_len, by=by)
     rows, columns = counts if by == "query" else counts[::-1]
 
     seen = np.asarray(
