@@ -56,6 +56,7 @@ def test_neither_tables_nor_caches_move(name, axes, eight):
     eight("eight_devices", "collectives", name, sizes(axes))
 
 
+@pytest.mark.slow  # quick: the mesh above, the flag in test_cli.py
 def test_the_command_line_takes_a_mesh(eight):
     eight("eight_devices", "command_line", ["--mesh", "context=-1"])
 

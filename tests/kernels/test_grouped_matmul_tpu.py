@@ -166,6 +166,7 @@ def test_a_product_in_several_pieces():
     check(np.array([9, 0, 25, 3]), jnp.float32, "v6e", D=128, F=1280, tile=16)
 
 
+@pytest.mark.slow  # quick: test_by_name_and_by_default
 @settings(FEW, max_examples=2)
 @given(group_sizes=GROUPS)
 def test_what_jax_brings_gives_the_same(group_sizes):

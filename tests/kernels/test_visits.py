@@ -29,7 +29,7 @@ def entries(visits, row_blocks, columns, rotations):
     return list(zip(row // row_blocks, row % row_blocks, column, region, whole, strict=True))
 
 
-@functools.partial(jax.jit, static_argnames="by")  # one program per shape: operation by operation takes ten times as long
+@functools.partial(jax.jit, static_argnames="by")  # one program per shape
 def visits_of_layout(q_positions_BT, kv_positions_BS, q_segments_BT, kv_segments_BS, window, chunk_len, by):
     q_blocks = blocks(q_positions_BT, q_segments_BT, QUERIES)
     kv_blocks = blocks(kv_positions_BS, kv_segments_BS, KEYS)

@@ -257,7 +257,7 @@ def test_patience_ends_a_run_that_only_skips(corpus, tmp_path, straight):
     params["embed_VD"] = params["embed_VD"].at[5].set(np.nan)
     checkpoint.save_hf(tmp_path / "bad", MODEL, params, tokenizer_files_from=source)
     config = pretrain(
-        corpus, tmp_path / "out", model=None, tokenizer=None, start=Start(checkpoint=str(tmp_path / "bad")), ema=None,
+        corpus, tmp_path / "out", model=None, tokenizer=None, start=Start(checkpoint=str(tmp_path / "bad")),
         guard=Guard(patience=3),
     )  # fmt: skip
     with pytest.raises(UserError, match="3 steps in a row were skipped, the last is step 3.*No checkpoint was written"):
