@@ -71,10 +71,13 @@ def pytest_unconfigure():
 
 
 @pytest.fixture(scope="module", autouse=True)
-def programs_end_with_a_module():
-    """Thousands of compiled programs in one process are more memory mappings than Linux gives it, and XLA crashes."""
+def programs_end_with_a_module(request):
+    """Thousands of compiled programs in one process are more memory mappings than Linux gives it, and XLA crashes.
+
+    Those of tests/kernels end always: some of these tests change the constants that a kernel is traced with.
+    """
     yield
-    if mappings() > MAPPINGS:
+    if request.path.parent.name == "kernels" or mappings() > MAPPINGS:
         jax.clear_caches()
         gc.collect()
 

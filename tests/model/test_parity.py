@@ -428,7 +428,8 @@ def test_parameter_counts_of_all_presets():
         size = name.replace("-instruct", "").replace("-chat", "").replace("-1m", "")
         same = size if size in PARAMETERS else size.replace("qwen2.5", "qwen2")
         shape = dataclasses.replace(config, rms_norm_eps=1e-6, max_position_embeddings=32768, eos_token_id=None)
-        counts.setdefault(shape, count(declare(config)[1]))
+        if shape not in counts:
+            counts[shape] = count(declare(config)[1])
         assert counts[shape] == PARAMETERS[same], name
     assert {name for name in PARAMETERS if name in qwen2_jax.PRESETS} == set(PARAMETERS)
 
