@@ -133,6 +133,7 @@ def test_the_list_of_visits_is_its_definition(cover, data):
 # ---------------------------------------------------------------------- results
 
 
+@pytest.mark.slow  # quick: two of them and their product in grouped_swiglu
 @settings(FEW, max_examples=3)
 @given(group_sizes=GROUPS)
 def test_grouped_matmul(group_sizes):

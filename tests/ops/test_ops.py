@@ -24,11 +24,13 @@ meshes = {
     axes: sharding.make_mesh(**{name: int(size) for name, size in (part.split("=") for part in axes.split())})
     for axes in sys.argv[2:]
 }
-both = sys.argv[1] == "both"  # numbers of heads for every operation; else one for each, and both for attention
+wanted = sys.argv[1]  # in the names of the cases
 random = np.random.default_rng(0)
 draw = lambda *shape: jnp.asarray(random.standard_normal(shape), jnp.float32)
 
 def compare(name, function, differentiable):
+    if wanted not in name:
+        return
     def results(differentiable):
         out, vjp = jax.vjp(lambda x: function(*x), differentiable)
         return out, vjp(weights)
@@ -49,8 +51,6 @@ for N, K in ((8, 4), (6, 3)):  # heads that divide over tensor=2, and some that 
     q, k, v = draw(3, B, T, N, H), draw(B, T, K, H), draw(B, T, K, H)
     where = {"q_positions_BT": at, "kv_positions_BS": at, "window": jnp.array([3, 12, 7, 5] * 2), "scale": 0.3}
     compare(f"attention {N}:{K}", lambda q, k, v: ops.attention((q[0],), k, v, **where), (q, k, v))
-    if N == 8 and not both:
-        continue
     compare(f"dual chunk {N}:{K}", lambda q, k, v: ops.attention(tuple(q), k, v, chunk_len=5, **where), (q, k, v))
     cached = lambda q, k, v: ops.cached_attention(
         (q,), k, v, 1, q_positions_BT=jnp.array([[11], [4], [-1], [7]] * 2), window=None, scale=None)
@@ -67,8 +67,7 @@ compare("experts of few rows", lambda x, w, *m: ops.experts(x, few, w, *m),
 for N, K in ((8, 4), (6, 3)):
     chunk = lambda q, k, v: ops.cached_attention(
         tuple(q), k, v, 1, chunk_len=5, q_positions_BT=at - jnp.array([0, 3, 12, 7] * 2)[:, None], window=6)
-    if N == 8 or both:
-        compare(f"cached prefill {N}:{K}", chunk, (draw(3, B, T, N, H), draw(2, B, K, T, H), draw(2, B, K, T, H)))
+    compare(f"cached prefill {N}:{K}", chunk, (draw(3, B, T, N, H), draw(2, B, K, T, H), draw(2, B, K, T, H)))
     write = lambda cache, new: ops.write_cache(
         (cache,), 1, (new,), jnp.array([[11, 12], [4, -1], [-1, 0], [7, 8]] * 2))[0]
     compare(f"write {N}:{K}", write, (draw(2, B, K, T, H), draw(B, 2, K, H)))
@@ -76,19 +75,23 @@ for N, K in ((8, 4), (6, 3)):
 
 
 @pytest.mark.parametrize(
-    ("heads", "meshes"),
+    ("cases", "meshes"),
     [
-        ("one", ["context=4 tensor=2"]),
-        *slow(("both", ["context=4 tensor=2", "data=2 fsdp=2 tensor=2"])),
-        *slow(("both", ["expert=4 tensor=2", "fsdp=8", "fsdp=2 expert=2 context=2"])),
+        ("6:3", ["context=4 tensor=2"]),
+        *slow(("", ["context=4 tensor=2", "data=2 fsdp=2 tensor=2"])),
+        *slow(("", ["expert=4 tensor=2", "fsdp=8", "fsdp=2 expert=2 context=2"])),
     ],
     ids=lambda x: x if isinstance(x, str) else " and ".join(x),
 )
-def test_a_mesh_changes_nothing(heads, meshes):
-    """One process for several meshes: what one device computes is compiled once."""
+def test_a_mesh_changes_nothing(cases, meshes):
+    """One process for several meshes: what one device computes is compiled once.
+
+    Quick: heads that do not divide. Those that do are in the models of train/test_meshes.py and infer/test_mesh.py,
+    experts in parallel/test_expert_parallel.py.
+    """
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, heads, *meshes],
+        [sys.executable, "-c", SCRIPT, cases, *meshes],
         env=environment,
         capture_output=True,
         text=True,
