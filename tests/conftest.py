@@ -27,6 +27,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the first process makes it;
 import jax
 import pytest
 
+from worker import Worker
+
 BEGAN = time.monotonic()
 MAPPINGS = 15_000  # Linux allows 65,530; a module adds some thousands
 
@@ -88,6 +90,13 @@ def mappings() -> float:
         return Path("/proc/self/maps").read_bytes().count(b"\n")
     except OSError:
         return math.inf
+
+
+@pytest.fixture(scope="session")
+def eight():
+    """A process with eight devices, for all tests that ask it (worker.py)."""
+    with Worker(devices=8) as worker:
+        yield worker
 
 
 @pytest.fixture

@@ -4,17 +4,11 @@
 import pytest
 
 from few import slow
-from worker import TESTS, Worker
+from worker import TESTS
 
 
 def sizes(axes):
     return {axis: int(size) for axis, size in (part.split("=") for part in axes.split(","))}
-
-
-@pytest.fixture(scope="module")
-def eight():
-    with Worker(devices=8) as worker:
-        yield worker
 
 
 @pytest.mark.parametrize(

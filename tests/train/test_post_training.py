@@ -17,7 +17,6 @@ from rich.console import Console
 
 import qwen2_jax
 from few import slow
-from qwen2_jax import checkpoint, model
 from qwen2_jax.config import ModelConfig
 from qwen2_jax.data.spec import Data, PromptData, Source
 from qwen2_jax.errors import UserError
@@ -35,6 +34,7 @@ from qwen2_jax.train import (
     OnlineDpo,
     Optim,
     Policy,
+    Pretrain,
     Reward,
     RewardModel,
     Sampling,
@@ -114,8 +114,11 @@ def compile_once():
 def base(corpus, tmp_path_factory):
     """A model to start from, and pairs and prompts in its tokenizer's words."""
     out = tmp_path_factory.mktemp("base")
-    files = checkpoint.Source("hf", corpus / "tokenizer")
-    checkpoint.save_hf(out / "hf", MODEL, model.init(MODEL), tokenizer_files_from=files)
+    config = Pretrain(
+        model=MODEL, tokenizer=str(corpus / "tokenizer"), data=Data(sources=(Source(path=str(corpus / "text.jsonl")),)),
+        rows=4, length=32, steps=2, optim=STEADY, dtype="float32", remat=None, export_dtype="float32", out=out,
+    )  # fmt: skip
+    run(config)
     pairs = [{"prompt": f"after {i}", "chosen": str(i + 1), "rejected": f"before {i}"} for i in range(40)]
     ranked = [{"prompt": f"after {i}", "responses": [str(i + 1), f"{i} {i}", "no"][: 2 + i % 2]} for i in range(40)]
     prompts = [{"prompt": f"after {i}", "answer": str(i + 1)} for i in range(13)]
