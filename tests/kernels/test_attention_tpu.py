@@ -89,6 +89,7 @@ def test_chunked_equals_the_definition_in_float32(case):
     assert_zero_where_nothing_is_seen(got)
 
 
+@pytest.mark.slow  # quick: two cores in float32, below
 @FEWER
 @given(layouts([SHAPE], chunks=True))
 def test_chunked_is_no_worse_than_plain_bfloat16(case):

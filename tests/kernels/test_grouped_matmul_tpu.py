@@ -149,7 +149,7 @@ def test_grouped_swiglu(group_sizes):
 @pytest.mark.parametrize(
     ("kind", "F", "panel", "widths", "swiglu", "transpose_w"),
     [
-        ("v5e", 384, 256, (256, 128, 1), True, True),  # the last panel is narrower
+        *slow(("v5e", 384, 256, (256, 128, 1), True, True)),  # the last panel is narrower; quick: panels, below
         *slow(("v5p", 384, 512, (256, 128, 2), False, False)),  # two cores share the panels
         *slow(("v5p", 512, 128, (128, 128, 2), False, True)),
     ],

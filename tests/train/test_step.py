@@ -260,7 +260,7 @@ def test_metrics_say_where_tokens_went():
     assert float(metrics["gradient_norm"]) == pytest.approx(total, rel=1e-5)  # float32 sums of squares, in two orders
 
 
-@pytest.mark.parametrize("mode", slow("yarn", "dca"))  # quick: test_loop.py trains a step under yarn
+@pytest.mark.parametrize("mode", slow("yarn", "dca"))  # quick: the positions, test_rope.py, and the kernel's gradients
 def test_long_context_positions_train(mode):
     """The run's rotary positions reach the model: the loss differs from plain positions, and gradients are finite."""
     config = dataclasses.replace(CONFIGS["dense"], max_position_embeddings=8)
