@@ -65,7 +65,7 @@ def test_a_stage_in_a_config_file_takes_flags_and_is_prepared(own):
     console = Console(file=io.StringIO())
     assert recipes.run(dataclasses.replace(config, dry_run=True), console) is None
     assert "dry run" in console.file.getvalue()
-    assert not config.out.exists()
+    assert not (config.out / "checkpoints").exists()
 
 
 @pytest.mark.slow  # quick: the loop trains and evaluates other stages, test_loop.py and test_post_training.py
