@@ -8,10 +8,12 @@ the processes that they start. JAX_DISABLE_MOST_OPTIMIZATIONS=false and JAX_COMP
 
 import gc
 import hashlib
+import math
 import os
 import shutil
 import tempfile
 import time
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # A simulated GPU kernel runs each of its warpgroups in a thread of jax's CPU client, which has one per core: on two
@@ -25,7 +27,10 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the first process makes it;
 import jax
 import pytest
 
+from worker import Worker
+
 BEGAN = time.monotonic()
+MAPPINGS = 15_000  # Linux allows 65,530; a module adds some thousands
 
 
 def pytest_addoption(parser):
@@ -48,9 +53,10 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_collection_finish():
-    """What is there before the first test stays: no collection of garbage need look at it again."""
+    """What is there before the first test stays: no collection of garbage need look at it again, nor so often."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 def pytest_runtest_setup(item):
@@ -67,11 +73,30 @@ def pytest_unconfigure():
 
 
 @pytest.fixture(scope="module", autouse=True)
-def programs_end_with_their_module():
-    """Thousands of compiled programs in one process are more memory mappings than Linux gives it, and XLA crashes."""
+def programs_end_with_a_module(request):
+    """Thousands of compiled programs in one process are more memory mappings than Linux gives it, and XLA crashes.
+
+    Those of tests/kernels end always: some of these tests change the constants that a kernel is traced with.
+    """
     yield
-    jax.clear_caches()
-    gc.collect()
+    if request.path.parent.name == "kernels" or mappings() > MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
+
+
+def mappings() -> float:
+    """Of this process's memory; where the system does not say, more than any number."""
+    try:
+        return Path("/proc/self/maps").read_bytes().count(b"\n")
+    except OSError:
+        return math.inf
+
+
+@pytest.fixture(scope="session")
+def eight():
+    """A process with eight devices, for all tests that ask it (worker.py)."""
+    with Worker(devices=8) as worker:
+        yield worker
 
 
 @pytest.fixture

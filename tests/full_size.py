@@ -10,6 +10,7 @@ and the sharding of every parameter in tests/golden/shardings.txt: a change that
 """
 
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
@@ -121,6 +122,7 @@ def shardings() -> str:
     from qwen2_jax.train import config_file
     from qwen2_jax.weights.params import leaves
 
+    specs_of = functools.cache(lambda config: model.declare(config)[1])  # several jobs have one model
     lines = []
     for job in JOBS:
         devices = machine.parse(job.machine).devices
@@ -128,12 +130,12 @@ def shardings() -> str:
             path = ROOT / f"configs/{job.what}.py"
             run = config_file.load(path, list(job.flags))
             architect, sizes, rules = architecture.of_run(run, path), run.mesh.sizes(devices), sharding.RULES
-            specs = model.declare(architect)[1]
+            specs = specs_of(architect)
         else:
             architect = architecture.named(job.what)
             sizes, rules = infer.default_mesh(architect, devices), sharding.SERVING
             wider = head_padding.spread(architect, AbstractMesh(tuple(sizes.values()), tuple(sizes)))
-            specs = model.declare(architect if wider is None else wider.config)[1]
+            specs = specs_of(architect if wider is None else wider.config)
         sizes = {axis: size for axis, size in sizes.items() if size > 1}
         mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
         lines.append(f"{job.name}: {', '.join(f'{a}={n}' for a, n in sizes.items()) or 'one device'}")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import qwen2_jax
+from few import slow
 from qwen2_jax import checkpoint
 from qwen2_jax.data.formats.record_formats import read
 from qwen2_jax.data.tokens import packing
@@ -59,7 +60,7 @@ def held_out(encoder):
     return HeldOut(encoder.tokenizer, length=LENGTH)
 
 
-@pytest.mark.parametrize(("skill", "least"), [("sums", 0.9), ("compare", 0.85), ("copy", 0.45), ("recall", 0.9)])
+@pytest.mark.parametrize(("skill", "least"), slow(("sums", 0.9), ("compare", 0.85), ("copy", 0.45), ("recall", 0.9)))
 def test_held_out_accuracy(skill, least, held_out, right):
     """Bounds for 24 items; the model card has the accuracy on 200.
 

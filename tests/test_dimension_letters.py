@@ -77,6 +77,7 @@ def fields_of(value: object) -> list[tuple[str, object]]:
 @contextlib.contextmanager
 def watching(found: set[str]):
     """Adds what contradicts a name in any function of ours that returns meanwhile, and in records that it holds."""
+    jax.clear_caches()  # what another test traced would not be executed here
     monitoring, returns = sys.monitoring, sys.monitoring.events.PY_RETURN
     tool = next(tool for tool in range(6) if monitoring.get_tool(tool) is None)
 

@@ -20,6 +20,7 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "
 # commands of docs/checkpoints.md, tests/infer those of docs/inference.md, test_bench.py those of docs/kernels.md.
 SLOW = ["README.md", "benchmarks/README.md"]
 SLOW += [f"docs/{name}.md" for name in ("checkpoints", "inference", "kernels", "post-training", "training")]
+SLOW_PROGRAMS = [f"docs/{name}.md" for name in ("chat", "inference", "kernels", "lora")]  # README's have their calls
 SECONDS = 300  # for one command, on a busy machine with two cores
 
 
@@ -89,7 +90,7 @@ def test_commands_run(document, clone, monkeypatch):
 @pytest.mark.parametrize(
     "document",
     [
-        pytest.param(d, id=name(d), marks=pytest.mark.slow if name(d) in ("docs/kernels.md", "docs/lora.md") else ())
+        pytest.param(d, id=name(d), marks=pytest.mark.slow if name(d) in SLOW_PROGRAMS else ())
         for d in DOCUMENTS
         if blocks(d, "python")
     ],

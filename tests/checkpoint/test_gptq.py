@@ -219,6 +219,7 @@ def expert_inputs(x_MD: np.ndarray, router_ED: np.ndarray, e: int) -> np.ndarray
     return x_MD[(x_MD @ router_ED.T).argmax(-1) == e]
 
 
+@pytest.mark.slow  # quick: what comes of them, in test_experts
 def test_sums_of_experts(tmp_path):
     """The sums of one expert are those of the rows that the router sends to it, computed here by numpy."""
     loaded = calibrate.ByLayer(model(tmp_path / "moe", SPARSE))

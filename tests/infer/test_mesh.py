@@ -4,17 +4,11 @@
 import pytest
 
 from few import slow
-from worker import TESTS, Worker
+from worker import TESTS
 
 
 def sizes(axes):
     return {axis: int(size) for axis, size in (part.split("=") for part in axes.split(","))}
-
-
-@pytest.fixture(scope="module")
-def eight():
-    with Worker(devices=8) as worker:
-        yield worker
 
 
 @pytest.mark.parametrize(
@@ -56,6 +50,7 @@ def test_neither_tables_nor_caches_move(name, axes, eight):
     eight("eight_devices", "collectives", name, sizes(axes))
 
 
+@pytest.mark.slow  # quick: the mesh above, the flag in test_cli.py
 def test_the_command_line_takes_a_mesh(eight):
     eight("eight_devices", "command_line", ["--mesh", "context=-1"])
 

@@ -17,7 +17,6 @@ from qwen2_jax.infer.engine.sampling_params import SamplingParams
 from qwen2_jax.model import cross_entropy
 from tiny import random_params
 from tolerance import close
-from worker import Worker
 
 from .conftest import TINY
 from .test_generate import SPARSE
@@ -179,12 +178,6 @@ def test_bad_requests_are_named(dense, params):
     with pytest.raises(UserError, match="rows=0"):
         Rollouts.of(CONFIGS["dense"], rows=0, length=128)
     assert dense(params, [])[0] == []
-
-
-@pytest.fixture(scope="module")
-def eight():
-    with Worker(devices=8) as worker:
-        yield worker
 
 
 AXES = {"data": 2, "fsdp": 2, "tensor": 2}

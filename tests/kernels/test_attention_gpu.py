@@ -17,7 +17,7 @@ from qwen2_jax.kernels.visibility import FAR
 
 from attention_cases import arrays, naive
 from attention_layouts import layouts
-from few import FEW
+from few import FEW, slow
 from tolerance import BFLOAT16, assert_no_worse
 
 gpu = pytest.importorskip("qwen2_jax.kernels.dual_chunk_attention.gpu")
@@ -68,7 +68,7 @@ def test_flash_attention_is_as_good_as_eager_bfloat16(case):
     assert_as_good_as_eager(flash_attention, queries, k, v, layout)
 
 
-@settings(FEW, max_examples=3)
+@settings(FEW, max_examples=2)
 @given(layouts([THREE], chunks=True))
 def test_dual_chunk_attention_is_as_good_as_eager_bfloat16(case):
     shape, seed, layout = case
@@ -85,7 +85,7 @@ def continued(shape, scale=0.1, window=FAR):
     return layout | {"scale": np.full(B, scale, np.float32)}
 
 
-@pytest.mark.parametrize("scale", [-0.3, 0.0])
+@pytest.mark.parametrize("scale", [-0.3, *slow(0.0)])
 def test_any_scale(scale):
     queries, k, v, _ = arrays(0, ONE, jnp.bfloat16)
     assert_as_good_as_eager(flash_attention, queries, k, v, continued(ONE, scale))

@@ -24,7 +24,7 @@ from qwen2_jax.kernels.visibility import FAR
 
 from attention_cases import arrays, naive
 from attention_layouts import layouts
-from few import FEW
+from few import FEW, slow
 from tolerance import BFLOAT16, assert_no_worse
 
 CHIP = "TPU v5 lite"
@@ -89,6 +89,7 @@ def test_chunked_equals_the_definition_in_float32(case):
     assert_zero_where_nothing_is_seen(got)
 
 
+@pytest.mark.slow  # quick: two cores in float32, below
 @FEWER
 @given(layouts([SHAPE], chunks=True))
 def test_chunked_is_no_worse_than_plain_bfloat16(case):
@@ -121,6 +122,7 @@ def test_one_chunk_is_ordinary_attention_to_the_bit(case):
     assert not any(np.asarray(dq, np.float32).any() for dq in dqs[1:])
 
 
+@pytest.mark.slow  # quick: what the list of visits holds, test_visits.py
 def test_blocks_nobody_sees_are_not_computed():
     """Not-a-number in every key and value that no block of queries may need: it would spread through any product."""
     B, T, S, *_ = SHAPE
@@ -197,14 +199,14 @@ def test_count_of_a_case_done_by_hand():
     assert counts["forward"].hbm_bytes == 4 * (rows + entries)
 
 
-def test_dual_chunk_costs_what_causal_attention_costs():
+@pytest.mark.parametrize("chunk_len", [*slow(32768 - 512), 30000])
+def test_dual_chunk_costs_what_causal_attention_costs(chunk_len):
     """Within 3% at 131,072 tokens, forward and backward, for chunks that fit the blocks and for chunks that do not."""
     long = HEADS_7B | {"T": 131072, "S": 131072, "on": Target("tpu", CHIP)}
     plain = tpu.count(**long)
-    for chunk_len in (32768 - 512, 30000):
-        for which, counts in tpu.count(**long, chunk_len=chunk_len).items():
-            assert counts.flops <= 1.03 * plain[which].flops
-            assert counts.hbm_bytes <= 1.03 * plain[which].hbm_bytes
+    for which, counts in tpu.count(**long, chunk_len=chunk_len).items():
+        assert counts.flops <= 1.03 * plain[which].flops
+        assert counts.hbm_bytes <= 1.03 * plain[which].hbm_bytes
 
 
 # ---------------------------------------------------------------------- jax's own kernel

@@ -73,6 +73,6 @@ def test_float32_compiles(chip):
     compile_step(chip, FLASH["qwen2-7b prefill"], dtype=jnp.float32)
 
 
-@pytest.mark.parametrize("chip", ["v5e", *slow("v5p", "v6e")])
+@pytest.mark.parametrize("chip", slow("v5e", "v5p", "v6e"))  # jax's kernel
 def test_splash_compiles(chip):
     compile_step(chip, FLASH["qwen2-7b train"], implementation="splash")

@@ -62,6 +62,7 @@ def uneven_rows():
     return SHAPES[0], 10722, layout | {"chunk_len": np.array([32, 23], np.int32)}
 
 
+@pytest.mark.slow  # quick: the recorded vectors, and bfloat16 below
 @MANY
 @example(uneven_rows())
 @given(layouts(chunks=True))

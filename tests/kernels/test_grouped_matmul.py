@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from qwen2_jax.kernels.grouped_matmul import grouped_matmul, grouped_swiglu, permute, sort_by_expert, unpermute, xla
 
-from few import MANY
+from few import MANY, slow
 from tolerance import BFLOAT16, assert_no_worse
 
 M, E, D, F = 40, 5, 24, 16
@@ -78,8 +78,10 @@ def plain_swiglu(x, gate, up, group_sizes):
     return jax.nn.silu(g) * u
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("transpose_w", [True, False])
+@pytest.mark.parametrize(
+    ("transpose_w", "dtype"),
+    [(True, jnp.float32), (False, jnp.bfloat16), *slow((True, jnp.bfloat16), (False, jnp.float32))],
+)
 @MANY
 @given(group_sizes=GROUPS)
 def test_grouped_matmul(transpose_w, dtype, group_sizes):
@@ -87,7 +89,7 @@ def test_grouped_matmul(transpose_w, dtype, group_sizes):
     check(lambda name: matmul(name, transpose_w), plain_matmul_of(transpose_w), (X, w), group_sizes, dtype)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [*slow(jnp.float32), jnp.bfloat16])
 @MANY
 @given(group_sizes=GROUPS)
 def test_grouped_swiglu(dtype, group_sizes):

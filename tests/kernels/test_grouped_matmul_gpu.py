@@ -38,7 +38,7 @@ GROUPS = st.one_of(
     st.integers(0, E - 1).map(lambda e: np.bincount([e] * M, minlength=E)),  # all rows in one
     st.just(np.zeros(E, int)),
 )
-VERY_FEW = settings(FEW, max_examples=2)  # one takes seconds
+VERY_FEW = settings(FEW, max_examples=1)  # one takes seconds, and UNEVEN is another
 UNEVEN = example(group_sizes=np.array([37, 0, 50]))  # no border at a multiple of anything, and rows of nobody
 
 
@@ -124,6 +124,7 @@ def test_grouped_swiglu(group_sizes):
     check(got, exact_swiglu, arguments, group_sizes, cotangent)
 
 
+@pytest.mark.slow  # quick: rows of nobody, and an expert without rows, in the example above
 @SIMULATES
 def test_rows_and_matrices_of_others_may_hold_anything():
     """Rows of nobody, the matrix of an expert without rows, and what one expert's rows hold for the next."""
@@ -139,7 +140,7 @@ def test_rows_and_matrices_of_others_may_hold_anything():
 
 
 @SIMULATES
-@pytest.mark.parametrize("rows", [1, 20])
+@pytest.mark.parametrize("rows", [*slow(1), 20])
 def test_a_step_of_decoding(rows):
     """Fewer rows than a tile has, as many experts as rows; through the public function and the table's block sizes."""
     sizes = np.bincount(RANDOM.permutation(E)[:rows] if rows <= E else RANDOM.integers(0, E, rows), minlength=E)

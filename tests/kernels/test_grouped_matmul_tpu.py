@@ -133,6 +133,7 @@ def test_the_list_of_visits_is_its_definition(cover, data):
 # ---------------------------------------------------------------------- results
 
 
+@pytest.mark.slow  # quick: two of them and their product in grouped_swiglu
 @settings(FEW, max_examples=3)
 @given(group_sizes=GROUPS)
 def test_grouped_matmul(group_sizes):
@@ -148,7 +149,7 @@ def test_grouped_swiglu(group_sizes):
 @pytest.mark.parametrize(
     ("kind", "F", "panel", "widths", "swiglu", "transpose_w"),
     [
-        ("v5e", 384, 256, (256, 128, 1), True, True),  # the last panel is narrower
+        *slow(("v5e", 384, 256, (256, 128, 1), True, True)),  # the last panel is narrower; quick: panels, below
         *slow(("v5p", 384, 512, (256, 128, 2), False, False)),  # two cores share the panels
         *slow(("v5p", 512, 128, (128, 128, 2), False, True)),
     ],
@@ -166,6 +167,7 @@ def test_a_product_in_several_pieces():
     check(np.array([9, 0, 25, 3]), jnp.float32, "v6e", D=128, F=1280, tile=16)
 
 
+@pytest.mark.slow  # quick: test_by_name_and_by_default
 @settings(FEW, max_examples=2)
 @given(group_sizes=GROUPS)
 def test_what_jax_brings_gives_the_same(group_sizes):

@@ -36,10 +36,9 @@ def kernels_in(compiled):
 
 CHIPS = ("v5e", "v5p", "v6e")
 CASES = [(chip, name) for name in SHAPES for chip in CHIPS]
-QUICK = {  # one of each chip, forward and backward
+QUICK = {  # one of each chip forward, one backward; the last test has a backward pass for another chip
     *(("v5e", "qwen2-57b-a14b one token"), ("v5e", "qwen1.5-moe-a2.7b train 16k")),
-    *(("v5p", "qwen1.5-moe-a2.7b prefill 512"), ("v5p", "qwen2-57b-a14b train 16k")),
-    *(("v6e", "qwen2-57b-a14b batch of 64"), ("v6e", "qwen1.5-moe-a2.7b train 16k")),
+    *(("v5p", "qwen1.5-moe-a2.7b prefill 512"), ("v6e", "qwen2-57b-a14b batch of 64")),
 }
 
 

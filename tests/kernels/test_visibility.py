@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The rule of what is visible, against itself spelled out, and the promises made about whole blocks."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -22,6 +23,13 @@ def spelled_out(q, kv, window):
     return q_segment == kv_segment and kv_position <= q_position and q_position - kv_position < window
 
 
+@jax.jit
+def of_blocks(q_at, q_in, kv_at, kv_in, window, chunk_len):
+    """Whether any token may see any, and the nearest and furthest region."""
+    q, kv = bounds(q_at, q_in), bounds(kv_at, kv_in)
+    return may_see(q, kv, window), *block_regions(q, kv, chunk_len)
+
+
 @MANY
 @given(TOKENS, TOKENS, st.integers(1, 25), st.integers(1, 12))
 def test_tokens_and_blocks(q, kv, window, chunk_len):
@@ -29,10 +37,8 @@ def test_tokens_and_blocks(q, kv, window, chunk_len):
     seen = np.asarray(visible(q_at[:, None], kv_at, q_in[:, None], kv_in, window))
     assert seen.tolist() == [[spelled_out(a, b, window) for b in kv] for a in q]
 
-    q_bounds, kv_bounds = bounds(jnp.asarray(q_at), jnp.asarray(q_in)), bounds(jnp.asarray(kv_at), jnp.asarray(kv_in))
-    met = bool(may_see(q_bounds, kv_bounds, window))
+    met, nearest, furthest = map(np.asarray, of_blocks(q_at, q_in, kv_at, kv_in, window, chunk_len))
     assert met or not seen.any(), "a block that somebody sees would be left out"
-    nearest, furthest = block_regions(q_bounds, kv_bounds, chunk_len)
     regions = np.asarray(chunk_region(q_at[:, None], kv_at, chunk_len))
     alone = np.asarray(visible(q_at[:, None], kv_at, window=window))  # no segments
     for region, (first, last) in enumerate(spans(q_at, window, chunk_len)):

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The list of visits: every visible pair of tokens is in exactly one entry, and no block that nobody sees is listed."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -26,6 +29,13 @@ def entries(visits, row_blocks, columns, rotations):
     return list(zip(row // row_blocks, row % row_blocks, column, region, whole, strict=True))
 
 
+@functools.partial(jax.jit, static_argnames="by")  # one program per shape
+def visits_of_layout(q_positions_BT, kv_positions_BS, q_segments_BT, kv_segments_BS, window, chunk_len, by):
+    q_blocks = blocks(q_positions_BT, q_segments_BT, QUERIES)
+    kv_blocks = blocks(kv_positions_BS, kv_segments_BS, KEYS)
+    return plan(q_blocks, kv_blocks, window_B=window, chunk_len_B=chunk_len, by=by)
+
+
 @pytest.mark.parametrize("by", ["query", "key"])
 @pytest.mark.parametrize("chunked", [False, True])
 @MANY
@@ -35,10 +45,8 @@ def test_every_visible_pair_once(by, chunked, case):
     chunk_len = at["chunk_len"] if chunked else None
     rotations = CHUNK_REGIONS if chunked else 1
     q, kv = at["q_positions_BT"], at["kv_positions_BS"]
-    q_blocks = blocks(jnp.asarray(q), jnp.asarray(at["q_segments_BT"]), QUERIES)
-    kv_blocks = blocks(jnp.asarray(kv), jnp.asarray(at["kv_segments_BS"]), KEYS)
     counts = -(-T // QUERIES), -(-S // KEYS)
-    visits = plan(q_blocks, kv_blocks, window_B=at["window"], chunk_len_B=chunk_len, by=by)
+    visits = visits_of_layout(q, kv, at["q_segments_BT"], at["kv_segments_BS"], at["window"], chunk_len, by=by)
     rows, columns = counts if by == "query" else counts[::-1]
 
     seen = np.asarray(
@@ -67,24 +75,29 @@ def test_every_visible_pair_once(by, chunked, case):
     assert covered == {(b, row) for b in range(B) for row in range(rows)}
 
 
+@jax.jit
+def entries_in(q, kv, **which):
+    return plan(q, kv, **which).starts[-1]
+
+
 def test_causal_blocks_are_half_and_a_window_leaves_a_band():
     at = jnp.arange(64)[None]
     q, kv = blocks(at, None, 8), blocks(at, None, 8)
-    assert int(plan(q, kv).starts[-1]) == 8 * 9 // 2
-    assert int(plan(q, kv, window_B=jnp.array([8])).starts[-1]) == 8 + 7
-    assert int(plan(q, kv, window_B=jnp.array([9])).starts[-1]) == 8 + 7
-    assert int(plan(q, kv, window_B=jnp.array([10])).starts[-1]) == 8 + 7 + 6
+    assert int(entries_in(q, kv)) == 8 * 9 // 2
+    assert int(entries_in(q, kv, window_B=jnp.array([8]))) == 8 + 7
+    assert int(entries_in(q, kv, window_B=jnp.array([9]))) == 8 + 7
+    assert int(entries_in(q, kv, window_B=jnp.array([10]))) == 8 + 7 + 6
 
 
 def test_a_block_with_a_chunk_boundary_inside_is_listed_once_per_region():
     at = jnp.arange(64)[None]
     q, kv = blocks(at, None, 8), blocks(at, None, 8)
-    assert int(plan(q, kv, chunk_len_B=jnp.array([16])).starts[-1]) == 8 * 9 // 2  # boundaries between blocks
-    assert int(plan(q, kv, chunk_len_B=jnp.array([FAR])).starts[-1]) == 8 * 9 // 2
+    assert int(entries_in(q, kv, chunk_len_B=jnp.array([16]))) == 8 * 9 // 2  # boundaries between blocks
+    assert int(entries_in(q, kv, chunk_len_B=jnp.array([FAR]))) == 8 * 9 // 2
     # chunk 20: blocks 2, 5 and 7 hold a boundary (positions 20, 40, 60)
     regions = np.asarray(chunk_region(at[0][:, None], at[0][None], 20)).reshape(8, 8, 8, 8)
     pairs = [(i, j, r) for i in range(8) for j in range(i + 1) for r in set(regions[i, :, j].reshape(-1))]
-    listed = int(plan(q, kv, chunk_len_B=jnp.array([20])).starts[-1])
+    listed = int(entries_in(q, kv, chunk_len_B=jnp.array([20])))
     assert listed == len(pairs)
 
 

@@ -57,7 +57,7 @@ def gradient_of(config):
     return jax.jit(jax.grad(loss))
 
 
-@pytest.mark.parametrize(("config", "unroll"), [*slow((MIXED, False)), (SPARSE, True)], ids=["stacked", "unrolled"])
+@pytest.mark.parametrize(("config", "unroll"), slow((MIXED, False), (SPARSE, True)), ids=["stacked", "unrolled"])
 def test_attached_is_merged_and_fresh_adapters_change_nothing(config, unroll):
     params, logits = tiny.random_params(config, unroll=unroll), logits_of(config, unroll)
     base = np.asarray(logits(params))

@@ -37,8 +37,10 @@ YARN = [name for name in DENSE + SPARSE if "yarn" in name]
 ATOL = 1e-4  # 1.2e-5 to 4.4e-5 was seen, for logits of up to 14; one wrong number moves them by ten times as much
 ROUNDED = 2.0**-23  # relative: float64 rounded once to float32, 5.4e-8 was seen
 NEW = 24  # recorded new tokens of each prompt
-# Slow: what two other variants have, one each; and two numbers of heads more.
-ELSEWHERE = ["heads_14_2", "heads_28_4", "mha", "yarn_attention_factor", "moe_sliding", "moe_yarn"]
+# Slow: what two other variants have, one each; two numbers of heads more; what greedy tokens show below (mlp_only), and
+# the float32 model whose bfloat16 is below.
+ELSEWHERE = ["bf16", "heads_14_2", "heads_28_4", "mha", "yarn_attention_factor"]
+ELSEWHERE += ["moe_mlp_only", "moe_sliding", "moe_yarn"]
 every_variant = pytest.mark.parametrize("variant", [v if v not in ELSEWHERE else slow(v)[0] for v in DENSE + SPARSE])
 every_sparse_variant = pytest.mark.parametrize("variant", [v if v not in ELSEWHERE else slow(v)[0] for v in SPARSE])
 
@@ -192,8 +194,8 @@ def test_one_wrong_number_is_noticed(variant, path):
     ("variant", "change"),
     [
         ("sliding", {"sliding_window": 8}),
-        ("moe_norm_topk", {"norm_topk_prob": False}),
         *slow(
+            ("moe_norm_topk", {"norm_topk_prob": False}),
             ("dense_untied", {"rms_norm_eps": 1e-3}),
             ("sliding", {"max_window_layers": 3}),
             ("moe_sliding", {"max_window_layers": 2}),
@@ -276,7 +278,7 @@ def test_load_balancing_loss(variant):
     assert router.tokens == g["tokens"].size * sparse_layers
 
 
-@pytest.mark.parametrize("variant", ["moe", *slow("moe_step_2")])
+@pytest.mark.parametrize("variant", slow("moe", "moe_step_2"))  # quick: the statistics, test_mlp.py
 def test_load_balancing_loss_leaves_padding_out(variant):
     g = golden(variant)
     positions = np.arange(g["tokens"].shape[1]) * np.ones_like(g["tokens"])
@@ -355,7 +357,7 @@ def assert_answers_equal(variant: str, answers):
     assert error([a.logprobs for a in answers], g["generated_logprobs"]) <= logprob_tolerance(variant)
 
 
-ANSWERED = ["dense_tied", "sliding", "yarn", "moe_mlp_only"]  # the rest slowly, as above
+ANSWERED = ["moe_mlp_only"]  # the rest slowly; quick: dense below, windows in test_decoder.py, yarn's cache above
 
 
 @pytest.mark.parametrize("variant", [*ANSWERED, *slow(*[v for v in DENSE + SPARSE if v not in ANSWERED])])
@@ -426,7 +428,8 @@ def test_parameter_counts_of_all_presets():
         size = name.replace("-instruct", "").replace("-chat", "").replace("-1m", "")
         same = size if size in PARAMETERS else size.replace("qwen2.5", "qwen2")
         shape = dataclasses.replace(config, rms_norm_eps=1e-6, max_position_embeddings=32768, eos_token_id=None)
-        counts.setdefault(shape, count(declare(config)[1]))
+        if shape not in counts:
+            counts[shape] = count(declare(config)[1])
         assert counts[shape] == PARAMETERS[same], name
     assert {name for name in PARAMETERS if name in qwen2_jax.PRESETS} == set(PARAMETERS)
 

@@ -148,7 +148,7 @@ def test_heads_are_not_taken_for_each_other():
 
 
 @pytest.mark.parametrize("head", [*slow("linear"), "two_layers"])
-def test_scores_are_those_of_transformers(head, tmp_path):
+def test_scores_are_those_of_transformers(head):
     folder = GOLDEN / f"score_{head}"
     recorded = np.load(folder / "golden.npz")
     talks = [row[:n].tolist() for row, n in zip(recorded["tokens"], recorded["lengths"], strict=True)]
@@ -156,6 +156,15 @@ def test_scores_are_those_of_transformers(head, tmp_path):
     assert lm.config.score_head == head
     np.testing.assert_allclose(lm.score(talks), recorded["scores"], rtol=0, atol=1e-4)  # 8.7e-6 of 15 was seen
     assert np.ptp(recorded["scores"]) > 0.1  # else the test would see little
+
+
+@pytest.mark.slow  # quick: a saved reward model scores the same in test_score.py, int8 of models in test_forms.py
+@pytest.mark.parametrize("head", HEADS)
+def test_other_formats_and_int8_score_the_same(head, tmp_path):
+    folder = GOLDEN / f"score_{head}"
+    recorded = np.load(folder / "golden.npz")
+    talks = [row[:n].tolist() for row, n in zip(recorded["tokens"], recorded["lengths"], strict=True)]
+    lm = qwen2_jax.load(folder, dtype="float32")
     checkpoint.convert(folder, tmp_path / "orbax", "orbax")
     again = qwen2_jax.load(tmp_path / "orbax", dtype="float32")
     np.testing.assert_array_equal(again.score(talks), lm.score(talks))

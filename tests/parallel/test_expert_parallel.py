@@ -229,7 +229,10 @@ def layer_of_57b(where, tokens, **changes):
 
 @pytest.mark.parametrize(
     "where",
-    [pytest.param("v5p-16", marks=[*TPU_COMPILER, pytest.mark.slow]), pytest.param("8xh100", marks=GPU_COMPILER)],
+    [
+        pytest.param("v5p-16", marks=[*TPU_COMPILER, pytest.mark.slow]),
+        pytest.param("8xh100", marks=[*GPU_COMPILER, pytest.mark.slow]),
+    ],
 )
 def test_a_real_layer_compiles_for_machines_that_are_not_here(where):
     """Gradients take three crossings (nobody asks for the value here) and less memory than with everybody's tokens."""

@@ -53,10 +53,10 @@ hosts.leave(main())
 FATES = [
     ("fine", 2, {}, {0: 0, 1: 0}, ""),
     ("disagree", 3, {}, {0: 2, 1: 2, 2: 2}, "setting optim.lr is 0.1 on processes 0, 2 and 0.2 on process 1 on "),
-    ("error", 3, {}, {0: 2, 2: 2}, "process 1 on HOST has ended: no such file: chats.jsonl"),
-    ("stuck", 2, {}, {0: 75, 1: 75}, "no process has made progress for 4 s (process 0: step 3; process 1: step 4)"),
     ("killed", 2, {}, {0: 75}, "process 1 on HOST is lost, without a heartbeat for 6 s: the process was killed "),
     *slow(
+        ("error", 3, {}, {0: 2, 2: 2}, "process 1 on HOST has ended: no such file: chats.jsonl"),
+        ("stuck", 2, {}, {0: 75, 1: 75}, "no process has made progress for 4 s (process 0: step 3; process 1: step 4)"),
         (
             "fine",
             2,

@@ -76,6 +76,7 @@ def test_a_training_step_on_tpu(_):
     check(train.plan(run, "v5e-4"), run)
 
 
+@pytest.mark.slow  # quick: a whole run's step on an H100, test_full_size.py
 @pytest.mark.parametrize("_", [pytest.param(0, marks=GPU_COMPILER)])
 def test_a_training_step_on_gpu(_):
     run = small(accumulate=2)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The state of a run, saved by two processes and restored by two and by one, on other meshes, bit for bit."""
 
+import pytest
+
 import processes
 
 RUN = """
@@ -81,6 +83,7 @@ tell(restored=found)
 SMALL = 250_000  # bytes of Orbax's own files and of ours
 
 
+@pytest.mark.slow  # quick: other meshes in test_checkpoints.py; two processes save one step in test_hosts.py
 def test_two_processes_and_one_continue_each_other(tmp_path):
     """Two processes with four devices, one with two, two with four again. Each writes and reads its own half."""
     two = processes.run(TWO, tmp_path)

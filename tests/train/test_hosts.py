@@ -116,6 +116,7 @@ def test_two_processes_export_what_one_exports(corpus, tmp_path):
     assert weights(tmp_path / "two" / "out") == weights(tmp_path / "one" / "out") != {}
 
 
+@pytest.mark.slow  # quick: processes that disagree, tests/parallel/test_processes.py
 def test_hosts_that_were_told_something_else(corpus, tmp_path):
     started = two(config_file(corpus, tmp_path, "steps=3"), second=["--optim.lr", "0.02"])
     try:

@@ -33,6 +33,8 @@ from qwen2_jax.observe import Logging
 from qwen2_jax.observe.lines import read
 from qwen2_jax.train import Checkpointing, Evaluation, Guard, Lora, Optim, Pretrain, Sft, Start, loop, step
 from qwen2_jax.train.batch_sharding import Placing
+from qwen2_jax.train.prepare import prepare
+from qwen2_jax.train.stage import stage_of
 from qwen2_jax.train.state import lock
 from qwen2_jax.train.state.checkpoints import Checkpoints
 from qwen2_jax.train.state.lock import alone
@@ -257,7 +259,7 @@ def test_patience_ends_a_run_that_only_skips(corpus, tmp_path, straight):
     params["embed_VD"] = params["embed_VD"].at[5].set(np.nan)
     checkpoint.save_hf(tmp_path / "bad", MODEL, params, tokenizer_files_from=source)
     config = pretrain(
-        corpus, tmp_path / "out", model=None, tokenizer=None, start=Start(checkpoint=str(tmp_path / "bad")), ema=None,
+        corpus, tmp_path / "out", model=None, tokenizer=None, start=Start(checkpoint=str(tmp_path / "bad")),
         guard=Guard(patience=3),
     )  # fmt: skip
     with pytest.raises(UserError, match="3 steps in a row were skipped, the last is step 3.*No checkpoint was written"):
@@ -389,13 +391,29 @@ def test_who_asks_to_stop_waits_for_the_save_only(corpus, tmp_path, monkeypatch)
     assert not [line for line in read(tmp_path / "metrics.jsonl") if "held_out" in line]
 
 
-def test_a_model_trained_under_yarn_says_so(corpus, tmp_path):
-    """64 tokens of a model for 32: the result's config has the factor 2 that the weights got used to."""
+def under_yarn(corpus, out):
+    """64 tokens of a model for 32."""
     model = dataclasses.replace(MODEL, max_position_embeddings=32)
     bare = {"evaluation": Evaluation(), "ema": None}  # there is less to compile
-    folder, _ = run(pretrain(corpus, tmp_path, model=model, length=64, steps=1, long_context="yarn", **bare))
-    scaling = checkpoint.read_config(checkpoint.locate(folder)).rope_scaling
+    return pretrain(corpus, out, model=model, length=64, steps=1, long_context="yarn", **bare)
+
+
+def assert_says_so(config):
+    """It has the factor 2 that the weights got used to."""
+    scaling = config.rope_scaling
     assert (scaling.type, scaling.factor, scaling.original_max_position_embeddings) == ("yarn", 2.0, 32)
+
+
+def test_the_config_of_a_model_trained_under_yarn_says_so(corpus, tmp_path):
+    """It is what the export writes beside the weights."""
+    config = under_yarn(corpus, tmp_path)
+    assert_says_so(stage_of(config).result_config(prepare(config, Console(file=io.StringIO()))))
+
+
+@pytest.mark.slow  # quick: the positions, test_rope.py
+def test_a_model_trained_under_yarn_says_so(corpus, tmp_path):
+    folder, _ = run(under_yarn(corpus, tmp_path))
+    assert_says_so(checkpoint.read_config(checkpoint.locate(folder)))
 
 
 def test_an_export_that_a_kill_prevented_is_made_up_for(corpus, tmp_path, monkeypatch):

@@ -7,13 +7,6 @@ Eight devices, in a process of its own; a model's gradient on one device is comp
 import pytest
 
 from few import slow
-from worker import Worker
-
-
-@pytest.fixture(scope="module")
-def eight():
-    with Worker(devices=8) as worker:
-        yield worker
 
 
 @pytest.mark.parametrize(

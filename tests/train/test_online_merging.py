@@ -428,6 +428,7 @@ def test_a_run_resumes_bit_for_bit_with_its_task_vector(stages, corpus, trainer,
     assert any(np.asarray(x).any() for x in jax.tree.leaves(ours.carry))
 
 
+@pytest.mark.slow  # quick: other settings are refused in test_loop.py
 @pytest.mark.usefixtures("trainer")
 def test_what_is_kept_of_the_task_vector_cannot_change_in_a_run(stages, corpus, tmp_path):
     console = Console(file=io.StringIO())

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A stage of training is one file: a config that brings its own dataclass and Stage runs like any other."""
 
+import dataclasses
 import io
 
 import pytest
@@ -57,10 +58,19 @@ def own(corpus, tmp_path):
     return file
 
 
-def test_a_stage_in_a_config_file_trains_and_evaluates(own):
+def test_a_stage_in_a_config_file_takes_flags_and_is_prepared(own):
     config = config_file.load(own, ["--calm", "0.5"])
     assert isinstance(config, Run)
     assert stage_of(config).objective().z_loss == 0.5
+    console = Console(file=io.StringIO())
+    assert recipes.run(dataclasses.replace(config, dry_run=True), console) is None
+    assert "dry run" in console.file.getvalue()
+    assert not (config.out / "checkpoints").exists()
+
+
+@pytest.mark.slow  # quick: the loop trains and evaluates other stages, test_loop.py and test_post_training.py
+def test_a_stage_in_a_config_file_trains_and_evaluates(own):
+    config = config_file.load(own, [])
     assert recipes.run(config, Console(file=io.StringIO())) == config.out / "hf"
     lines = read(config.out / "metrics.jsonl")
     assert [line["step"] for line in lines if "loss" in line] == [1, 2]

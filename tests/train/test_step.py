@@ -75,13 +75,13 @@ def assert_close(got, want, tolerance=2e-5):
         np.testing.assert_allclose(a, b, atol=tolerance * scale, err_msg=jax.tree_util.keystr(path))
 
 
-def test_four_micro_batches_equal_one_batch():
+def test_four_micro_batches_with_remat_equal_one_batch_without():
     """Also where the targets are spread unevenly: a mean of means would weigh a sparse micro-batch too much."""
     batch = random_batch()
     batch.weights_BT[0, 2:] = 0
     params = random_params(CONFIGS["dense"])
     loss, grads = gradients(trainer_of(), params, batch)
-    again, split = gradients(trainer_of(accumulate=4), params, batch)
+    again, split = gradients(trainer_of(accumulate=4, remat="full"), params, batch)
     assert again == pytest.approx(loss, rel=1e-6)  # a float32 sum in another order
     assert_close(split, grads)
 
@@ -117,7 +117,7 @@ def test_packed_equals_unpacked(name):
     assert_close(apart, grads)
 
 
-@pytest.mark.parametrize("remat", ["full", *slow("dots")])
+@pytest.mark.parametrize("remat", slow("full", "dots"))  # quick: together with micro-batches, above
 def test_remat_changes_no_number(remat):
     batch, params = random_batch(), random_params(CONFIGS["dense"])
     assert_close(gradients(trainer_of(remat=remat), params, batch)[1], gradients(trainer_of(), params, batch)[1])
@@ -260,7 +260,7 @@ def test_metrics_say_where_tokens_went():
     assert float(metrics["gradient_norm"]) == pytest.approx(total, rel=1e-5)  # float32 sums of squares, in two orders
 
 
-@pytest.mark.parametrize("mode", [*slow("yarn"), "dca"])  # test_loop.py trains a step under yarn
+@pytest.mark.parametrize("mode", slow("yarn", "dca"))  # quick: the positions, test_rope.py, and the kernel's gradients
 def test_long_context_positions_train(mode):
     """The run's rotary positions reach the model: the loss differs from plain positions, and gradients are finite."""
     config = dataclasses.replace(CONFIGS["dense"], max_position_embeddings=8)

@@ -53,8 +53,8 @@ def _spec(axes):
 @pytest.mark.parametrize(
     ("name", "unroll"),
     [
-        *(("dense", False), ("moe_mixed", True)),
-        *slow(("untied", False), ("moe_mixed", False), ("dense", True), ("untied", True)),
+        *(("dense", True), ("moe", False)),
+        *slow(("untied", False), ("moe_mixed", False), ("dense", False), ("untied", True), ("moe_mixed", True)),
     ],
 )
 def test_a_quantized_model_stays_close(name, unroll):
@@ -91,7 +91,7 @@ def experts_are_their_widened_matrices(rows, matrices, tolerance):
     return forward.memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize("rows", [3, 96])  # expert by expert, and laid out side by side
+@pytest.mark.parametrize("rows", [3, *slow(96)])  # expert by expert, and laid out side by side (quick: groups, below)
 def test_int8_experts_multiply_as_their_widened_matrices(rows):
     """Nothing like a widened copy of all experts is made."""
     E, D, F = 8, 128, 192
@@ -153,7 +153,7 @@ def test_int4_keeps_what_it_can_hold():
     np.testing.assert_allclose(rounded.dequantize(), w, atol=2 * 2.0**-23 * 3)
 
 
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", [3, *slow(1)])
 def test_groups_multiply_as_the_weight_that_they_stand_for(rows):
     """Over one dimension of inputs and over heads and head_dim, of which a group may hold several."""
     for shape, inputs in (((24, 64), 1), ((24, 4, 8), 2)):
@@ -199,7 +199,7 @@ def test_experts_in_groups_multiply_as_their_widened_matrices(rows):
         assert temporary < E * F * D * 4
 
 
-@pytest.mark.parametrize("name", ["dense", "moe_mixed"])
+@pytest.mark.parametrize("name", ["moe", *slow("dense", "moe_mixed")])
 def test_a_model_in_int4_is_the_model_with_the_weights_that_it_stands_for(name):
     config = tiny.CONFIGS[name]
     graphdef, specs = model.declare(config)
