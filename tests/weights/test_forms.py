@@ -190,7 +190,7 @@ def test_scales_are_repeated_where_devices_would_share_a_group():
     assert w.divided(7) is w
 
 
-@pytest.mark.parametrize("rows", [3, 96])  # expert by expert, and laid out side by side
+@pytest.mark.parametrize("rows", [3, *slow(96)])  # expert by expert, and laid out side by side
 def test_experts_in_groups_multiply_as_their_widened_matrices(rows):
     E, D, F = 32, 64, 96
     matrices = [grouped(shape, group=32, seed=n)[0] for n, shape in enumerate([(E, F, D), (E, F, D), (E, D, F)])]
