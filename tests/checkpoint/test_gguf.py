@@ -27,6 +27,7 @@ from qwen2_jax.errors import UserError
 from qwen2_jax.files.json_text import parse_json_object
 from qwen2_jax.infer.engine.generation_config import StoredParams
 from qwen2_jax.tokenizer import Tokenizer, pipeline
+from recorded import recorded_arrays
 
 QUANT = Path(__file__).parents[3] / "shared" / "data" / "quant"
 recorded = pytest.mark.skipif(not QUANT.exists(), reason="the recorded files lie outside the repository")
@@ -35,7 +36,7 @@ MODELS = ("all-types", "fallback", "moe", "moe-old-keys", "q4km-tied", "split")
 
 @recorded
 def test_every_block_type_to_the_bit():
-    vectors = np.load(QUANT / "gguf_blocks.npz")
+    vectors = recorded_arrays(QUANT / "gguf_blocks.npz")
     for block in BLOCKS.values():
         raw, values = vectors[f"{block.name}.raw"], vectors[f"{block.name}.values"]
         np.testing.assert_array_equal(block.dequantize(raw).view(np.uint32), values.view(np.uint32), block.name)
@@ -59,9 +60,9 @@ def test_int4_keeps_the_blocks_of_the_file(name):
 def test_recorded_models(name):
     """Weights, config and the ids of texts; that logits follow from these is tested with other formats."""
     file = min((QUANT / f"gguf-{name}").glob("*.gguf"))
-    expected = np.load(file.parent / "expected.npz")
+    expected = recorded_arrays(file.parent / "expected.npz")
     opened = checkpoint.open_checkpoint(file)
-    for key in expected.files:
+    for key in expected:
         kind, _, weight = key.partition(":")
         if weight:
             with opened.tensors.infos[weight].mapped() as array:

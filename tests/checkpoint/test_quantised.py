@@ -21,6 +21,7 @@ from qwen2_jax.checkpoint import api
 from qwen2_jax.checkpoint.merge_models import Merge, merge
 from qwen2_jax.checkpoint.peft import quantised_base
 from qwen2_jax.errors import UserError
+from recorded import recorded_arrays
 
 QUANT = Path(__file__).parents[3] / "shared" / "data" / "quant"
 recorded = pytest.mark.skipif(not QUANT.exists(), reason="the recorded folders lie outside the repository")
@@ -34,7 +35,7 @@ FOLDERS = (
 def weights_are(folder: Path, expected) -> None:
     """Every recorded weight of an opened folder to the bit."""
     tensors = checkpoint.open_checkpoint(folder).tensors
-    for key in expected.files:
+    for key in expected:
         kind, _, name = key.partition(":")
         if name:
             with tensors.infos[name].mapped() as array:
@@ -45,7 +46,7 @@ def weights_are(folder: Path, expected) -> None:
 @recorded
 @pytest.mark.parametrize("name", FOLDERS)
 def test_recorded_weights(name):
-    weights_are(QUANT / name, np.load(QUANT / name / "expected.npz"))
+    weights_are(QUANT / name, recorded_arrays(QUANT / name / "expected.npz"))
 
 
 @recorded
@@ -71,7 +72,7 @@ def copied(folder: Path, to: Path, change=None) -> Path:
 @recorded
 def test_spellings_of_one_gptq_folder(tmp_path):
     """Symmetric zeros stored as 8 in place of 7, no g_idx, and the settings in a file of their own."""
-    source, expected = QUANT / "gptq-int4", np.load(QUANT / "gptq-int4" / "expected.npz")
+    source, expected = QUANT / "gptq-int4", recorded_arrays(QUANT / "gptq-int4" / "expected.npz")
     for name, change in {
         "eight": lambda t: {k: v + np.int32(0x11111111) if k.endswith("qzeros") else v for k, v in t.items()},
         "without": lambda t: {k: v for k, v in t.items() if not k.endswith("g_idx")},
@@ -93,7 +94,7 @@ def test_spellings_of_one_gptq_folder(tmp_path):
 
 @recorded
 def test_logits_of_a_loaded_folder():
-    expected = np.load(QUANT / "gptq-int4" / "expected.npz")
+    expected = recorded_arrays(QUANT / "gptq-int4" / "expected.npz")
     lm = qwen2_jax.load(str(QUANT / "gptq-int4"), dtype="float32")
     logits, ids = expected["logits"].astype(np.float64), expected["ids"]
     want = logits - np.log(np.exp(logits).sum(-1, keepdims=True))

@@ -27,6 +27,7 @@ from qwen2_jax.plan.infer import InferenceJob, make_generator
 from qwen2_jax.train.step import shardings_of
 from qwen2_jax.weights import int8, weight
 from qwen2_jax.weights.forms import FORMS
+from recorded import recorded_arrays
 from tiny import random_params
 from tolerance import close
 
@@ -60,7 +61,7 @@ LENGTHS = (70, 9, 1, 33)  # of the prompts: one is a token, one is beyond the fi
 
 def recorded(folder: str, axes: dict[str, int]) -> None:
     """A folder of tests/golden, loaded onto a mesh: logits and greedy tokens are those recorded."""
-    golden = np.load(f"{folder}/golden.npz")
+    golden = recorded_arrays(f"{folder}/golden.npz")
     lm = qwen2_jax.load(folder, dtype="float32", mesh=sharding.make_mesh(**axes))
     assert any(not leaf.is_fully_replicated for leaf in jax.tree.leaves(lm.params)), "nothing was split"
     assert np.abs(lm.logits(golden["tokens"]) - golden["logits"]).max() < 1e-4

@@ -19,6 +19,7 @@ from qwen2_jax.kernels.visibility import FAR
 from attention_cases import arrays, naive
 from attention_layouts import BLOCKS, SHAPES, layouts
 from few import MANY, slow
+from recorded import recorded_arrays
 from tolerance import assert_no_worse, assert_no_worse_at_random, close
 
 VECTORS = Path(__file__).parents[3] / "shared" / "data" / "dca_vectors.npz"
@@ -117,7 +118,7 @@ def padded_attention(attend, rotated, k, v, n, chunk_len):
 @pytest.mark.skipif(not VECTORS.exists(), reason="the recorded vectors lie outside the repository")
 @pytest.mark.parametrize("attend", [by_small_blocks, *slow(reference)])
 def test_agrees_with_recorded_vectors(attend):
-    recorded = np.load(VECTORS)
+    recorded = recorded_arrays(VECTORS)
     for case in json.loads(str(recorded["meta"])):
         q, k, v, out = (recorded[f"{case['name']}/{name}"] for name in ("q", "k", "v", "out"))
         n, theta = case["n"], case["rope_theta"]

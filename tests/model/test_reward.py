@@ -22,6 +22,7 @@ from qwen2_jax.errors import UserError
 from qwen2_jax.model import flops
 from qwen2_jax.model import reward as score
 from qwen2_jax.weights.params import count, leaves
+from recorded import recorded_arrays
 from tiny import CONFIGS, random_params
 from tolerance import BFLOAT16, assert_no_worse
 
@@ -150,7 +151,7 @@ def test_heads_are_not_taken_for_each_other():
 @pytest.mark.parametrize("head", [*slow("linear"), "two_layers"])
 def test_scores_are_those_of_transformers(head):
     folder = GOLDEN / f"score_{head}"
-    recorded = np.load(folder / "golden.npz")
+    recorded = recorded_arrays(folder / "golden.npz")
     talks = [row[:n].tolist() for row, n in zip(recorded["tokens"], recorded["lengths"], strict=True)]
     lm = qwen2_jax.load(folder, dtype="float32")
     assert lm.config.score_head == head
@@ -162,7 +163,7 @@ def test_scores_are_those_of_transformers(head):
 @pytest.mark.parametrize("head", HEADS)
 def test_other_formats_and_int8_score_the_same(head, tmp_path):
     folder = GOLDEN / f"score_{head}"
-    recorded = np.load(folder / "golden.npz")
+    recorded = recorded_arrays(folder / "golden.npz")
     talks = [row[:n].tolist() for row, n in zip(recorded["tokens"], recorded["lengths"], strict=True)]
     lm = qwen2_jax.load(folder, dtype="float32")
     checkpoint.convert(folder, tmp_path / "orbax", "orbax")
