@@ -39,7 +39,7 @@ GROUPS = st.one_of(
     st.just(np.zeros(E, int)),
 )
 VERY_FEW = settings(FEW, max_examples=1)  # one takes seconds, and UNEVEN is another
-UNEVEN = example(group_sizes=np.array([37, 0, 50]))  # no border at a multiple of anything, and rows of nobody
+UNEVEN = example(group_sizes=np.array([37, 0, 50]))  # no border at a multiple of anything, and rows of no group
 
 
 def draw(*shape):
@@ -124,7 +124,7 @@ def test_grouped_swiglu(group_sizes):
     check(got, exact_swiglu, arguments, group_sizes, cotangent)
 
 
-@pytest.mark.slow  # quick: rows of nobody, and an expert without rows, in the example above
+@pytest.mark.slow  # quick: rows of no group, and an expert without rows, in the example above
 @SIMULATES
 def test_rows_and_matrices_of_others_may_hold_anything():
     """Rows of nobody, the matrix of an expert without rows, and what one expert's rows hold for the next."""
