@@ -24,6 +24,7 @@ class Tokens:
 
     positions_BT: int32, position in the row; negative is padding. segments_BT: documents packed in one row, or None.
     angles: their rotary angles. chunk_len_B, scale_B: see Rope; scale_B includes 1 / sqrt(H).
+    pages: where the tokens lie in a paged cache; None where the cache is none.
     """
 
     positions_BT: jax.Array
@@ -31,10 +32,13 @@ class Tokens:
     angles: Angles
     chunk_len_B: jax.Array | None
     scale_B: jax.Array
+    pages: ops.PageLayout | None
     implementation: str | None = dataclasses.field(metadata={"static": True})
 
     @classmethod
-    def locate(cls, rope: Rope, positions_BT, segments_BT, context_B, head_dim: int, implementation=None) -> "Tokens":
+    def locate(
+        cls, rope: Rope, positions_BT, segments_BT, context_B, head_dim: int, implementation=None, pages=None
+    ) -> "Tokens":
         """From the arguments of Qwen2.__call__; context_B None: the largest position of each row + 1."""
         if context_B is None:
             context_B = positions_BT.max(axis=1) + 1
@@ -42,7 +46,7 @@ class Tokens:
         chunk_len_B = rope.chunk_len_B
         if chunk_len_B is not None:
             chunk_len_B = jnp.broadcast_to(chunk_len_B, positions_BT.shape[:1])
-        return cls(positions_BT, segments_BT, rope.angles(positions_BT), chunk_len_B, scale_B, implementation)
+        return cls(positions_BT, segments_BT, rope.angles(positions_BT), chunk_len_B, scale_B, pages, implementation)
 
 
 class Attention(nnx.Module):
@@ -76,7 +80,6 @@ class Attention(nnx.Module):
         k_BTKH = tokens.angles.keys(k_BTKH)
 
         common = {
-            "q_positions_BT": tokens.positions_BT,
             "chunk_len": tokens.chunk_len_B,
             "window": window,
             "scale": tokens.scale_B,
@@ -87,6 +90,7 @@ class Attention(nnx.Module):
                 queries,
                 k_BTKH,
                 v_BTKH,
+                q_positions_BT=tokens.positions_BT,
                 kv_positions_BS=tokens.positions_BT,
                 q_segments_BT=tokens.segments_BT,
                 kv_segments_BS=tokens.segments_BT,
@@ -98,6 +102,6 @@ class Attention(nnx.Module):
                 k_BTKH = k_BTKH / steps_KH
                 steps_NH = jnp.repeat(steps_KH, q_BTNH.shape[2] // len(steps_KH), axis=0)
                 queries = tuple(rotated * steps_NH for rotated in queries)
-            cache = cache.write(repeat, k_BTKH, v_BTKH, tokens.positions_BT)
-            out_BTNH = ops.cached_attention(queries, cache.k, cache.v, repeat, scales=cache.scales, **common)
+            cache = cache.write(repeat, k_BTKH, v_BTKH, tokens.positions_BT, tokens.pages)
+            out_BTNH = cache.attend(queries, repeat, tokens.positions_BT, tokens.pages, **common)
         return matmul(out_BTNH, self.wo_DNH[...], contract=2), cache

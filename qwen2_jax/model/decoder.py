@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from qwen2_jax import ops
 from qwen2_jax.config.layer_scans import LayerScan
 from qwen2_jax.config.model_config import FULL, ModelConfig
 from qwen2_jax.errors import UserError
@@ -181,6 +182,7 @@ class Qwen2(nnx.Module):
         segments_BT: jax.Array | None = None,
         cache: Cache | None = None,
         context_B: jax.Array | None = None,
+        pages: ops.PageLayout | None = None,
         remat: str | None = None,
         implementation: str | None = None,
     ) -> Output:
@@ -192,6 +194,7 @@ class Qwen2(nnx.Module):
         segments_BT: packed documents, tokens see their own segment only; not together with a cache.
         context_B: int32 [B], tokens in the whole row, for Dual Chunk Attention's factor on the logits; default: the
             largest position given + 1. A prefill in chunks passes the lengths of the whole prompts.
+        pages: where tokens [M, 1] of several rows lie in a cache of pages.
         remat: name in REMAT_POLICIES, to recompute activations in the backward pass.
         implementation: names of kernel implementations, see ops; None takes the first that supports the inputs.
         """
@@ -200,7 +203,7 @@ class Qwen2(nnx.Module):
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
         rope = plain(self.config) if rope is None else rope
-        tokens = Tokens.locate(rope, positions_BT, segments_BT, context_B, self.config.head_dim, implementation)
+        tokens = Tokens.locate(rope, positions_BT, segments_BT, context_B, self.config.head_dim, implementation, pages)
 
         x_BTD = take(self.embed_VD[...], tokens_BT, self.final_norm_D[...].dtype)
         router, layers = None, []

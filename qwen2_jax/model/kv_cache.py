@@ -21,6 +21,7 @@ class LayerCache:
 
     The slot of a token is its position in its row. Keys are stored rotated and unscaled. It takes 2 * K * H * itemsize
     bytes per token and layer. Heads come before slots, so that a decode step reads each head's keys contiguously.
+    A paged cache is the same with pages of S slots in place of rows; ops.PageLayout says whose they are.
 
     k_scale, v_scale: float32 [R, B, K, S], the scale of each token and head where the cache is int8, else None. Its
     keys are divided by `balance` first, and the queries multiplied by it.
@@ -44,14 +45,29 @@ class LayerCache:
         """k_scale and v_scale of an int8 cache; of others nothing."""
         return () if self.k_scale is None or self.v_scale is None else (self.k_scale, self.v_scale)
 
-    def write(self, repeat, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT: jax.Array) -> "LayerCache":
-        """The cache with new tokens of layer `repeat` in the slots of their positions.
+    def write(
+        self, repeat, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT: jax.Array, pages: ops.PageLayout | None = None
+    ) -> "LayerCache":
+        """The cache with new tokens of layer `repeat` in the slots of their positions, or where `pages` says.
 
         Tokens whose position is negative (padding) or S and above are dropped.
         """
-        written = ops.write_cache((self.k, self.v, *self.scales), repeat, (k_BTKH, v_BTKH), positions_BT)
+        caches, new = (self.k, self.v, *self.scales), (k_BTKH, v_BTKH)
+        if pages is None:
+            written = ops.write_cache(caches, repeat, new, positions_BT)
+        else:
+            written = ops.write_pages(caches, repeat, new, pages)
         # Without the barrier XLA may fuse the write into its readers too, and then keeps the old cache by copying it.
         return LayerCache(*jax.lax.optimization_barrier(written))
+
+    def attend(self, queries, repeat, positions_BT: jax.Array, pages: ops.PageLayout | None, **how) -> jax.Array:
+        """Attention of new tokens over layer `repeat`, [B, T, N, H]; `how` as in ops.cached_attention."""
+        if pages is None:
+            return ops.cached_attention(
+                queries, self.k, self.v, repeat, q_positions_BT=positions_BT, scales=self.scales, **how
+            )
+        caches = (self.k, self.v, *self.scales)
+        return ops.paged_attention(queries, caches, repeat, pages=pages, q_positions_M1=positions_BT, **how)
 
 
 @jax.tree_util.register_dataclass

@@ -16,7 +16,7 @@ three ways, and the key's chunk decides which of the three it is multiplied with
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -114,7 +114,7 @@ def dual_chunk_defaults(trained_length: int) -> DualChunk:
 
 def plain(config: ModelConfig) -> Rope:
     """Ordinary attention for every row, known at compile time. The default of training."""
-    return dataclasses.replace(_stack([_plain_row(config)]), chunk_len_B=None)
+    return dataclasses.replace(stacked([_plain_row(config)]), chunk_len_B=None)
 
 
 def choose(config: ModelConfig, lengths: int | Sequence[int], mode: LongContext = "auto") -> Rope:
@@ -130,10 +130,11 @@ def choose(config: ModelConfig, lengths: int | Sequence[int], mode: LongContext 
     if mode not in MODES:
         raise UserError(f"long_context={mode!r}; choose one of {', '.join(map(repr, MODES))}")
     rows = np.atleast_1d(np.asarray(lengths)).tolist()
-    return _stack([_row(config, int(n), mode) for n in rows])
+    return stacked([row(config, int(n), mode) for n in rows])
 
 
-def _row(config: ModelConfig, length: int, mode: LongContext) -> tuple:
+def row(config: ModelConfig, length: int, mode: LongContext) -> "Row":
+    """The entry of one row that will hold `length` tokens; see `choose`."""
     scaling = config.rope_scaling
     has_yarn = scaling is not None and scaling.type == "yarn"
     if mode == "auto":
@@ -150,7 +151,7 @@ def _row(config: ModelConfig, length: int, mode: LongContext) -> tuple:
         return _yarn_row(config, yarn.scaling_for(config, length))
     chunk = config.dual_chunk_attention_config or dual_chunk_defaults(config.trained_length)
     inv_freq = _plain_row(config)[0]
-    return (
+    return Row(
         inv_freq,
         1.0,
         chunk.chunk_size - chunk.local_size,
@@ -159,14 +160,14 @@ def _row(config: ModelConfig, length: int, mode: LongContext) -> tuple:
     )
 
 
-def _plain_row(config: ModelConfig) -> tuple:
+def _plain_row(config: ModelConfig) -> "Row":
     inv_freq = plain_frequencies(config.head_dim, theta=config.rope_theta)
     if config.rope_scaling is not None and config.rope_scaling.type == "linear":
         inv_freq = inv_freq / np.float32(config.rope_scaling.factor)  # trained with it: part of the model at any length
-    return inv_freq, 1.0, FULL, FULL, 0
+    return Row(inv_freq, 1.0, FULL, FULL, 0)
 
 
-def _yarn_row(config: ModelConfig, scaling: RopeScaling) -> tuple:
+def _yarn_row(config: ModelConfig, scaling: RopeScaling) -> "Row":
     inv_freq = yarn.frequencies(
         config.head_dim,
         theta=config.rope_theta,
@@ -176,10 +177,20 @@ def _yarn_row(config: ModelConfig, scaling: RopeScaling) -> tuple:
         beta_slow=scaling.beta_slow,
         truncate=scaling.truncate,
     )
-    return inv_freq, yarn.attention_factor(scaling) ** 2, FULL, FULL, 0
+    return Row(inv_freq, yarn.attention_factor(scaling) ** 2, FULL, FULL, 0)
 
 
-def _stack(rows: list[tuple]) -> Rope:
+class Row(NamedTuple):
+    """A Rope's entry for one row, in numpy's numbers."""
+
+    inv_freq_f: np.ndarray
+    amplitude: float
+    chunk_len: int
+    chunk_size: int
+    original_length: float
+
+
+def stacked(rows: Sequence[Row]) -> Rope:
     inv_freq, amplitude, chunk_len, chunk_size, original = zip(*rows, strict=True)
     return Rope(
         inv_freq_Bf=jnp.asarray(np.stack(inv_freq)),

@@ -16,10 +16,11 @@ is how experts get tokens of other devices.
 from qwen2_jax.ops.attention import attention, cached_attention, write_cache
 from qwen2_jax.ops.experts import exchange_of, experts
 from qwen2_jax.ops.implementations import check_implementation
+from qwen2_jax.ops.paged import PAGES, PageLayout, paged_attention, write_pages
 from qwen2_jax.ops.per_device import CACHE, FEW_QUERIES
 from qwen2_jax.ops.weight_only import weight_only_matmul
 
 __all__ = [
-    "CACHE", "FEW_QUERIES", "attention", "cached_attention", "check_implementation", "exchange_of", "experts",
-    "weight_only_matmul", "write_cache",
+    "CACHE", "FEW_QUERIES", "PAGES", "PageLayout", "attention", "cached_attention", "check_implementation",
+    "exchange_of", "experts", "paged_attention", "weight_only_matmul", "write_cache", "write_pages",
 ]  # fmt: skip

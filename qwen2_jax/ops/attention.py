@@ -10,7 +10,7 @@ from qwen2_jax.kernels import decode_attention as _decode
 from qwen2_jax.kernels import flash_attention as _flash
 from qwen2_jax.kernels.dual_chunk_attention import dual_chunk_attention
 from qwen2_jax.ops.implementations import implementation_of
-from qwen2_jax.ops.per_device import CACHE, FEW_QUERIES, axes_of_names, before_weights, on_each_device, per_row
+from qwen2_jax.ops.per_device import CACHE, FEW_QUERIES, axes_of_names, before_weights, on_each_device, per_row, widened
 
 # R layers of a cache  B batch  T query  S key  N query heads  K kv heads  H head width
 QUERY = ("batch", "length", "heads", None)
@@ -151,7 +151,7 @@ def _attend_to_cache(name, queries, cache, repeat, q_positions_BT, window, scale
         k_BKSH, v_BKSH, *scales = (x[repeat] for x in cache)
         k_scale, v_scale = scales or (None, None)
         k_BSKH, v_BSKH = (
-            _plain(x_BKSH, scale_BKS, queries[0].dtype).swapaxes(1, 2)
+            widened(x_BKSH, scale_BKS, queries[0].dtype).swapaxes(1, 2)
             for x_BKSH, scale_BKS in ((k_BKSH, k_scale), (v_BKSH, v_scale))
         )
         slots_BS = jnp.broadcast_to(first + jnp.arange(S, dtype=jnp.int32), (B, S))
@@ -169,11 +169,6 @@ def _attend_to_cache(name, queries, cache, repeat, q_positions_BT, window, scale
         q, succ, inter, k, v, q_positions_BT=q_positions_BT, block_table_BP=pages_B1, chunk_len=chunk_len,
         k_scale=k_scale, v_scale=v_scale, first=first, **common,
     )  # fmt: skip
-
-
-def _plain(x_BKSH: jax.Array, scale_BKS: jax.Array | None, dtype) -> jax.Array:
-    """One layer's keys or values of a cache, in `dtype` where they are int8."""
-    return x_BKSH if scale_BKS is None else (x_BKSH.astype(jnp.float32) * scale_BKS[..., None]).astype(dtype)
 
 
 def _merge(out_BTNH: jax.Array, lse_BTN: jax.Array, axes: tuple[str, ...], scatter: tuple[str, ...]) -> jax.Array:

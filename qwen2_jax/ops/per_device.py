@@ -24,6 +24,11 @@ def per_row(numbers, B: int):
     return tuple(None if x is None else jnp.broadcast_to(jnp.asarray(x), (B,)) for x in numbers)
 
 
+def widened(x_BKSH: jax.Array, scale_BKS: jax.Array | None, dtype) -> jax.Array:
+    """Keys or values of a cache, in `dtype` where they are int8 with scales."""
+    return x_BKSH if scale_BKS is None else (x_BKSH.astype(jnp.float32) * scale_BKS[..., None]).astype(dtype)
+
+
 def before_weights(x: jax.Array) -> jax.Array:
     """The same activations [B, T, ...]; those of a decode step on a mesh have their rows sharded as sharding.step_rows
     says.

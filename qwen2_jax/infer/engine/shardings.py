@@ -9,6 +9,7 @@ import jax
 
 from qwen2_jax import ops
 from qwen2_jax.config.model_config import ModelConfig
+from qwen2_jax.infer.engine.pages import PAGE
 from qwen2_jax.parallel import sharding
 from qwen2_jax.weights.params import Tree
 
@@ -48,3 +49,9 @@ class Shardings:
         if self.mesh is None:
             return self.replicated
         return sharding.fitting(ops.CACHE[:-1], (1, rows, config.num_key_value_heads, length), self.mesh)
+
+    def pages(self, config: ModelConfig, pages: int) -> jax.sharding.Sharding:
+        """The sharding of a paged cache: by heads, where the mesh divides them evenly."""
+        if self.mesh is None:
+            return self.replicated
+        return sharding.fitting(ops.PAGES[:-1], (1, pages, config.num_key_value_heads, PAGE), self.mesh)

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine: answers requests over token ids, many at a time, as they come and go (continuous batching).
+
+    engine.add(request)     at any time
+    engine.step()           one call of the compiled step; returns what the call before it made
+    engine.abort(number)    at any time
+
+The device runs one call while the host plans the next. A call depends on nothing that the host learns from the one
+before: sampled tokens, ends at an end-of-sequence id and limits stay on the device. So the host is a call behind, and a
+row that has ended, or is given up, may be in one more call, which makes nothing of it or is not read.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+
+from qwen2_jax.infer.engine.pages import Pages
+from qwen2_jax.infer.engine.requests import CheckedRequest
+from qwen2_jax.infer.engine.sampling_params import NOT_FINITE, finish_reason
+from qwen2_jax.infer.engine.scheduler import Answering, Plan, Scheduler
+from qwen2_jax.infer.engine.step import STEPS, Made
+from qwen2_jax.infer.engine.step_programs import StepPrograms
+from qwen2_jax.model import rope
+from qwen2_jax.weights.params import Tree
+
+ZEROS = 1  # the page that is copied over pages with numbers that are not finite
+
+
+class Event(NamedTuple):
+    """New tokens of a request, and its end. finish_reason: "" while it goes on, else as in Generation."""
+
+    number: int
+    tokens: list[int]
+    logprobs: list[float]
+    finish_reason: str
+
+
+@dataclasses.dataclass(eq=False)
+class _Open:
+    """A request that has not ended. tokens: of its answer, all returned. admission, made: of which admission the calls
+    are that were read last, and how many tokens these made."""
+
+    request: CheckedRequest
+    rotary: rope.Row
+    answering: Answering
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    admission: int = 0
+    made: int = 0
+
+
+class Engine:
+    """Answers requests with the given parameters. `programs` are shared by engines and outlive them."""
+
+    def __init__(self, programs: StepPrograms, params: Tree, pages: int, *, share: bool = True):
+        """pages: of the cache. share: whether prompts with the same beginning share pages."""
+        self.programs, self.params = programs, params
+        self.pages = Pages(pages)
+        self.scheduler = Scheduler(self.pages, programs.shapes.rows[-1], programs.shapes.chunks, share=share)
+        self._state = programs.new_state(pages)
+        self._open: dict[int, _Open] = {}
+        self._called: list[tuple[list[tuple[Answering, int]], Made]] = []  # not read yet: rows with their admissions
+        self._row_of: dict[tuple[Answering, int], int] = {}  # in the last call
+        self._number = 0
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is left to do."""
+        return not self._open
+
+    def add(
+        self,
+        request: CheckedRequest,
+        long_context: rope.LongContext = "auto",
+        *,
+        salt: bytes = b"",
+        priority: int = 0,
+    ) -> int:
+        """Takes a request; returns its number. Raises ValueError for one that all pages together are too few for.
+
+        salt: only requests with the same salt share pages. priority: lower ones come first.
+        """
+        rotary, identity = self.programs.rotary(request, long_context)
+        limit = request.sampling_params.max_new_tokens
+        answering = Answering(self._number, request.tokens, limit, identity + salt, priority)
+        self.scheduler.add(answering)
+        self._open[self._number] = _Open(request, rotary, answering)
+        self._number += 1
+        return answering.number
+
+    def abort(self, number: int) -> None:
+        """Gives a request up, in whatever state; no more is heard of it. Nothing happens where it has ended."""
+        if (one := self._open.pop(number, None)) is not None:
+            self.scheduler.end(one.answering)
+
+    def step(self, steps: int = STEPS) -> list[Event]:
+        """Makes one call and returns what the call before it made. steps: most tokens of a row in this call."""
+        plan = self.scheduler.plan(min(steps, STEPS))
+        if plan.rows or plan.chunks:
+            self._call(plan)
+        return self._read() if len(self._called) > 1 or not (plan.rows or plan.chunks) else []
+
+    def run(self) -> Iterator[Event]:
+        """Steps until nothing is left to do."""
+        while not self.idle:
+            yield from self.step()
+
+    def _call(self, plan: Plan) -> None:
+        def asked(answering: Answering):
+            one = self._open[answering.number]
+            return one.request, one.rotary
+
+        if plan.copies:
+            self._state = self.programs.copy(self._state, plan.copies)
+        rows = [(answering, answering.admissions) for answering in plan.rows]
+        self._state, made = self.programs.advance(
+            self.params,
+            self._state,
+            plan,
+            source=[self._row_of.get(row, -1) for row in rows],
+            requests=[asked(answering) for answering in plan.rows],
+            prompts=[asked(chunk.answering) for chunk in plan.chunks],
+        )
+        self._row_of = {row: n for n, row in enumerate(rows)}
+        self._called.append((rows, made))
+
+    def _read(self) -> list[Event]:
+        """The events of the oldest call that was not read."""
+        if not self._called:
+            return []
+        rows, made = self._called.pop(0)
+        made = jax.device_get(made)
+        events = []
+        for n, (answering, admission) in enumerate(rows):
+            one = self._open.get(answering.number)
+            if one is None or admission != answering.admissions:  # given up, or set back: it is answered anew
+                continue
+            if one.admission != admission:
+                one.admission, one.made = admission, 0
+            some = made.tokens[:, n] >= 0
+            known = len(one.tokens) - one.made  # returned before it was set back
+            tokens, logprobs = made.tokens[some, n].tolist(), made.logprobs[some, n].tolist()
+            one.made += len(tokens)
+            tokens, logprobs = tokens[max(known, 0) :], logprobs[max(known, 0) :]
+            one.tokens += tokens
+            reason = finish_reason(one.request.sampling_params, one.tokens) if made.done_B[n] else ""
+            if reason:
+                self._end(one, reason)
+            if tokens or reason:
+                events.append(Event(answering.number, tokens, logprobs, reason))
+        return events
+
+    def _end(self, one: _Open, reason: str) -> None:
+        del self._open[one.answering.number]
+        free = self.scheduler.end(one.answering, forget=reason == NOT_FINITE)
+        if reason == NOT_FINITE:  # in attention a weight of 0 does not hide them
+            self._state = self.programs.copy(self._state, [(ZEROS, page) for page in free])

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pages of a cache: which are free, who holds the others, and which can be found by the tokens in them.
+
+A page holds the keys and values of PAGE tokens. They depend on all tokens before, so a full page is known by a hash over
+the whole beginning of its prompt (a chain of hashes, page by page) and over the identity of the request: what else its
+cache depends on. Requests with the same beginning hold the same pages. Only pages of prompts are shared: those of
+answers are computed by other products, whose last bits differ. No page that can be found is ever written again.
+
+This file knows no arrays.
+"""
+
+import collections
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+PAGE = 128  # slots: what the kernels for TPU and GPU take at every head width and dtype
+RESERVED = 2  # page 0 takes what padding writes; page 1 is zeros, which are copied over pages with numbers not finite
+
+
+class Pages:
+    """Pages RESERVED to count - 1. A page is free, or held by one or more requests, or kept: held by none, but found.
+
+    `find` prefers what is kept to nothing; `take` prefers free pages to those kept longest.
+    """
+
+    def __init__(self, count: int):
+        if count <= RESERVED:
+            raise ValueError(f"needs more than {RESERVED} pages, got {count}")
+        self.count = count
+        self._free = list(range(count - 1, RESERVED - 1, -1))
+        self._holders = [0] * count
+        self._kept: collections.OrderedDict[int, None] = collections.OrderedDict()  # longest first
+        self._page_of: dict[bytes, int] = {}
+        self._key_of: dict[int, bytes] = {}
+        self._root = os.urandom(32)  # nobody can make two beginnings collide
+
+    @property
+    def usable(self) -> int:
+        """Pages that there are for requests."""
+        return self.count - RESERVED
+
+    @property
+    def available(self) -> int:
+        """Pages that `take` can give."""
+        return len(self._free) + len(self._kept)
+
+    def take(self, number: int) -> list[int]:
+        """`number` pages for one holder; what they held is lost. Raises ValueError where there are not so many."""
+        if number > self.available:
+            raise ValueError(f"{number} pages asked for, {self.available} available")
+        taken = []
+        for _ in range(number):
+            if self._free:
+                page = self._free.pop()
+            else:
+                page, _ = self._kept.popitem(last=False)
+                self._forget(page)
+            self._holders[page] = 1
+            taken.append(page)
+        return taken
+
+    def release(self, pages: Sequence[int], *, forget: bool = False) -> list[int]:
+        """One holder lets go of its pages, in the order of its tokens. forget: they cannot be found any more. Returns
+        those that are free now."""
+        free = []
+        for page in reversed(pages):  # the end of a prompt is given away before its beginning
+            self._holders[page] -= 1
+            if forget:
+                self._forget(page)
+            if self._holders[page] == 0:
+                if page in self._key_of:
+                    self._kept[page] = None
+                else:
+                    free.append(page)
+        self._free += free
+        return free
+
+    def keys(self, identity: bytes, tokens: Sequence[int]) -> list[bytes]:
+        """What each full page of these tokens is known by, and behind these a key of the rest, where there is one."""
+        data, found = np.asarray(tokens, np.int32), [identity]
+        for start in range(0, len(tokens), PAGE):
+            part = data[start : start + PAGE].tobytes()
+            found.append(hashlib.blake2b(found[-1] + part, key=self._root, digest_size=16).digest())
+        return found[1:]
+
+    def find(self, keys: Iterable[bytes]) -> list[int]:
+        """The pages known by the first keys, as many as there are, now held once more."""
+        pages = []
+        for key in keys:
+            page = self._page_of.get(key)
+            if page is None:
+                break
+            if self._holders[page] == 0:
+                del self._kept[page]
+            self._holders[page] += 1
+            pages.append(page)
+        return pages
+
+    def peek(self, key: bytes) -> int | None:
+        """The page known by a key, without holding it."""
+        return self._page_of.get(key)
+
+    def publish(self, page: int, key: bytes) -> None:
+        """Lets others find a page, which its holder has filled; nothing where another is known by that key."""
+        if key not in self._page_of and page not in self._key_of:
+            self._page_of[key] = page
+            self._key_of[page] = key
+
+    def withdraw(self, page: int) -> None:
+        """Lets nobody find a page any more, because its holder goes on writing or lets go of it."""
+        self._forget(page)
+
+    def clear(self) -> None:
+        """Nothing can be found any more: for new weights."""
+        for page in list(self._key_of):
+            self._forget(page)
+        self._free.extend(self._kept)
+        self._kept.clear()
+
+    def _forget(self, page: int) -> None:
+        key = self._key_of.pop(page, None)
+        if key is not None:
+            del self._page_of[key]
