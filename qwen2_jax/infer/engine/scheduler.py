@@ -159,9 +159,7 @@ class Scheduler:
         if not self.waiting or len(self.running) >= self.rows:
             return None
         answering = self.waiting[0]
-        if self.share and any(
-            answering.keys(self.pages)[:1] == other.keys(self.pages)[:1] for other in begun
-        ):
+        if self.share and any(answering.keys(self.pages)[:1] == other.keys(self.pages)[:1] for other in begun):
             return None
         full = answering.fed // PAGE
         found = self.pages.find(answering.keys(self.pages)[:full]) if self.share else []

@@ -151,7 +151,9 @@ def _one_step(
         tokens_M = jnp.concatenate([tokens_M, prompts.tokens_RC.reshape(-1)])
         positions_M = jnp.concatenate([positions_M, prompts.positions_RC.reshape(-1)])
         context_M = jnp.concatenate([context_M, jnp.repeat(prompts.context_R, C)])
-        rotary = jax.tree.map(lambda row, prompt: jnp.concatenate([row, jnp.repeat(prompt, C, axis=0)]), rotary, prompts.rotary)
+        rotary = jax.tree.map(
+            lambda row, prompt: jnp.concatenate([row, jnp.repeat(prompt, C, axis=0)]), rotary, prompts.rotary
+        )
     prompts_RP = None if prompts is None else prompts.table_RP
     pages = ops.PageLayout.of(positions_M, rows.table_BP, prompts_RP, state.history.shape[1])
     history = state.history.at[pages.page_M, pages.slot_M].set(tokens_M)
