@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention over a paged cache, and writing it; on a mesh, each device's heads.
 
-One step of the engine brings M tokens: one for each of B rows that decode, then chunks of R prompts, C tokens each. They
-are one array for everything that works on tokens; attention takes the two kinds apart.
+One step of the engine brings M tokens: one for each of B rows that decode, then chunks of R prompts, C tokens each.
+They are one array for everything that works on tokens; attention takes the two kinds apart.
 """
 
 import dataclasses
@@ -53,7 +53,7 @@ class PageLayout:
 def write_pages(
     caches: tuple[jax.Array, ...], repeat, new_M1KH: tuple[jax.Array, ...], pages: PageLayout
 ) -> tuple[jax.Array, ...]:
-    """Each cache [R, pages, K, Y, H] with the new tokens of layer `repeat`; scales of int8 [R, pages, K, Y] likewise."""
+    """Each cache [R, pages, K, Y, H] with the new tokens of layer `repeat`; of int8 also the scales [R, pages, K, Y]."""
     new_M1KH = tuple(map(before_weights, new_M1KH))
     if caches[0].dtype == jnp.int8:
         new_M1KH = tuple(itertools.chain(*zip(*map(_decode.quantize_cache, new_M1KH), strict=True)))

@@ -19,7 +19,7 @@ import jax
 from qwen2_jax.infer.engine.pages import Pages
 from qwen2_jax.infer.engine.requests import CheckedRequest
 from qwen2_jax.infer.engine.sampling_params import NOT_FINITE, finish_reason
-from qwen2_jax.infer.engine.scheduler import Answering, Plan, Scheduler
+from qwen2_jax.infer.engine.scheduler import Answering, Scheduler, StepPlan
 from qwen2_jax.infer.engine.step import STEPS, Made
 from qwen2_jax.infer.engine.step_programs import StepPrograms
 from qwen2_jax.model import rope
@@ -106,7 +106,7 @@ class Engine:
         while not self.idle:
             yield from self.step()
 
-    def _call(self, plan: Plan) -> None:
+    def _call(self, plan: StepPlan) -> None:
         def asked(answering: Answering):
             one = self._open[answering.number]
             return one.request, one.rotary

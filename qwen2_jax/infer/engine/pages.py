@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pages of a cache: which are free, who holds the others, and which can be found by the tokens in them.
 
-A page holds the keys and values of PAGE tokens. They depend on all tokens before, so a full page is known by a hash over
-the whole beginning of its prompt (a chain of hashes, page by page) and over the identity of the request: what else its
-cache depends on. Requests with the same beginning hold the same pages. Only pages of prompts are shared: those of
+A page holds the keys and values of PAGE tokens. They depend on all tokens before, so a full page is known by a hash
+over the whole beginning of its prompt (a chain of hashes, page by page) and over the identity of the request: what else
+its cache depends on. Requests with the same beginning hold the same pages. Only pages of prompts are shared: those of
 answers are computed by other products, whose last bits differ. No page that can be found is ever written again.
 
 This file knows no arrays.

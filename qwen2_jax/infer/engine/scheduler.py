@@ -69,7 +69,7 @@ class Chunk:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class StepPlan:
     """One call. rows: in the order of their admission. copies: (page, page that becomes its copy) before it.
 
     shape: prompts and tokens of the chunks' array. steps: tokens for each row at most."""
@@ -120,7 +120,7 @@ class Scheduler:
         self.waiting.remove(answering)
         return []
 
-    def plan(self, steps: int) -> Plan:
+    def plan(self, steps: int) -> StepPlan:
         """The next call, of at most `steps` tokens for each row; it counts as made."""
         copies: list[tuple[int, int]] = []
         chunks, shape = self._chunks(copies)
@@ -134,7 +134,7 @@ class Scheduler:
             chunk.answering.filled = chunk.stop
             self._publish(chunk)
         copies = [(source, target) for source, target in copies if any(target in s.pages for s in self.running)]
-        return Plan(rows, chunks, copies, shape, steps)
+        return StepPlan(rows, chunks, copies, shape, steps)
 
     def _chunks(self, copies: list[tuple[int, int]]) -> tuple[list[Chunk], tuple[int, int]]:
         """The next chunks of prompts, those of running requests first, and the array that they fit."""

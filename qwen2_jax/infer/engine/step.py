@@ -6,17 +6,14 @@ token. That token is the first that the row feeds, so that tokens are sampled in
 cache. What a row has sampled stays on the device from call to call: the host need not have seen it to make the next
 call. Without prompts a call makes several tokens for each row; with prompts one, in one pass with their chunks.
 
-Rows of padding have position -1. Sizes: B rows, P pages of a row, chunks [R, C]; all else are run-time arrays.
+DecodeRows of padding have position -1. Sizes: B rows, P pages of a row, chunks [R, C]; all else are run-time arrays.
 """
 
 import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from qwen2_jax import ops
@@ -31,7 +28,7 @@ STEPS = 16  # most tokens per row and call
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class State:
+class EngineState:
     """What is on the device between two calls. Donated to each call.
 
     cache: pages of keys and values. history: int32 [pages, slots], the token in each slot. token_B: the next token to
@@ -49,7 +46,7 @@ class State:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class DecodeRows:
     """The rows of a call, int32 unless noted.
 
     source_B: the row of the call before that continues here; -1: a row that begins, with token_B at position_B
@@ -66,7 +63,7 @@ class Rows:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Prompts:
+class PromptChunks:
     """Chunks of prompts, int32. positions_RC: -1 for padding. context_R: tokens of the whole prompts."""
 
     tokens_RC: jax.Array
@@ -90,8 +87,16 @@ class Made:
 
 
 def advance(
-    model_of, params: Tree, state: State, rows: Rows, prompts: Prompts | None, steps, *, vocab_size, implementation
-) -> tuple[State, Made]:
+    model_of,
+    params: Tree,
+    state: EngineState,
+    rows: DecodeRows,
+    prompts: PromptChunks | None,
+    steps,
+    *,
+    vocab_size,
+    implementation,
+) -> tuple[EngineState, Made]:
     """One call. model_of(params): the module. steps: int32, tokens per row at most; with prompts it is 1."""
     model = model_of(params)
     begins_B, source_B = rows.source_B < 0, jnp.maximum(rows.source_B, 0)
@@ -100,13 +105,13 @@ def advance(
     def joined(old, new_B):
         return jnp.where(begins_B, new_B, old[source_B])
 
-    def padded(state: State) -> State:
+    def padded(state: EngineState) -> EngineState:
         rest = most - len(begins_B)
         small = (jnp.pad(x, (0, rest)) for x in (state.token_B, state.position_B, state.count_B, state.done_B))
-        return State(state.cache, state.history, *small)
+        return EngineState(state.cache, state.history, *small)
 
     position_B = joined(state.position_B, rows.position_B)
-    state = State(
+    state = EngineState(
         cache=state.cache,
         history=state.history,
         token_B=joined(state.token_B, rows.token_B),
@@ -140,7 +145,13 @@ def advance(
 
 
 def _one_step(
-    model: nnx.Module, rows: Rows, state: State, prompts: Prompts | None, *, vocab_size: int, implementation: str | None
+    model: nnx.Module,
+    rows: DecodeRows,
+    state: EngineState,
+    prompts: PromptChunks | None,
+    *,
+    vocab_size: int,
+    implementation: str | None,
 ):
     """(state, (token_B, logprob_B)): one token for each row that is not done, and the chunks of prompts written."""
     params, live_B, B = rows.params, ~state.done_B, len(state.token_B)
@@ -167,13 +178,17 @@ def _one_step(
         implementation=implementation,
     )
     logits_BV = model.logits(out.hidden_BTD[:B, 0])
-    tokens_BS = history[rows.table_BP].reshape(B, -1) if params.reads_history or params.penalised else None
-    constrain = params.constraints and functools.partial(
-        params.constraints.apply,
-        count_B=state.count_B,
-        limit_B=params.limit_B,
-        position_B=state.position_B,
-        tokens_BS=tokens_BS,
+    tokens_BS = history[rows.table_BP].reshape(B, -1)
+    constrain = (
+        None
+        if params.constraints is None
+        else functools.partial(
+            params.constraints.apply,
+            count_B=state.count_B,
+            limit_B=params.limit_B,
+            position_B=state.position_B,
+            tokens_BS=tokens_BS if params.reads_history else None,
+        )
     )
     seen_BV = None
     if params.penalised:
@@ -184,7 +199,7 @@ def _one_step(
     )
     good_B = live_B & jnp.isfinite(logprob_B)
     ends_B = jnp.any(token_B[:, None] == params.eos_ids, axis=1) | (state.count_B + 1 >= params.limit_B)
-    state = State(
+    state = EngineState(
         cache=out.cache,
         history=history,
         token_B=jnp.where(live_B, token_B, state.token_B),
@@ -195,7 +210,7 @@ def _one_step(
     return state, (jnp.where(good_B, token_B, -1), logprob_B)
 
 
-def copy_pages(state: State, source_A: jax.Array, target_A: jax.Array) -> State:
+def copy_pages(state: EngineState, source_A: jax.Array, target_A: jax.Array) -> EngineState:
     """The state with pages source_A written over pages target_A."""
 
     def copied(pages):  # [R, pages, K, Y, H]

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -17,9 +16,9 @@ from qwen2_jax.infer.engine.pages import PAGE
 from qwen2_jax.infer.engine.requests import CheckedRequest
 from qwen2_jax.infer.engine.sampling import RowParams
 from qwen2_jax.infer.engine.sampling_params import SamplingParams
-from qwen2_jax.infer.engine.scheduler import Answering, Chunk, Plan
+from qwen2_jax.infer.engine.scheduler import Answering, Chunk, StepPlan
 from qwen2_jax.infer.engine.shardings import Shardings
-from qwen2_jax.infer.engine.step import Made, Prompts, Rows, State, advance, copy_pages
+from qwen2_jax.infer.engine.step import DecodeRows, EngineState, Made, PromptChunks, advance, copy_pages
 from qwen2_jax.model import rope
 from qwen2_jax.model.kv_cache import Cache
 from qwen2_jax.weights.params import Tree
@@ -44,6 +43,8 @@ class StepShapes:
     @classmethod
     def of(cls, rows: int, limit: int) -> "StepShapes":
         """For the default backend: at most `rows` rows of at most `limit` tokens."""
+        counts: tuple[int, ...]
+        chunks: tuple[tuple[int, int], ...]
         if jax.default_backend() == "cpu":
             # Never one row: its products are computed another way, and their last bits differ.
             counts, chunks = (2, 4, 8, 16, 32, 64), ((1, 32), (1, 128), (1, 512))
@@ -83,14 +84,14 @@ class StepPrograms:
         self._by_pages: dict[int, tuple[Any, Any]] = {}
         self._settings: tuple[tuple, Any] = ((), None)
 
-    def new_state(self, pages: int) -> State:
+    def new_state(self, pages: int) -> EngineState:
         """The state before the first call, with an empty cache of `pages`. Raises UserError where that does not fit."""
         memory.check_cache(self.config, pages, PAGE, self.dtype)
         place, small = self.shardings.pages(self.config, pages), self.shardings.replicated
         cache = Cache.zeros(self.config, pages, PAGE, self.dtype, unroll=self.unroll, place=place)
         zeros_B = np.zeros(self.shapes.rows[-1], np.int32)
         arrays = (np.zeros((pages, PAGE), np.int32), zeros_B, zeros_B, zeros_B, np.ones(len(zeros_B), bool))
-        return State(cache, *jax.device_put(arrays, small))
+        return EngineState(cache, *jax.device_put(arrays, small))
 
     def rotary(self, request: CheckedRequest, long_context: rope.LongContext) -> tuple[rope.Row, bytes]:
         """The rotary numbers of a request, and what its cache depends on besides its tokens."""
@@ -105,12 +106,12 @@ class StepPrograms:
     def advance(
         self,
         params: Tree,
-        state: State,
-        plan: Plan,
+        state: EngineState,
+        plan: StepPlan,
         source: Sequence[int],
         requests: Sequence[tuple[CheckedRequest, rope.Row]],
         prompts: Sequence[tuple[CheckedRequest, rope.Row]],
-    ) -> tuple[State, Made]:
+    ) -> tuple[EngineState, Made]:
         """One call. source, requests: of plan.rows; prompts: of plan.chunks."""
         B = next(n for n in self.shapes.rows if n >= len(plan.rows))
         most = max(len(answering.pages) for answering in [*plan.rows, *(chunk.answering for chunk in plan.chunks)])
@@ -121,14 +122,14 @@ class StepPrograms:
         program, _ = self._for_pages(state)
         return program(params, state, *jax.device_put((rows, chunks, np.int32(plan.steps)), self.shardings.replicated))
 
-    def copy(self, state: State, copies: Sequence[tuple[int, int]]) -> State:
+    def copy(self, state: EngineState, copies: Sequence[tuple[int, int]]) -> EngineState:
         """The state with pages copied over others: (page, the one that is written)."""
         for start in range(0, len(copies), COPIES):
             some = [*copies[start : start + COPIES], *[(0, 0)] * COPIES][:COPIES]
             state = self._for_pages(state)[1](state, *np.asarray(some, np.int32).T)
         return state
 
-    def _rows(self, answering: Sequence[Answering], source, requests, B: int, P: int, chunked: bool) -> Rows:
+    def _rows(self, answering: Sequence[Answering], source, requests, B: int, P: int, chunked: bool) -> DecodeRows:
         key = (B, chunked, tuple(id(request) for request, _ in requests))
         if self._settings[0] != key:  # they change with the rows only
             padding = B - len(requests)
@@ -144,9 +145,9 @@ class StepPrograms:
         source_B[: len(source)] = source
         for n, (request, _) in enumerate(requests):
             token_B[n], position_B[n] = request.tokens[-1], len(request.tokens) - 1
-        return Rows(source_B, token_B, position_B, _table([one.pages for one in answering], B, P), rotary, params)  # type: ignore[arg-type]
+        return DecodeRows(source_B, token_B, position_B, _table([one.pages for one in answering], B, P), rotary, params)  # type: ignore[arg-type]
 
-    def _prompts(self, chunks: Sequence[Chunk], prompts, shape: tuple[int, int], P: int, chunked: bool) -> Prompts:
+    def _prompts(self, chunks: Sequence[Chunk], prompts, shape: tuple[int, int], P: int, chunked: bool) -> PromptChunks:
         R, _ = shape
         tokens_RC, positions_RC = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
         context_R = np.ones(R, np.int32)
@@ -158,14 +159,14 @@ class StepPrograms:
         plain = rope.row(self.config, 1, "off")
         rotary = _rotary([*(row for _, row in prompts), *[plain] * (R - len(prompts))], chunked)
         table_RP = _table([chunk.answering.pages for chunk in chunks], R, P)
-        return Prompts(tokens_RC, positions_RC, context_R, table_RP, rotary)  # type: ignore[arg-type]
+        return PromptChunks(tokens_RC, positions_RC, context_R, table_RP, rotary)  # type: ignore[arg-type]
 
-    def _for_pages(self, state: State) -> tuple[Any, Any]:
+    def _for_pages(self, state: EngineState) -> tuple[Any, Any]:
         """The programs for a cache of so many pages; see Generator.for_cache for why shardings are given."""
         pages = state.history.shape[0]
         if pages not in self._by_pages:
             small: Any = self.shardings.replicated
-            where = State(self.shardings.pages(self.config, pages), *[small] * 5)  # type: ignore[arg-type]
+            where = EngineState(self.shardings.pages(self.config, pages), *[small] * 5)  # type: ignore[arg-type]
             traced = self.shardings.traced
             self._by_pages[pages] = (
                 jax.jit(traced(self._advance), donate_argnums=1, out_shardings=(where, small)),
@@ -175,7 +176,7 @@ class StepPrograms:
 
     # Their bodies run once per compilation, which is how compilations are counted.
 
-    def _advance(self, params: Tree, state: State, rows: Rows, prompts: Prompts | None, steps):
+    def _advance(self, params: Tree, state: EngineState, rows: DecodeRows, prompts: PromptChunks | None, steps):
         chunks = "" if prompts is None else " chunks={}x{}".format(*prompts.tokens_RC.shape)
         B, P = rows.table_BP.shape
         chunked = "" if rows.rotary.chunk_len_B is None else ", dual chunk"
@@ -185,7 +186,7 @@ class StepPrograms:
             vocab_size=self.vocab_size, implementation=self.implementation,
         )  # fmt: skip
 
-    def _copy(self, state: State, source_A, target_A):
+    def _copy(self, state: EngineState, source_A, target_A):
         self.programs.append(f"copy pages of {state.history.shape[0]}")
         return copy_pages(state, source_A, target_A)
 
