@@ -22,6 +22,9 @@ from .cache import Cache
 # 2048 slots by 1.5x when the cache is full. Longer caches are visited in blocks, so short answers do not pay for them.
 WHOLE = 2048
 BLOCK = 1024
+# Of short pages, so many slots at a time, however many a row has: the same order of sums whatever the longest row is,
+# and a step of short rows does not gather more.
+OF_PAGES = 256
 
 
 class Side(NamedTuple):
@@ -42,7 +45,7 @@ def decode_attention(rotations, cache: Cache, masks: Masks, *, return_lse):
     at_BX, at = jnp.repeat(at_BT, N // K, axis=1), bounds(at_BT)
     scale = masks.scale_B[:, None, None, None]
     window = None if masks.window_B is None else masks.window_B[:, None, None]
-    block = S if S <= WHOLE else block_size(k, cache.block_table_BP)
+    block = block_size(k, cache.block_table_BP, S)
     score = _score_whole if block == S else _score
 
     def cut(x, start):
@@ -90,9 +93,13 @@ def decode_attention(rotations, cache: Cache, masks: Masks, *, return_lse):
     return out, of_queries(jnp.where(some_BKX, top_BKX + jnp.log(total_BKX), -jnp.inf)) if return_lse else None
 
 
-def block_size(k, block_table_BP):
-    """Slots of a block of a long cache: BLOCK, or as many whole pages as fit in it; a page of another length is one."""
-    return BLOCK if block_table_BP is None or k.shape[2] % BLOCK == 0 else max(1, BLOCK // k.shape[2]) * k.shape[2]
+def block_size(k, block_table_BP, S):
+    """Slots of a block: all S of a short cache, BLOCK of a long one; in pages, as many whole ones as OF_PAGES takes, or
+    one, or a part of one that has a row's slots to itself."""
+    length = k.shape[2]
+    if block_table_BP is not None and length < S:
+        return min(S, max(1, OF_PAGES // length) * length)
+    return S if S <= WHOLE else BLOCK if block_table_BP is None or length % BLOCK == 0 else length
 
 
 def blocks_to_visit(at: Bounds, S, block, window_B=None):

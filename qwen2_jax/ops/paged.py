@@ -53,7 +53,7 @@ class PageLayout:
 def write_pages(
     caches: tuple[jax.Array, ...], repeat, new_M1KH: tuple[jax.Array, ...], pages: PageLayout
 ) -> tuple[jax.Array, ...]:
-    """Each cache [R, pages, K, Y, H] with the new tokens of layer `repeat`; of int8 also the scales [R, pages, K, Y]."""
+    """Each cache [R, pages, K, Y, H], and of int8 its scales [R, pages, K, Y], with new tokens of layer `repeat`."""
     new_M1KH = tuple(map(before_weights, new_M1KH))
     if caches[0].dtype == jnp.int8:
         new_M1KH = tuple(itertools.chain(*zip(*map(_decode.quantize_cache, new_M1KH), strict=True)))

@@ -72,13 +72,15 @@ class Chunk:
 class StepPlan:
     """One call. rows: in the order of their admission. copies: (page, page that becomes its copy) before it.
 
-    shape: prompts and tokens of the chunks' array. steps: tokens for each row at most."""
+    shape: prompts and tokens of the chunks' array. steps: tokens for each row at most. wanted: rows that could be used
+    if there were as many."""
 
     rows: list[Answering]
     chunks: list[Chunk]
     copies: list[tuple[int, int]]
     shape: tuple[int, int]
     steps: int
+    wanted: int
 
 
 class Scheduler:
@@ -134,7 +136,7 @@ class Scheduler:
             chunk.answering.filled = chunk.stop
             self._publish(chunk)
         copies = [(source, target) for source, target in copies if any(target in s.pages for s in self.running)]
-        return StepPlan(rows, chunks, copies, shape, steps)
+        return StepPlan(rows, chunks, copies, shape, steps, len(self.running) + len(self.waiting))
 
     def _chunks(self, copies: list[tuple[int, int]]) -> tuple[list[Chunk], tuple[int, int]]:
         """The next chunks of prompts, those of running requests first, and the array that they fit."""

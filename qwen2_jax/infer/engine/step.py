@@ -14,7 +14,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from qwen2_jax import ops
 from qwen2_jax.infer.engine.sampling import RowParams, sample
@@ -50,13 +49,15 @@ class DecodeRows:
     """The rows of a call, int32 unless noted.
 
     source_B: the row of the call before that continues here; -1: a row that begins, with token_B at position_B
-    (negative: none). table_BP: its pages. rotary, params: of its request.
+    (negative: none). table_BP: its pages. history_BP: the first of them, which hold all of its tokens; None where no
+    row needs these. rotary, params: of its request.
     """
 
     source_B: jax.Array
     token_B: jax.Array
     position_B: jax.Array
     table_BP: jax.Array
+    history_BP: jax.Array | None
     rotary: rope.Rope
     params: RowParams
 
@@ -145,7 +146,7 @@ def advance(
 
 
 def _one_step(
-    model: nnx.Module,
+    model: Qwen2,
     rows: DecodeRows,
     state: EngineState,
     prompts: PromptChunks | None,
@@ -178,7 +179,7 @@ def _one_step(
         implementation=implementation,
     )
     logits_BV = model.logits(out.hidden_BTD[:B, 0])
-    tokens_BS = history[rows.table_BP].reshape(B, -1)
+    tokens_BS = None if rows.history_BP is None else history[rows.history_BP].reshape(B, -1)
     constrain = (
         None
         if params.constraints is None
@@ -187,11 +188,12 @@ def _one_step(
             count_B=state.count_B,
             limit_B=params.limit_B,
             position_B=state.position_B,
-            tokens_BS=tokens_BS if params.reads_history else None,
+            tokens_BS=tokens_BS,
         )
     )
     seen_BV = None
     if params.penalised:
+        assert tokens_BS is not None
         written_BS = jnp.arange(tokens_BS.shape[1]) <= state.position_B[:, None]
         seen_BV = jnp.zeros(logits_BV.shape, bool).at[jnp.arange(B)[:, None], tokens_BS].max(written_BS)
     token_B, logprob_B = sample(

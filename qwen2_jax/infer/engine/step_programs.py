@@ -32,8 +32,9 @@ COPIES = 8  # pages that one program copies
 class StepShapes:
     """What the step is compiled for.
 
-    rows: numbers of rows, ascending. chunks: (prompts, tokens) of the array of chunks. pages: numbers of pages of a
-    row, ascending.
+    rows: numbers of rows, ascending. chunks: (prompts, tokens) of the array of chunks. pages: ascending numbers of
+    pages, of which a call gathers the smallest that holds its prompts, and its rows' histories where it reads them. A
+    row's own table always has the largest: the work of decoding follows the positions.
     """
 
     rows: tuple[int, ...]
@@ -43,20 +44,14 @@ class StepShapes:
     @classmethod
     def of(cls, rows: int, limit: int) -> "StepShapes":
         """For the default backend: at most `rows` rows of at most `limit` tokens."""
-        counts: tuple[int, ...]
-        chunks: tuple[tuple[int, int], ...]
-        if jax.default_backend() == "cpu":
-            # Never one row: its products are computed another way, and their last bits differ.
-            counts, chunks = (2, 4, 8, 16, 32, 64), ((1, 32), (1, 128), (1, 512))
-        else:
-            counts, chunks = (8, 64, 256), ((1, 128), (16, 128), (1, 512), (4, 512), (1, 2048))
-        pages = [
-            4,
-            8,
-        ]  # with fewer, XLA:CPU adds up a row's numbers in an order that depends on how many rows there are
+        # One row is no number of rows for a CPU: its products are computed another way, with other last bits.
+        counts, chunks = [2], [(1, 32), (1, 128), (1, 512)]
+        if jax.default_backend() != "cpu":
+            counts, chunks = [8, 64], [(1, 128), (16, 128), (1, 512), (4, 512), (1, 2048)]
+        pages = [8]
         while pages[-1] * PAGE < limit:
-            pages.append(min(4 * pages[-1], -(-limit // PAGE)))
-        return cls((*(n for n in counts if n < rows), max(2, rows)), chunks, tuple(pages))
+            pages.append(min(4 * pages[-1], -(-limit // (2 * PAGE)) * 2))
+        return cls((*(n for n in counts if n < rows), max(2, rows)), tuple(chunks), tuple(pages))
 
 
 class StepPrograms:
@@ -113,12 +108,10 @@ class StepPrograms:
         prompts: Sequence[tuple[CheckedRequest, rope.Row]],
     ) -> tuple[EngineState, Made]:
         """One call. source, requests: of plan.rows; prompts: of plan.chunks."""
-        B = next(n for n in self.shapes.rows if n >= len(plan.rows))
-        most = max(len(answering.pages) for answering in [*plan.rows, *(chunk.answering for chunk in plan.chunks)])
-        P = next(n for n in self.shapes.pages if n >= most)
+        B = next(n for n in self.shapes.rows if n >= min(plan.wanted, self.shapes.rows[-1]))
         chunked = any(row.chunk_len != FULL for _, row in [*requests, *prompts])
-        rows = self._rows(plan.rows, source, requests, B, P, chunked)
-        chunks = self._prompts(plan.chunks, prompts, plan.shape, P, chunked) if plan.chunks else None
+        rows = self._rows(plan.rows, source, requests, B, chunked)
+        chunks = self._prompts(plan.chunks, prompts, plan.shape, chunked) if plan.chunks else None
         program, _ = self._for_pages(state)
         return program(params, state, *jax.device_put((rows, chunks, np.int32(plan.steps)), self.shardings.replicated))
 
@@ -129,7 +122,7 @@ class StepPrograms:
             state = self._for_pages(state)[1](state, *np.asarray(some, np.int32).T)
         return state
 
-    def _rows(self, answering: Sequence[Answering], source, requests, B: int, P: int, chunked: bool) -> DecodeRows:
+    def _rows(self, answering: Sequence[Answering], source, requests, B: int, chunked: bool) -> DecodeRows:
         key = (B, chunked, tuple(id(request) for request, _ in requests))
         if self._settings[0] != key:  # they change with the rows only
             padding = B - len(requests)
@@ -145,9 +138,12 @@ class StepPrograms:
         source_B[: len(source)] = source
         for n, (request, _) in enumerate(requests):
             token_B[n], position_B[n] = request.tokens[-1], len(request.tokens) - 1
-        return DecodeRows(source_B, token_B, position_B, _table([one.pages for one in answering], B, P), rotary, params)  # type: ignore[arg-type]
+        table_BP = _table([one.pages for one in answering], B, self.shapes.pages[-1])
+        most = self._gathered(answering) if params.penalised or params.reads_history else 0
+        history_BP = table_BP[:, :most] if most else None
+        return DecodeRows(source_B, token_B, position_B, table_BP, history_BP, rotary, params)  # type: ignore[arg-type]
 
-    def _prompts(self, chunks: Sequence[Chunk], prompts, shape: tuple[int, int], P: int, chunked: bool) -> PromptChunks:
+    def _prompts(self, chunks: Sequence[Chunk], prompts, shape: tuple[int, int], chunked: bool) -> PromptChunks:
         R, _ = shape
         tokens_RC, positions_RC = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
         context_R = np.ones(R, np.int32)
@@ -158,8 +154,14 @@ class StepPrograms:
             context_R[n] = len(tokens)
         plain = rope.row(self.config, 1, "off")
         rotary = _rotary([*(row for _, row in prompts), *[plain] * (R - len(prompts))], chunked)
-        table_RP = _table([chunk.answering.pages for chunk in chunks], R, P)
+        some = [chunk.answering for chunk in chunks]
+        table_RP = _table([one.pages for one in some], R, self._gathered(some))
         return PromptChunks(tokens_RC, positions_RC, context_R, table_RP, rotary)  # type: ignore[arg-type]
+
+    def _gathered(self, answering: Sequence[Answering]) -> int:
+        """The pages of the longest, rounded up to what there are programs for."""
+        most = max((len(one.pages) for one in answering), default=0)
+        return next(n for n in self.shapes.pages if n >= most)
 
     def _for_pages(self, state: EngineState) -> tuple[Any, Any]:
         """The programs for a cache of so many pages; see Generator.for_cache for why shardings are given."""
@@ -177,10 +179,12 @@ class StepPrograms:
     # Their bodies run once per compilation, which is how compilations are counted.
 
     def _advance(self, params: Tree, state: EngineState, rows: DecodeRows, prompts: PromptChunks | None, steps):
-        chunks = "" if prompts is None else " chunks={}x{}".format(*prompts.tokens_RC.shape)
-        B, P = rows.table_BP.shape
-        chunked = "" if rows.rotary.chunk_len_B is None else ", dual chunk"
-        self.programs.append(f"{rows.params.kind}{chunked} rows={B} pages={P} of {state.history.shape[0]}{chunks}")
+        name = f"{rows.params.kind} rows={len(rows.token_B)} of {state.history.shape[0]} pages"
+        if rows.history_BP is not None:
+            name += f" history={rows.history_BP.shape[1]}"
+        if prompts is not None:
+            name += " chunks={}x{} over {} pages".format(*prompts.tokens_RC.shape, prompts.table_RP.shape[1])
+        self.programs.append(name if rows.rotary.chunk_len_B is None else f"dual chunk, {name}")
         return advance(
             self._model_of, params, state, rows, prompts, steps,
             vocab_size=self.vocab_size, implementation=self.implementation,
