@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from qwen2_jax import ops
 from qwen2_jax.infer.engine.sampling import RowParams, sample
 from qwen2_jax.model import rope
+from qwen2_jax.model.decoder import Qwen2
 from qwen2_jax.model.kv_cache import Cache
 from qwen2_jax.weights.params import Tree
 
