@@ -41,13 +41,17 @@ class PageLayout:
     @classmethod
     def of(cls, positions_M, rows_BP, prompts_RP, length: int) -> "PageLayout":
         """From positions, negative for padding, and pages of `length` slots."""
-        tables = [rows_BP]
+
+        def pages_of(positions, table):  # of the same number of rows
+            return jnp.take_along_axis(table, jnp.maximum(positions, 0) // length, axis=1).reshape(-1)
+
+        B = len(rows_BP)
+        page_M = pages_of(positions_M[:B, None], rows_BP)
         if prompts_RP is not None:
-            tables.append(jnp.repeat(prompts_RP, (len(positions_M) - len(rows_BP)) // len(prompts_RP), axis=0))
-        table_MP = jnp.concatenate(tables)
-        page_M1 = jnp.take_along_axis(table_MP, jnp.maximum(positions_M, 0)[:, None] // length, axis=1)
+            positions_RC = positions_M[B:].reshape(len(prompts_RP), -1)
+            page_M = jnp.concatenate([page_M, pages_of(positions_RC, prompts_RP)])
         some_M = positions_M >= 0
-        return cls(jnp.where(some_M, page_M1[:, 0], 0), jnp.where(some_M, positions_M % length, 0), rows_BP, prompts_RP)
+        return cls(jnp.where(some_M, page_M, 0), jnp.where(some_M, positions_M % length, 0), rows_BP, prompts_RP)
 
 
 def write_pages(

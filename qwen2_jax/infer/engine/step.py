@@ -202,6 +202,7 @@ def _one_step(
     )
     good_B = live_B & jnp.isfinite(logprob_B)
     ends_B = jnp.any(token_B[:, None] == params.eos_ids, axis=1) | (state.count_B + 1 >= params.limit_B)
+    assert out.cache is not None
     state = EngineState(
         cache=out.cache,
         history=history,
