@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pages of a cache: which are free, who holds the others, and which can be found by the tokens in them.
 
-A page holds the keys and values of PAGE tokens. They depend on all tokens before, so a full page is known by a hash over
-the whole beginning of its prompt (a chain of hashes, page by page) and over the identity of the request: what else its
-cache depends on. Requests with the same beginning hold the same pages. Only pages of prompts are shared: those of
+A page holds the keys and values of PAGE tokens. They depend on all tokens before, so a full page is known by a hash
+over the whole beginning of its prompt (a chain of hashes, page by page) and over the identity of the request: what else
+its cache depends on. Requests with the same beginning hold the same pages. Only pages of prompts are shared: those of
 answers are computed by other products, whose last bits differ. No page that can be found is ever written again.
 
 This file knows no arrays.
@@ -17,7 +17,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 PAGE = 128  # slots: what the kernels for TPU and GPU take at every head width and dtype
-RESERVED = 2  # page 0 takes what padding writes; page 1 is zeros, which are copied over pages with numbers not finite
+RESERVED = 2  # page 0 takes what padding writes; page 1 is ZEROS
+ZEROS = 1
 
 
 class Pages:
@@ -48,7 +49,7 @@ class Pages:
         return len(self._free) + len(self._kept)
 
     def take(self, number: int) -> list[int]:
-        """`number` pages for one holder; what they held is lost. Raises ValueError where there are not so many."""
+        """`number` pages for one holder, with anything in them. Raises ValueError where there are not so many."""
         if number > self.available:
             raise ValueError(f"{number} pages asked for, {self.available} available")
         taken = []
@@ -62,21 +63,15 @@ class Pages:
             taken.append(page)
         return taken
 
-    def release(self, pages: Sequence[int], *, forget: bool = False) -> list[int]:
-        """One holder lets go of its pages, in the order of its tokens. forget: they cannot be found any more. Returns
-        those that are free now."""
-        free = []
+    def release(self, pages: Sequence[int]) -> None:
+        """One holder lets go of its pages, given in the order of its tokens."""
         for page in reversed(pages):  # the end of a prompt is given away before its beginning
             self._holders[page] -= 1
-            if forget:
-                self.withdraw(page)
             if self._holders[page] == 0:
                 if page in self._key_of:
                     self._kept[page] = None
                 else:
-                    free.append(page)
-        self._free += free
-        return free
+                    self._free.append(page)
 
     def keys(self, identity: bytes, tokens: Sequence[int]) -> list[bytes]:
         """What each full page of these tokens is known by, and behind these a key of the rest, where there is one."""
