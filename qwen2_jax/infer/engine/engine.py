@@ -18,14 +18,12 @@ import jax
 
 from qwen2_jax.infer.engine.pages import Pages
 from qwen2_jax.infer.engine.requests import CheckedRequest
-from qwen2_jax.infer.engine.sampling_params import NOT_FINITE, finish_reason
+from qwen2_jax.infer.engine.sampling_params import finish_reason
 from qwen2_jax.infer.engine.scheduler import Answering, Scheduler, StepPlan
 from qwen2_jax.infer.engine.step import STEPS, Made
 from qwen2_jax.infer.engine.step_programs import StepPrograms
 from qwen2_jax.model import rope
 from qwen2_jax.weights.params import Tree
-
-ZEROS = 1  # the page that is copied over pages with numbers that are not finite
 
 
 class Event(NamedTuple):
@@ -39,15 +37,15 @@ class Event(NamedTuple):
 
 @dataclasses.dataclass(eq=False)
 class _Open:
-    """A request that has not ended. tokens: of its answer, all returned. admission, made: of which admission the calls
-    are that were read last, and how many tokens these made."""
+    """A request that has not ended. heard: tokens of its answer that were returned. made: those that were made since
+    it was admitted for the `admission`-th time; after a preemption they are made anew, and returned from `heard` on."""
 
     request: CheckedRequest
     rotary: rope.Row
     answering: Answering
-    tokens: list[int] = dataclasses.field(default_factory=list)
+    heard: int = 0
     admission: int = 0
-    made: int = 0
+    made: list[int] = dataclasses.field(default_factory=list)
 
 
 class Engine:
@@ -94,6 +92,11 @@ class Engine:
         if (one := self._open.pop(number, None)) is not None:
             self.scheduler.end(one.answering)
 
+    def new_weights(self, params: Tree) -> None:
+        """Goes on with other parameters. Requests that are being answered keep their cache; others find none of it."""
+        self.params = params
+        self.scheduler.forget()
+
     def step(self, steps: int = STEPS) -> list[Event]:
         """Makes one call and returns what the call before it made. steps: most tokens of a row in this call."""
         plan = self.scheduler.plan(min(steps, STEPS))
@@ -134,25 +137,19 @@ class Engine:
         events = []
         for n, (answering, admission) in enumerate(rows):
             one = self._open.get(answering.number)
-            if one is None or admission != answering.admissions:  # given up, or set back: it is answered anew
+            if one is None or admission != answering.admissions:  # ended or given up, or answered anew by now
                 continue
             if one.admission != admission:
-                one.admission, one.made = admission, 0
-            some = made.tokens[:, n] >= 0
-            known = len(one.tokens) - one.made  # returned before it was set back
-            tokens, logprobs = made.tokens[some, n].tolist(), made.logprobs[some, n].tolist()
-            one.made += len(tokens)
-            tokens, logprobs = tokens[max(known, 0) :], logprobs[max(known, 0) :]
-            one.tokens += tokens
-            reason = finish_reason(one.request.sampling_params, one.tokens) if made.done_B[n] else ""
+                one.admission, one.made = admission, []
+            some, known = made.tokens[:, n] >= 0, len(one.made)
+            one.made += made.tokens[some, n].tolist()
+            new = max(one.heard - known, 0)  # what comes before was returned by an earlier admission
+            tokens, logprobs = one.made[known + new :], made.logprobs[some, n][new:].tolist()
+            one.heard += len(tokens)
+            reason = finish_reason(one.request.sampling_params, one.made) if made.done_B[n] else ""
             if reason:
-                self._end(one, reason)
+                del self._open[answering.number]
+                self.scheduler.end(answering)
             if tokens or reason:
                 events.append(Event(answering.number, tokens, logprobs, reason))
         return events
-
-    def _end(self, one: _Open, reason: str) -> None:
-        del self._open[one.answering.number]
-        free = self.scheduler.end(one.answering, forget=reason == NOT_FINITE)
-        if reason == NOT_FINITE:  # in attention a weight of 0 does not hide them
-            self._state = self.programs.copy(self._state, [(ZEROS, page) for page in free])

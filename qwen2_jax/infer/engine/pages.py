@@ -17,7 +17,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 PAGE = 128  # slots: what the kernels for TPU and GPU take at every head width and dtype
-RESERVED = 2  # page 0 takes what padding writes; page 1 is zeros, which are copied over pages with numbers not finite
+RESERVED = 2  # page 0 takes what padding writes; page 1 is ZEROS
+ZEROS = 1
 
 
 class Pages:
@@ -35,7 +36,7 @@ class Pages:
         self._kept: collections.OrderedDict[int, None] = collections.OrderedDict()  # longest first
         self._page_of: dict[bytes, int] = {}
         self._key_of: dict[int, bytes] = {}
-        self._root = os.urandom(32)  # nobody can make two beginnings collide
+        self._root = os.urandom(32)  # of all keys: nobody can make two beginnings collide
 
     @property
     def usable(self) -> int:
@@ -48,7 +49,7 @@ class Pages:
         return len(self._free) + len(self._kept)
 
     def take(self, number: int) -> list[int]:
-        """`number` pages for one holder; what they held is lost. Raises ValueError where there are not so many."""
+        """`number` pages for one holder, with anything in them. Raises ValueError where there are not so many."""
         if number > self.available:
             raise ValueError(f"{number} pages asked for, {self.available} available")
         taken = []
@@ -57,34 +58,28 @@ class Pages:
                 page = self._free.pop()
             else:
                 page, _ = self._kept.popitem(last=False)
-                self._forget(page)
+                self.withdraw(page)
             self._holders[page] = 1
             taken.append(page)
         return taken
 
-    def release(self, pages: Sequence[int], *, forget: bool = False) -> list[int]:
-        """One holder lets go of its pages, in the order of its tokens. forget: they cannot be found any more. Returns
-        those that are free now."""
-        free = []
+    def release(self, pages: Sequence[int]) -> None:
+        """One holder lets go of its pages, given in the order of its tokens."""
         for page in reversed(pages):  # the end of a prompt is given away before its beginning
             self._holders[page] -= 1
-            if forget:
-                self._forget(page)
             if self._holders[page] == 0:
                 if page in self._key_of:
                     self._kept[page] = None
                 else:
-                    free.append(page)
-        self._free += free
-        return free
+                    self._free.append(page)
 
     def keys(self, identity: bytes, tokens: Sequence[int]) -> list[bytes]:
         """What each full page of these tokens is known by, and behind these a key of the rest, where there is one."""
-        data, found = np.asarray(tokens, np.int32), [identity]
+        data = np.asarray(tokens, np.int32)
+        chain = [self._hash(identity)]  # of a fixed length, so that no identity can be longer by bytes of tokens
         for start in range(0, len(tokens), PAGE):
-            part = data[start : start + PAGE].tobytes()
-            found.append(hashlib.blake2b(found[-1] + part, key=self._root, digest_size=16).digest())
-        return found[1:]
+            chain.append(self._hash(chain[-1] + data[start : start + PAGE].tobytes()))
+        return chain[1:]
 
     def find(self, keys: Iterable[bytes]) -> list[int]:
         """The pages known by the first keys, as many as there are, now held once more."""
@@ -110,17 +105,18 @@ class Pages:
             self._key_of[page] = key
 
     def withdraw(self, page: int) -> None:
-        """Lets nobody find a page any more, because its holder goes on writing or lets go of it."""
-        self._forget(page)
-
-    def clear(self) -> None:
-        """Nothing can be found any more: for new weights."""
-        for page in list(self._key_of):
-            self._forget(page)
-        self._free.extend(self._kept)
-        self._kept.clear()
-
-    def _forget(self, page: int) -> None:
+        """Lets nobody find a page any more, because its holder has written on or it is given away."""
         key = self._key_of.pop(page, None)
         if key is not None:
             del self._page_of[key]
+
+    def clear(self) -> None:
+        """Nothing can be found any more, nor what is published by keys that were made before: for new weights."""
+        self._page_of.clear()
+        self._key_of.clear()
+        self._free.extend(self._kept)
+        self._kept.clear()
+        self._root = os.urandom(32)
+
+    def _hash(self, content: bytes) -> bytes:
+        return hashlib.blake2b(content, key=self._root, digest_size=16).digest()
