@@ -6,8 +6,10 @@ alone, nobody waits for ever, and in the end all pages are free.
 """
 
 import collections
+import contextlib
 import functools
 import random
+from unittest import mock
 
 import pytest
 
@@ -41,7 +43,7 @@ class Traffic:
         slots = len(asked.request.tokens) - 1 + asked.request.sampling_params.max_new_tokens
         add = functools.partial(self.engine.add, asked.request, long_context, salt=salt, priority=asked.priority)
         if -(-slots // PAGE) > self.engine.pages.usable:
-            with pytest.raises(ValueError, match=f"needs {-(-slots // PAGE)} pages, there are"):
+            with pytest.raises(ValueError, match=f"need {-(-slots // PAGE)} pages of 128, and there are"):
                 add()
             self.check()
             return None
@@ -59,6 +61,12 @@ class Traffic:
     def abort(self, number: int) -> None:
         self.engine.abort(number)
         self.asked.pop(number, None)
+        self.check()
+
+    def interrupt(self) -> None:
+        """Control-C while results are waited for: the call was made, and nothing is lost."""
+        with mock.patch("jax.device_get", side_effect=KeyboardInterrupt), contextlib.suppress(KeyboardInterrupt):
+            assert self.engine.step() == []
         self.check()
 
     def step(self, steps: int = 16) -> None:
@@ -186,6 +194,8 @@ def random_traffic(draw: random.Random) -> None:
                 traffic.abort(number)
         if draw.random() < 0.01:
             traffic.new_weights()
+        if draw.random() < 0.02:
+            traffic.interrupt()
     traffic.finish()
 
 
