@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine's plans and pages under random traffic (--mutations N histories), on a device that checks what it reads.
+"""The engine's plans and pages under random traffic (a history for four of --mutations N), on a device that checks what it reads.
 
 Whatever else runs, however few pages there are and whoever is set back or given up: each answer is that of the request
 alone, nobody waits for ever, and in the end all pages are free.
@@ -151,10 +151,17 @@ class Traffic:
         self.programs.state.slots[pages._free] = NOT_A_NUMBER
 
 
-def random_asked(draw: random.Random, seen: list[Asked]) -> tuple[Asked, dict]:
-    """A request, in half of the cases one that begins as another, and the keywords of Engine.add."""
-    length = max(1, PAGE * draw.randint(0, 3) + draw.choice((-1, 0, 1, 2, 3, 30, 33, 100)))
-    if draw.random() < 0.1:
+def random_asked(draw: random.Random, seen: list[Asked], crowded: bool) -> tuple[Asked, dict]:
+    """A request, in half of the cases one that begins as another, and the keywords of Engine.add.
+
+    crowded: those that fit one page when they are admitted and need another soon.
+    """
+    length = (
+        draw.randint(60, PAGE)
+        if crowded
+        else max(1, PAGE * draw.randint(0, 3) + draw.choice((-1, 0, 1, 2, 3, 30, 33, 100)))
+    )
+    if draw.random() < 0.05:
         length = draw.randint(1, 700)
     like = draw.choice(seen).request.tokens if seen and draw.random() < 0.6 else ()
     if draw.random() < 0.5:
@@ -163,7 +170,7 @@ def random_asked(draw: random.Random, seen: list[Asked]) -> tuple[Asked, dict]:
     salt, long_context = draw.choice((b"", b"", b"", b"a")), draw.choice(("auto", "auto", "off"))
     asked = Asked.of(
         tokens,
-        limit=draw.choice((1, 2, 5, 17, 40, 40, 140)),
+        limit=draw.choice((100, 200) if crowded else (1, 2, 5, 17, 40, 40, 200)),
         seed=draw.randrange(4),
         meaning=len(salt) + 2 * len(long_context),  # more than the cache depends on: a hit across salts is found out
         breaks=draw.randrange(4) if draw.random() < 0.04 else -1,
@@ -173,19 +180,25 @@ def random_asked(draw: random.Random, seen: list[Asked]) -> tuple[Asked, dict]:
 
 
 def test_random_traffic(mutations):
-    for seed in mutations:
+    """A history takes as long as four of the mutations of other tests."""
+    for seed in mutations[: -(-len(mutations) // 4)]:
+        draw = random.Random(seed)
+        # Where less is promised to those that are admitted, they are preempted sooner.
+        promised = draw.choice((FIRST_TOKENS, 1, 1, 60))
         try:
-            random_traffic(random.Random(seed))
+            with mock.patch("qwen2_jax.infer.engine.scheduler.FIRST_TOKENS", promised):
+                random_traffic(draw)
         except Exception as error:
             raise AssertionError(f"history {seed}: {type(error).__name__}: {error}") from error
 
 
 def random_traffic(draw: random.Random) -> None:
-    traffic, seen = Traffic(draw), []
+    crowded = draw.random() < 0.4
+    traffic, seen = Traffic(draw, **{"pages": draw.randint(4, 9), "rows": 8} if crowded else {}), []
     busy, aborting = draw.random(), draw.choice((0, 0.02, 0.1))
     for _ in range(draw.randint(1, 12)):
         for _ in range(draw.choice((0, 1, 1, 2, 6)) if draw.random() < busy else 0):
-            asked, how = random_asked(draw, seen)
+            asked, how = random_asked(draw, seen, crowded)
             seen.append(asked)
             traffic.add(asked, **how)
         traffic.step(draw.choice((1, 2, 16)))
