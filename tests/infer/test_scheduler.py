@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine's plans and pages under random traffic (a history for four of --mutations N), on a device that checks what it reads.
+"""The engine's plans and pages under random traffic (N / 4 histories for --mutations N), on a device that checks them.
 
-Whatever else runs, however few pages there are and whoever is set back or given up: each answer is that of the request
+Whatever else runs, however few pages there are and whoever is preempted or given up: each answer is that of the request
 alone, nobody waits for ever, and in the end all pages are free.
 """
 
@@ -93,7 +93,7 @@ class Traffic:
             and first[0].number in self.asked
             and not any((one.priority, one.number) < (first[0].priority, first[0].number) for one in scheduler.running)
         ):
-            assert first[0] in scheduler.running, "the first in turn was set back"
+            assert first[0] in scheduler.running, "the first in turn was preempted"
         self.check()
 
     def finish(self) -> None:
@@ -258,7 +258,7 @@ def test_who_shares_a_beginning_waits_for_no_more_than_it():
 
 
 def test_answers_of_one_prompt_share_its_pages():
-    """One prefill; the last page, which is written on, is copied while its first holder runs."""
+    """One prefill; the last page, which will be written on, is copied before."""
     traffic = quiet()
     prompt = asked_for(2 * PAGE + 40).request.tokens
     for seed in range(4):
@@ -347,11 +347,14 @@ def test_the_least_urgent_is_preempted():
         scheduler.plan(16)
         assert urgent in scheduler.running or urgent.ahead == 0
     assert scheduler.preemptions == 0  # twelve pages were promised, and one stays free
-    scheduler = planned(13, *(Answering(n, [n] * PAGE, 12 * PAGE, priority=-n) for n in range(3)))
+    slow, urgent = (Answering(n, [n] * PAGE, 12 * PAGE, priority=1 - n) for n in range(2))
+    scheduler = planned(13, slow)
+    scheduler.plan(16)
+    scheduler.add(urgent)
     while not scheduler.preemptions:
         scheduler.plan(16)
-    assert [one.number for one in scheduler.running] == [2]
-    assert scheduler.waiting[0].reached > FIRST_TOKENS
+    assert (scheduler.running, scheduler.waiting) == ([urgent], [slow])
+    assert slow.reached > FIRST_TOKENS and slow.promised > slow.pages_for(slow.reached)
 
 
 def test_few_pages_make_few_preemptions():

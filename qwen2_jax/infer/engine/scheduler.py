@@ -198,6 +198,7 @@ class Scheduler:
             while answering.pages and lacking > self.pages.available:
                 self._preempt(self.running[-1])
             if answering.pages:
+                self._withdraw_last(answering)
                 new = self.pages.take(lacking)
                 taken += new
                 answering.pages += new
@@ -234,14 +235,17 @@ class Scheduler:
 
     def _let_go(self, answering: Answering) -> None:
         self.running.remove(answering)
-        full = answering.fed // PAGE
-        if answering.fed % PAGE:
-            self.pages.withdraw(answering.pages[full])  # its holder has written on
+        self._withdraw_last(answering)
         self.pages.release(answering.pages)
         answering.pages, answering.filled, answering._keys = [], 0, None
 
+    def _withdraw_last(self, answering: Answering) -> None:
+        """The last page of its prompt is not full, and not found once its row writes on."""
+        if answering.fed % PAGE:
+            self.pages.withdraw(answering.pages[answering.fed // PAGE])
+
     def _publish(self, chunk: Chunk) -> None:
-        """Lets others find what the chunk fills: full pages, and the last of the prompt, to copy it."""
+        """Lets others find what the chunk fills: full pages, and the last of the prompt, which is copied."""
         if self.share:
             keys = chunk.answering.keys(self.pages)
             for n in range(chunk.start // PAGE, -(-chunk.stop // PAGE)):
