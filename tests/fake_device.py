@@ -18,7 +18,7 @@ from qwen2_jax.infer.engine.scheduler import Plan
 from qwen2_jax.infer.engine.step import STEPS, Made
 from qwen2_jax.infer.engine.step_programs import StepShapes
 
-VOCABULARY, EOS = 40, 1
+VOCABULARY, EOS = 300, 1
 LONGEST = 1 << 13  # tokens of prompt and answer
 NOT_A_NUMBER = np.uint64(1)  # in a page: it spoils all that is read beside it
 MASK = (1 << 64) - 1

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine's plans and pages under random traffic (--mutations N histories), on a device that checks what it reads.
+"""The engine's plans and pages under random traffic (N / 4 histories for --mutations N), on a device that checks them.
 
-Whatever else runs, however few pages there are and whoever is set back or given up: each answer is that of the request
+Whatever else runs, however few pages there are and whoever is preempted or given up: each answer is that of the request
 alone, nobody waits for ever, and in the end all pages are free.
 """
 
 import collections
+import contextlib
 import functools
 import random
+from unittest import mock
 
 import pytest
 
@@ -41,7 +43,7 @@ class Traffic:
         slots = len(asked.request.tokens) - 1 + asked.request.sampling_params.max_new_tokens
         add = functools.partial(self.engine.add, asked.request, long_context, salt=salt, priority=asked.priority)
         if -(-slots // PAGE) > self.engine.pages.usable:
-            with pytest.raises(ValueError, match=f"needs {-(-slots // PAGE)} pages, there are"):
+            with pytest.raises(ValueError, match=f"need {-(-slots // PAGE)} pages of 128, and there are"):
                 add()
             self.check()
             return None
@@ -59,6 +61,12 @@ class Traffic:
     def abort(self, number: int) -> None:
         self.engine.abort(number)
         self.asked.pop(number, None)
+        self.check()
+
+    def interrupt(self) -> None:
+        """Control-C while results are waited for: the call was made, and nothing is lost."""
+        with mock.patch("jax.device_get", side_effect=KeyboardInterrupt), contextlib.suppress(KeyboardInterrupt):
+            assert self.engine.step() == []
         self.check()
 
     def step(self, steps: int = 16) -> None:
@@ -85,7 +93,7 @@ class Traffic:
             and first[0].number in self.asked
             and not any((one.priority, one.number) < (first[0].priority, first[0].number) for one in scheduler.running)
         ):
-            assert first[0] in scheduler.running, "the first in turn was set back"
+            assert first[0] in scheduler.running, "the first in turn was preempted"
         self.check()
 
     def finish(self) -> None:
@@ -143,10 +151,17 @@ class Traffic:
         self.programs.state.slots[pages._free] = NOT_A_NUMBER
 
 
-def random_asked(draw: random.Random, seen: list[Asked]) -> tuple[Asked, dict]:
-    """A request, in half of the cases one that begins as another, and the keywords of Engine.add."""
-    length = max(1, PAGE * draw.randint(0, 3) + draw.choice((-1, 0, 1, 2, 3, 30, 33, 100)))
-    if draw.random() < 0.1:
+def random_asked(draw: random.Random, seen: list[Asked], crowded: bool) -> tuple[Asked, dict]:
+    """A request, in half of the cases one that begins as another, and the keywords of Engine.add.
+
+    crowded: those that fit one page when they are admitted and need another soon.
+    """
+    length = (
+        draw.randint(60, PAGE)
+        if crowded
+        else max(1, PAGE * draw.randint(0, 3) + draw.choice((-1, 0, 1, 2, 3, 30, 33, 100)))
+    )
+    if draw.random() < 0.05:
         length = draw.randint(1, 700)
     like = draw.choice(seen).request.tokens if seen and draw.random() < 0.6 else ()
     if draw.random() < 0.5:
@@ -155,7 +170,7 @@ def random_asked(draw: random.Random, seen: list[Asked]) -> tuple[Asked, dict]:
     salt, long_context = draw.choice((b"", b"", b"", b"a")), draw.choice(("auto", "auto", "off"))
     asked = Asked.of(
         tokens,
-        limit=draw.choice((1, 2, 5, 17, 40, 40, 140)),
+        limit=draw.choice((100, 200) if crowded else (1, 2, 5, 17, 40, 40, 200)),
         seed=draw.randrange(4),
         meaning=len(salt) + 2 * len(long_context),  # more than the cache depends on: a hit across salts is found out
         breaks=draw.randrange(4) if draw.random() < 0.04 else -1,
@@ -165,19 +180,25 @@ def random_asked(draw: random.Random, seen: list[Asked]) -> tuple[Asked, dict]:
 
 
 def test_random_traffic(mutations):
-    for seed in mutations:
+    """A history takes as long as four of the mutations of other tests."""
+    for seed in mutations[: -(-len(mutations) // 4)]:
+        draw = random.Random(seed)
+        # Where less is promised to those that are admitted, they are preempted sooner.
+        promised = draw.choice((FIRST_TOKENS, 1, 1, 60))
         try:
-            random_traffic(random.Random(seed))
+            with mock.patch("qwen2_jax.infer.engine.scheduler.FIRST_TOKENS", promised):
+                random_traffic(draw)
         except Exception as error:
             raise AssertionError(f"history {seed}: {type(error).__name__}: {error}") from error
 
 
 def random_traffic(draw: random.Random) -> None:
-    traffic, seen = Traffic(draw), []
+    crowded = draw.random() < 0.4
+    traffic, seen = Traffic(draw, **{"pages": draw.randint(4, 9), "rows": 8} if crowded else {}), []
     busy, aborting = draw.random(), draw.choice((0, 0.02, 0.1))
     for _ in range(draw.randint(1, 12)):
         for _ in range(draw.choice((0, 1, 1, 2, 6)) if draw.random() < busy else 0):
-            asked, how = random_asked(draw, seen)
+            asked, how = random_asked(draw, seen, crowded)
             seen.append(asked)
             traffic.add(asked, **how)
         traffic.step(draw.choice((1, 2, 16)))
@@ -186,6 +207,8 @@ def random_traffic(draw: random.Random) -> None:
                 traffic.abort(number)
         if draw.random() < 0.01:
             traffic.new_weights()
+        if draw.random() < 0.02:
+            traffic.interrupt()
     traffic.finish()
 
 
@@ -235,7 +258,7 @@ def test_who_shares_a_beginning_waits_for_no_more_than_it():
 
 
 def test_answers_of_one_prompt_share_its_pages():
-    """One prefill; the last page, which is written on, is copied while its first holder runs."""
+    """One prefill; the last page, which will be written on, is copied before."""
     traffic = quiet()
     prompt = asked_for(2 * PAGE + 40).request.tokens
     for seed in range(4):
@@ -324,11 +347,14 @@ def test_the_least_urgent_is_preempted():
         scheduler.plan(16)
         assert urgent in scheduler.running or urgent.ahead == 0
     assert scheduler.preemptions == 0  # twelve pages were promised, and one stays free
-    scheduler = planned(13, *(Answering(n, [n] * PAGE, 12 * PAGE, priority=-n) for n in range(3)))
+    slow, urgent = (Answering(n, [n] * PAGE, 12 * PAGE, priority=1 - n) for n in range(2))
+    scheduler = planned(13, slow)
+    scheduler.plan(16)
+    scheduler.add(urgent)
     while not scheduler.preemptions:
         scheduler.plan(16)
-    assert [one.number for one in scheduler.running] == [2]
-    assert scheduler.waiting[0].reached > FIRST_TOKENS
+    assert (scheduler.running, scheduler.waiting) == ([urgent], [slow])
+    assert slow.reached > FIRST_TOKENS and slow.promised > slow.pages_for(slow.reached)
 
 
 def test_few_pages_make_few_preemptions():

@@ -59,7 +59,7 @@ class Engine:
         self._state = programs.new_state(pages)
         self._open: dict[int, _Open] = {}
         self._called: list[tuple[list[tuple[Answering, int]], Made]] = []  # not read yet: rows with their admissions
-        self._row_of: dict[tuple[Answering, int], int] = {}  # in the last call
+        self._row_of: dict[Answering, int] = {}  # in the last call; who is preempted misses one
         self._number = 0
 
     @property
@@ -100,9 +100,13 @@ class Engine:
     def step(self, steps: int = STEPS) -> list[Event]:
         """Makes one call and returns what the call before it made. steps: most tokens of a row in this call."""
         plan = self.scheduler.plan(min(steps, STEPS))
-        if plan.rows or plan.chunks:
+        calls = bool(plan.rows or plan.chunks)
+        if calls:
             self._call(plan)
-        return self._read() if len(self._called) > 1 or not (plan.rows or plan.chunks) else []
+        events = []
+        while len(self._called) > calls:  # all but the call just made
+            events += self._read()
+        return events
 
     def run(self) -> Iterator[Event]:
         """Steps until nothing is left to do."""
@@ -116,28 +120,26 @@ class Engine:
 
         if plan.copies:
             self._state = self.programs.copy(self._state, plan.copies)
-        rows = [(answering, answering.admissions) for answering in plan.rows]
         self._state, made = self.programs.advance(
             self.params,
             self._state,
             plan,
-            source=[self._row_of.get(row, -1) for row in rows],
+            source=[self._row_of.get(answering, -1) for answering in plan.rows],
             requests=[asked(answering) for answering in plan.rows],
             prompts=[asked(chunk.answering) for chunk in plan.chunks],
         )
-        self._row_of = {row: n for n, row in enumerate(rows)}
-        self._called.append((rows, made))
+        self._row_of = {answering: n for n, answering in enumerate(plan.rows)}
+        self._called.append(([(answering, answering.admissions) for answering in plan.rows], made))
 
     def _read(self) -> list[Event]:
         """The events of the oldest call that was not read."""
-        if not self._called:
-            return []
-        rows, made = self._called.pop(0)
-        made = jax.device_get(made)
+        rows, made = self._called[0]
+        made = jax.device_get(made)  # it may wait long, and be interrupted: then it is read the next time
+        del self._called[0]
         events = []
         for n, (answering, admission) in enumerate(rows):
             one = self._open.get(answering.number)
-            if one is None or admission != answering.admissions:  # ended or given up, or answered anew by now
+            if one is None or admission != answering.admissions:  # ended or given up; or answered anew by now
                 continue
             if one.admission != admission:
                 one.admission, one.made = admission, []

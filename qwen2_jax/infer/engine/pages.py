@@ -105,7 +105,7 @@ class Pages:
             self._key_of[page] = key
 
     def withdraw(self, page: int) -> None:
-        """Lets nobody find a page any more, because its holder has written on or it is given away."""
+        """Lets nobody find a page any more, because its holder writes on or it is given away."""
         key = self._key_of.pop(page, None)
         if key is not None:
             del self._page_of[key]

@@ -108,7 +108,7 @@ class Scheduler:
         self.waiting: list[Answering] = []  # both in turn
         self.running: list[Answering] = []
         self.preemptions = 0
-        self.found = self.asked = 0  # tokens of prompts, and those of them whose pages were there already
+        self.found = self.asked = 0  # tokens of prompts: those that were there already, and all that were looked for
         self._shortest_first = False
 
     @property
@@ -119,7 +119,10 @@ class Scheduler:
         """Raises ValueError for a request that all pages together are too few for."""
         needed = answering.pages_for(answering.limit)
         if needed > self.pages.usable:
-            raise ValueError(f"needs {needed} pages, there are {self.pages.usable}")
+            raise ValueError(
+                f"{len(answering.tokens)} tokens and {answering.limit} of an answer need {needed} pages of {PAGE}, and "
+                f"there are {self.pages.usable}: ask for fewer tokens or make the cache larger"
+            )
         bisect.insort(self.waiting, answering, key=_turn)
 
     def end(self, answering: Answering) -> None:
@@ -197,6 +200,7 @@ class Scheduler:
             while answering.pages and lacking > self.pages.available:
                 self._preempt(self.running[-1])
             if answering.pages:
+                self._withdraw_last(answering)
                 new = self.pages.take(lacking)
                 taken += new
                 answering.pages += new
@@ -233,21 +237,21 @@ class Scheduler:
 
     def _let_go(self, answering: Answering) -> None:
         self.running.remove(answering)
-        full = answering.fed // PAGE
-        if answering.fed % PAGE:
-            self.pages.withdraw(answering.pages[full])  # its holder has written on
+        self._withdraw_last(answering)
         self.pages.release(answering.pages)
         answering.pages, answering.filled, answering._keys = [], 0, None
 
+    def _withdraw_last(self, answering: Answering) -> None:
+        """The last page of its prompt is not full, and not found once its row writes on."""
+        if answering.fed % PAGE:
+            self.pages.withdraw(answering.pages[answering.fed // PAGE])
+
     def _publish(self, chunk: Chunk) -> None:
-        """Lets others find what the chunk fills: full pages, and the last of the prompt, to copy it."""
-        answering = chunk.answering
-        if not self.share:
-            return
-        keys = answering.keys(self.pages)
-        for n in range(chunk.start // PAGE, -(-chunk.stop // PAGE)):
-            if chunk.stop >= min((n + 1) * PAGE, answering.fed):
-                self.pages.publish(answering.pages[n], keys[n])
+        """Lets others find what the chunk fills: full pages, and the last of the prompt, which is copied."""
+        if self.share:
+            keys = chunk.answering.keys(self.pages)
+            for n in range(chunk.start // PAGE, -(-chunk.stop // PAGE)):
+                self.pages.publish(chunk.answering.pages[n], keys[n])
 
 
 def chunk_tokens(left: int, sizes: Sequence[int]) -> int:
