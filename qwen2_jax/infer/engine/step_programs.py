@@ -24,6 +24,9 @@ from qwen2_jax.model.kv_cache import Cache
 from qwen2_jax.weights.params import Tree
 
 # B rows  P pages of a row  R prompts  C tokens of a chunk
+# Rounds where the model says so. Else XLA keeps bfloat16 wider within what it fuses, which depends on the shapes: an
+# answer would depend on what else runs.
+OPTIONS = {"xla_allow_excess_precision": False}
 PADDING = SamplingParams()  # of rows without a request
 COPIES = 8  # pages that one program copies
 
@@ -171,7 +174,9 @@ class StepPrograms:
             where = EngineState(self.shardings.pages(self.config, pages), *[small] * 5)  # type: ignore[arg-type]
             traced = self.shardings.traced
             self._by_pages[pages] = (
-                jax.jit(traced(self._advance), donate_argnums=1, out_shardings=(where, small)),
+                jax.jit(
+                    traced(self._advance), donate_argnums=1, out_shardings=(where, small), compiler_options=OPTIONS
+                ),
                 jax.jit(traced(self._copy), donate_argnums=0, out_shardings=where),
             )
         return self._by_pages[pages]
