@@ -35,8 +35,8 @@ def _no_integers(module, function, platform=None):
 
 
 IMPLEMENTATIONS = {  # fastest first
-    "gpu": _no_integers("gpu", "grouped_matmul", "gpu"),
-    "tpu": _no_integers("tpu", "grouped_matmul", "tpu"),
+    "gpu": late(f"{__name__}.gpu", "grouped_matmul", "gpu"),
+    "tpu": late(f"{__name__}.tpu", "grouped_matmul", "tpu"),
     "xla": xla.grouped_matmul,
     "reference": reference.grouped_matmul,
 }
@@ -45,8 +45,8 @@ ONLY_BY_NAME = {  # jax's own; megablox.py says why they are not the default any
     "ragged_dot": _no_integers("megablox", "ragged_matmul"),
 }
 SWIGLU_IMPLEMENTATIONS = {
-    "gpu": _no_integers("gpu", "grouped_swiglu", "gpu"),
-    "tpu": _no_integers("tpu", "grouped_swiglu", "tpu"),
+    "gpu": late(f"{__name__}.gpu", "grouped_swiglu", "gpu"),
+    "tpu": late(f"{__name__}.tpu", "grouped_swiglu", "tpu"),
     "xla": xla.grouped_swiglu,
     "reference": reference.grouped_swiglu,
 }
