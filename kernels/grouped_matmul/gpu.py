@@ -529,6 +529,16 @@ def count(M, E, D, F, *, on: Target, matrices=1, which="forward", group_sizes_E=
     )
 
 
+def count_integers(M, E, D, F, *, on: Target, form: integers.Form, group_sizes_E) -> Count:
+    """Of grouped_matmul with matrices of integers."""
+    cut = _cut_for_integers(on, M, (E, F, D), form.groups(D), form.values)
+    if cut is not None:
+        return integers.count_blocks(form, cut.rows, cut.memory, M, D, F, group_sizes_E, 2, parts=cut.parts)
+    settings = _settings_for(on, M, E, {"programs": 1})
+    wide = _count_products(settings, np.asarray(group_sizes_E), M, D, F, inputs=1, products=1, results=1)
+    return integers.count_dequantised(form, wide, M, E, D, F, 2)
+
+
 def _count_products(settings, sizes_E, M, D, F, *, inputs, products, results) -> Count:
     side_by_side = products // inputs
     cut = product_cut(settings, M, D, F, products=products, side_by_side=side_by_side, results=results)

@@ -19,10 +19,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
+from ..counts import Count
 from .gradients import Scaled, with_gradients
 
+FEW = 128  # rows of each expert, on average, up to which integers are multiplied as they are
 WIDENED = 2**30  # bytes of the matrices that are dequantised at a time, at most
 
 
@@ -38,11 +41,11 @@ class Settings(NamedTuple):
 
 
 def block_rows(M: int, E: int, unit: int, most: int) -> int | None:
-    """Rows of a block, a multiple of `unit`; None for more rows of each expert than `most` on average.
+    """Rows of a block, a multiple of `unit` and no more than `most`; None for many rows of each expert.
 
     The mean and two standard deviations of a router that chooses blindly: nearly all experts need one block.
     """
-    if most * E < M:
+    if FEW * E < M:
         return None
     mean = M / E
     return min(most, unit * max(1, math.ceil((mean + 2 * mean**0.5) / unit)))
@@ -121,10 +124,15 @@ def _products(settings, xs, ws, group_sizes_E, *, transpose_w, finish, results):
     return tuple(of_rows(y_ZXF) for y_ZXF in finish(*made))
 
 
+def turns_of(E: int, wide: int) -> int:
+    """In how many turns matrices of `wide` bytes are dequantised."""
+    return -(-E // max(1, WIDENED // wide))
+
+
 def _dequantised(settings, xs, ws, group_sizes_E, *, transpose_w, finish, results):
-    (M, dtype), E, F = (len(xs[0]), xs[0].dtype), len(group_sizes_E), ws[0].shape[1 if transpose_w else 2]
+    (M, dtype), (E, F) = (len(xs[0]), xs[0].dtype), (len(group_sizes_E), ws[0].shape[1 if transpose_w else 2])
     multiply = functools.partial(settings.wide, transpose_w=transpose_w, finish=finish, results=results)
-    turns = -(-E // max(1, WIDENED // (len(ws) * math.prod(ws[0].shape[1:]) * dtype.itemsize)))
+    turns = turns_of(E, len(ws) * math.prod(ws[0].shape[1:]) * dtype.itemsize)
     n = -(-E // turns)
 
     def turn(i, outs):
@@ -146,3 +154,44 @@ def _dequantised(settings, xs, ws, group_sizes_E, *, transpose_w, finish, result
 
 
 grouped_matmul, grouped_swiglu = with_gradients(_products, None)
+
+
+# ---------------------------------------------------------------------- counted work
+
+
+class Form(NamedTuple):
+    """How matrices [E, F, D] are stored."""
+
+    bits: int
+    group: int | None  # inputs; None for a scale for each output
+    offset: bool
+
+    @property
+    def values(self):
+        return jnp.int4 if self.bits == 4 else jnp.int8
+
+    def groups(self, D: int) -> int:
+        return D // (self.group or D)
+
+    def matrix_bytes(self, D: int, F: int) -> int:
+        return D * F * self.bits // 8 + 4 * (1 + self.offset) * F * self.groups(D)
+
+
+def count_blocks(form: Form, X, memory, M, D, F, group_sizes_E, item, *, products=1, x_reads=1, parts=1) -> Count:
+    """Of blocks of X rows: a kernel multiplies every row `products` times, reads it `x_reads` times, and writes `parts`
+    sums of it. The copy of the rows into blocks, and that of the sums out of them, are counted too.
+    """
+    sizes_E = np.asarray(group_sizes_E)
+    rows, experts = X * int(np.sum(-(-sizes_E // X))), int(np.count_nonzero(sizes_E))
+    x, sums = (M + (1 + x_reads) * rows) * D * item, 2 * 4 * parts * rows * F
+    moved = experts * form.matrix_bytes(D, F) + x + sums + M * F * item
+    return Count(2 * products * rows * D * F, moved, memory)
+
+
+def count_dequantised(form: Form, wide: Count, M, E, D, F, item) -> Count:
+    """Of matrices dequantised in turns, with their products, `wide`: integers are read, matrices are written, and each
+    turn adds its rows to the result.
+    """
+    matrix = D * F * item
+    moved = E * (form.matrix_bytes(D, F) + matrix) + 3 * turns_of(E, matrix) * M * F * item
+    return wide._replace(hbm_bytes=wide.hbm_bytes + moved)

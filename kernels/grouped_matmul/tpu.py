@@ -107,7 +107,7 @@ def _cut_for_integers(on, M, shape, G, values, offset, dtype):
     E, F, D = shape
     bits, copies = weight_only.check(dtype, D, G, values), max(1, LANES * G // D)  # short groups share a product
     rows = integers.block_rows(M, E, weight_only.SUBLANES, weight_only.MOST_COPIED // copies)
-    return rows and weight_only.choose_cut(on, rows, F, D, G, bits, offset, dtype, jnp.float32)
+    return rows and weight_only.choose_cut(on, rows, F, D, G, bits, offset, dtype, jnp.float32, visits=min(M, E))
 
 
 def _must_fit(settings, x_MD, F, products=1):
@@ -438,6 +438,18 @@ def count_weight_gradient(settings, M, A, C, group_sizes_E, *, itemsize=2) -> Co
     a_count, c_count = -(-A // panels.a), -(-C // panels.c)
     numbers = min(tiles_read * settings.tile, M) * (c_count * A + a_count * C) + group_sizes_E.shape[0] * A * C
     return Count(2 * rows * panels.a * a_count * panels.c * c_count, numbers * itemsize, panels.memory)
+
+
+def count_integers(M, E, D, F, *, on, form: integers.Form, group_sizes_E, dtype=jnp.bfloat16) -> Count:
+    """Of grouped_matmul with matrices of integers."""
+    item = jnp.dtype(dtype).itemsize
+    cut = _cut_for_integers(on, M, (E, F, D), form.groups(D), form.values, form.offset, dtype)
+    if cut is not None:
+        sizes = M, D, F, group_sizes_E, item
+        reads = -(-F // cut.outputs)  # of x, once for each block of outputs
+        return integers.count_blocks(form, cut.rows, cut.memory, *sizes, products=cut.copies, x_reads=reads)
+    wide = count_product(settings_for(on, M, E), M, D, F, group_sizes_E, itemsize=item)
+    return integers.count_dequantised(form, wide, M, E, D, F, item)
 
 
 def count(M, D, F, group_sizes_E, *, on, itemsize=2, swiglu=False, **blocks) -> dict[str, Count]:

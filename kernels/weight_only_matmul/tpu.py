@@ -86,8 +86,9 @@ class Cut(NamedTuple):
     memory: int  # bytes of fast memory that the kernel takes
 
 
-def choose_cut(on: Target, M, O, I, G, bits, offset, dtype, out_dtype, **blocks) -> Cut:
-    """The largest blocks that the table in blocks.py allows and that fit in fast memory."""
+def choose_cut(on: Target, M, O, I, G, bits, offset, dtype, out_dtype, visits=1, **blocks) -> Cut:
+    """The largest blocks that the table in blocks.py allows and that fit in fast memory, for M rows of each of `visits`
+    weights."""
     chip = chip_of(on.kind)
     limit = (chip.fast_bytes if chip else 64 * MIB) * 7 // 10  # the compiler needs some itself
     item, out_item, terms = jnp.dtype(dtype).itemsize, jnp.dtype(out_dtype).itemsize, 1 + offset
@@ -96,7 +97,7 @@ def choose_cut(on: Target, M, O, I, G, bits, offset, dtype, out_dtype, **blocks)
     if rows * copies <= MOST_COPIED:
         inputs = max(LANES, _divisor(group, LONGEST)) if group >= LANES else LANES
         wanted = {**block_sizes(BLOCKS, on, "tpu, few"), **blocks}
-        step = min(wanted["step_bytes"], max(SHORTEST, O * I * bits // 8 // STEPS))
+        step = min(wanted["step_bytes"], max(SHORTEST, visits * O * I * bits // 8 // STEPS))
         for outputs in _halves(step * 8 // (I * bits), O):
             weights = 2 * outputs * I * bits // 8 + outputs * inputs * 4
             results = rows * outputs * (4 + 2 * out_item + 4 * copies)

@@ -39,7 +39,7 @@ def test_it_is_the_definition(case, monkeypatch):
     monkeypatch.setattr(gpu, "BLOCKS", {("hopper", "few"): {"programs": 2, "steps": 2, "stages": 2, "least_stages": 1}})
     monkeypatch.setattr(integers, "WIDENED", 3 * F * D * 2)
     if case in MANY:
-        monkeypatch.setattr(gpu, "MOST_ROWS", 1)
+        monkeypatch.setattr(integers, "FEW", 1)
     interpret = params.InterpretGPUParams(detect_races=True)
     check_experts("gpu", lambda: simulated(KIND, interpret), *(CASES | MORE | MANY)[case])
     assert not simulation.get_races().races_found

@@ -43,7 +43,7 @@ def check(case, **interpreter):
         patch.setattr(tpu, "SHORTEST", 1)
         patch.setattr(integers, "WIDENED", 3 * F * D * 2)
         if case in MANY:
-            patch.setattr(tpu, "MOST_COPIED", 2)
+            patch.setattr(integers, "FEW", 1)
         where = lambda: simulated(KIND, pltpu.InterpretParams(**interpreter))
         check_experts("tpu", where, *(CASES | MORE | MANY)[case])
 
