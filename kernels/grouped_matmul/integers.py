@@ -173,18 +173,23 @@ class Form(NamedTuple):
     def groups(self, D: int) -> int:
         return D // (self.group or D)
 
-    def matrix_bytes(self, D: int, F: int) -> int:
-        return D * F * self.bits // 8 + 4 * (1 + self.offset) * F * self.groups(D)
+    def factor_bytes(self, D: int, F: int) -> int:
+        """Of one matrix."""
+        return 4 * (1 + self.offset) * F * self.groups(D)
 
 
-def count_blocks(form: Form, X, memory, M, D, F, group_sizes_E, item, *, products=1, x_reads=1, parts=1) -> Count:
+def count_blocks(
+    form: Form, X, memory, M, D, F, group_sizes_E, item, *, products=1, x_reads=1, parts=1, together=1
+) -> Count:
     """Of blocks of X rows: a kernel multiplies every row `products` times, reads it `x_reads` times, and writes `parts`
-    sums of it. The copy of the rows into blocks, and that of the sums out of them, are counted too.
+    sums of it. The copy of the rows into blocks, and that of the sums out of them, are counted too. The factors of
+    `together` matrices are read at once.
     """
     sizes_E = np.asarray(group_sizes_E)
-    rows, experts = X * int(np.sum(-(-sizes_E // X))), int(np.count_nonzero(sizes_E))
+    rows, (experts,) = X * int(np.sum(-(-sizes_E // X))), np.nonzero(sizes_E)
     x, sums = (M + (1 + x_reads) * rows) * D * item, 2 * 4 * parts * rows * F
-    moved = experts * form.matrix_bytes(D, F) + x + sums + M * F * item
+    factors = together * len(np.unique(experts // together)) * form.factor_bytes(D, F)
+    moved = len(experts) * D * F * form.bits // 8 + factors + x + sums + M * F * item
     return Count(2 * products * rows * D * F, moved, memory)
 
 
@@ -193,5 +198,5 @@ def count_dequantised(form: Form, wide: Count, M, E, D, F, item) -> Count:
     turn adds its rows to the result.
     """
     matrix = D * F * item
-    moved = E * (form.matrix_bytes(D, F) + matrix) + 3 * turns_of(E, matrix) * M * F * item
+    moved = E * (D * F * form.bits // 8 + form.factor_bytes(D, F) + matrix) + 3 * turns_of(E, matrix) * M * F * item
     return wide._replace(hbm_bytes=wide.hbm_bytes + moved)

@@ -107,7 +107,9 @@ def _cut_for_integers(on, M, shape, G, values, offset, dtype):
     E, F, D = shape
     bits, copies = weight_only.check(dtype, D, G, values), max(1, LANES * G // D)  # short groups share a product
     rows = integers.block_rows(M, E, weight_only.SUBLANES, weight_only.MOST_COPIED // copies)
-    return rows and weight_only.choose_cut(on, rows, F, D, G, bits, offset, dtype, jnp.float32, visits=min(M, E))
+    return rows and weight_only.choose_cut(
+        on, rows, F, D, G, bits, offset, dtype, jnp.float32, visits=min(M, E), stack=E
+    )
 
 
 def _must_fit(settings, x_MD, F, products=1):
@@ -446,8 +448,9 @@ def count_integers(M, E, D, F, *, on, form: integers.Form, group_sizes_E, dtype=
     cut = _cut_for_integers(on, M, (E, F, D), form.groups(D), form.values, form.offset, dtype)
     if cut is not None:
         sizes = M, D, F, group_sizes_E, item
-        reads = -(-F // cut.outputs)  # of x, once for each block of outputs
-        return integers.count_blocks(form, cut.rows, cut.memory, *sizes, products=cut.copies, x_reads=reads)
+        together = weight_only.SUBLANES if weight_only.stored_by_group(E, form.groups(D)) else 1
+        times = {"products": cut.copies, "x_reads": -(-F // cut.outputs), "together": together}
+        return integers.count_blocks(form, cut.rows, cut.memory, *sizes, **times)
     wide = count_product(settings_for(on, M, E), M, D, F, group_sizes_E, itemsize=item)
     return integers.count_dequantised(form, wide, M, E, D, F, item)
 

@@ -86,9 +86,11 @@ class Cut(NamedTuple):
     memory: int  # bytes of fast memory that the kernel takes
 
 
-def choose_cut(on: Target, M, O, I, G, bits, offset, dtype, out_dtype, visits=1, **blocks) -> Cut:
-    """The largest blocks that the table in blocks.py allows and that fit in fast memory, for M rows of each of `visits`
-    weights."""
+def choose_cut(on: Target, M, O, I, G, bits, offset, dtype, out_dtype, visits=1, stack=1, **blocks) -> Cut:
+    """The largest blocks that the table in blocks.py allows and that fit in fast memory.
+
+    For M rows, or for `visits` blocks of M rows times weights of a stack of so many.
+    """
     chip = chip_of(on.kind)
     limit = (chip.fast_bytes if chip else 64 * MIB) * 7 // 10  # the compiler needs some itself
     item, out_item, terms = jnp.dtype(dtype).itemsize, jnp.dtype(out_dtype).itemsize, 1 + offset
@@ -102,7 +104,8 @@ def choose_cut(on: Target, M, O, I, G, bits, offset, dtype, out_dtype, visits=1,
             weights = 2 * outputs * I * bits // 8 + outputs * inputs * 4
             results = rows * outputs * (4 + 2 * out_item + 4 * copies)
             x = 2 * rows * (I * item + offset * factors) + rows * copies * inputs * (4 + item)
-            memory = weights + (2 * terms + 1) * outputs * factors + results + x
+            together = min(stack, SUBLANES) if stack > 1 and stored_by_group(stack, G) else 1
+            memory = weights + (2 * terms * together + 1) * outputs * factors + results + x
             if memory <= limit:
                 return Cut(True, rows, outputs, inputs, copies, memory)
     wanted, inputs = {**block_sizes(BLOCKS, on, "tpu, many"), **blocks}, _depth(I)
@@ -167,6 +170,18 @@ def _as_stored(s_OG):
     return turned, s_OG.swapaxes(-1, -2) if turned else s_OG
 
 
+def stored_by_group(E, G):
+    """Whether XLA stores the scales of a stack, [E, O, G], as [G, E, O]: where it then has less to fill up.
+
+    One weight's are rows of several registers there, which hold those of eight weights.
+    """
+
+    def filled(size):
+        return _up(size, SUBLANES) if size > 4 else 2 ** (size - 1).bit_length()
+
+    return bool(G % LANES) and filled(E) * G < filled(G) * E
+
+
 def _factors_spec(turned, outputs, G, block, expert=None):
     """Of all scales of a block of outputs; block(*grid indices) is its number, `expert` that of a stack's weight."""
     shape = (G, outputs) if turned else (outputs, G)
@@ -181,14 +196,26 @@ def _factors_spec(turned, outputs, G, block, expert=None):
 # ---------------------------------------------------------------------- few rows
 
 
-def _few_kernel(_, x_ref, values_ref, scale_ref, *refs, cut, turned, group, precision):
+def _few_kernel(expert_Z, x_ref, values_ref, scale_ref, *refs, cut, turned, group, precision):
     *offset_refs, out_ref, scale_GO_ref, sums_ref = refs
-    scale_GO_ref[...] = scale_ref[...] if turned else scale_ref[...].T
+
+    def of_weight(ref):
+        """Its factors, [G, outputs]."""
+        if len(ref.shape) == 2:
+            return ref[...] if turned else ref[...].T
+        at = expert_Z[pl.program_id(1)] % ref.shape[1]
+        return ref[:, pl.ds(at, 1), :].reshape(scale_GO_ref.shape)
+
+    scale_GO_ref[...] = of_weight(scale_ref)
     if offset_refs:
-        x_sums_XG, offset = (ref[...] for ref in offset_refs)
-        over_G = (((1,), (0 if turned else 1,)), ((), ()))
+        x_sums_ref, offset_ref = offset_refs
+        over_G = (((1,), (0,)), ((), ()))
         sums_ref[...] = -lax.dot_general(
-            x_sums_XG, offset, over_G, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+            x_sums_ref[...],
+            of_weight(offset_ref),
+            over_G,
+            precision=lax.Precision.HIGHEST,
+            preferred_element_type=jnp.float32,
         )
     else:
         sums_ref[...] = jnp.zeros_like(sums_ref)
@@ -219,19 +246,25 @@ def multiply_blocks(
     visits: int32 (expert_Z, number [1]): block z < number is multiplied by weight expert_Z[z], and others may get
     anything; nothing where all blocks are multiplied by the first. Blocks of one weight follow each other.
     """
-    (Z, X, I), (_, O, G), outputs = x_ZXI.shape, scale_EOG.shape, cut.outputs
+    (Z, X, I), (E, O, G), outputs = x_ZXI.shape, scale_EOG.shape, cut.outputs
     expert_Z, number = visits or (jnp.zeros(Z, jnp.int32), None)
-    turned, scale = _as_stored(scale_EOG)
+    turned = _as_stored(scale_EOG)[0]
+    factors = [s for s in (scale_EOG, offset_EOG) if s is not None]
+    if visits and stored_by_group(E, G):
+        n, factors = min(E, SUBLANES), [s.transpose(2, 0, 1) for s in factors]
+        of_factors = pl.BlockSpec((G, n, outputs), lambda o, z, expert_Z: (0, expert_Z[z] // n, o))
+    else:
+        factors = [_as_stored(s)[1] for s in factors]
+        of_factors = _factors_spec(turned, outputs, G, lambda o, z, _: o, lambda o, z, expert_Z: expert_Z[z])
 
     def of_block(*shape):
         return pl.BlockSpec((None, *shape), lambda o, z, _: (z, 0, 0))
 
-    factors = _factors_spec(turned, outputs, G, lambda o, z, _: o, lambda o, z, expert_Z: expert_Z[z])
-    args = [x_ZXI, values_EOI, scale]
-    specs = [of_block(X, I), pl.BlockSpec((None, outputs, I), lambda o, z, expert_Z: (expert_Z[z], o, 0)), factors]
+    args = [x_ZXI, values_EOI, factors[0]]
+    specs = [of_block(X, I), pl.BlockSpec((None, outputs, I), lambda o, z, expert_Z: (expert_Z[z], o, 0)), of_factors]
     if offset_EOG is not None:
-        args += [jnp.sum(x_ZXI.reshape(Z, X, G, -1).astype(jnp.float32), axis=-1), _as_stored(offset_EOG)[1]]
-        specs += [of_block(X, G), factors]
+        args += [jnp.sum(x_ZXI.reshape(Z, X, G, -1).astype(jnp.float32), axis=-1), factors[1]]
+        specs += [of_block(X, G), of_factors]
     return pl.pallas_call(
         functools.partial(_few_kernel, cut=cut, turned=turned, group=I // G, precision=_precision(x_ZXI.dtype)),
         out_shape=jax.ShapeDtypeStruct((Z, X, O), dtype),

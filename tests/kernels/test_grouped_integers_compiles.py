@@ -5,8 +5,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 from qwen2_jax.kernels.grouped_matmul import Scaled, grouped_matmul, grouped_swiglu
-from qwen2_jax.kernels.grouped_matmul.integers import WIDENED
-from qwen2_jax.kernels.grouped_matmul.shapes import EXPERTS, INTEGER_SHAPES
+from qwen2_jax.kernels.grouped_matmul.integers import FEW, WIDENED
+from qwen2_jax.kernels.grouped_matmul.shapes import INTEGER_SHAPES
 
 from ahead_of_time import GPU_COMPILER, TPU_COMPILER, compile_for
 from few import slow
@@ -40,12 +40,15 @@ def check(chip, implementation, name, *, gradient=False):
         factors = 0
     assert found.argument_size_in_bytes <= 1.05 * (3 * E * D * F * bits // 8 + factors + 2 * M * D) + 2**20
     rows = M + 64 * min(M, E)  # with those that fill blocks up
-    turn = WIDENED if gradient or M > 128 * E else 0
-    assert found.temp_size_in_bytes <= turn + rows * (2 * D + 4 * (2 * F + D)) + 2**22, found.temp_size_in_bytes / 2**20
+    beside = rows * (2 * D + 4 * (2 * F + D))
+    if gradient or M > FEW * E:
+        beside = WIDENED + (12 if gradient else 6) * 2 * M * F
+    assert found.temp_size_in_bytes <= beside + 2**22
 
 
 def cases(chips, *quick):
-    every = [(chip, name) for name in INTEGER_SHAPES for chip in chips]
+    """The 57B-A14B on every chip, and sizes that are multiples of less, the other model's, on the first."""
+    every = [(chip, name) for name in INTEGER_SHAPES for chip in (chips if "57b" in name else chips[:1])]
     return pytest.mark.parametrize(("chip", "name"), [*quick, *slow(*(case for case in every if case not in quick))])
 
 
@@ -59,21 +62,19 @@ class TestTpu:
         check(chip, "tpu", name)
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("model", EXPERTS)
-    def test_gradient_of_x(self, model):
-        for form in ("int4", "int8"):
-            check("v5p", "tpu", f"{model} {form} prefill 4k", gradient=True)
+    def test_gradient_of_x(self):
+        check("v5p", "tpu", "qwen2-57b-a14b int4 prefill 4k", gradient=True)
 
 
 class TestGpu:
     pytestmark = GPU_COMPILER
 
-    @cases(("h100", "h200"), ("h100", "qwen2-57b-a14b gptq-int4 one token"), ("h200", "qwen2-57b-a14b int8 prefill 4k"))
+    @cases(  # one instruction set, one number of multiprocessors: both chips get the same code
+        ("h200",), ("h100", "qwen2-57b-a14b gptq-int4 one token"), ("h200", "qwen2-57b-a14b int8 prefill 4k")
+    )
     def test_no_stack_is_copied(self, chip, name):
         check(chip, "gpu", name)
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("model", EXPERTS)
-    def test_gradient_of_x(self, model):
-        for form in ("int4", "int8"):
-            check("h200", "gpu", f"{model} {form} prefill 4k", gradient=True)
+    def test_gradient_of_x(self):
+        check("h200", "gpu", "qwen2-57b-a14b int4 prefill 4k", gradient=True)

@@ -4,8 +4,11 @@
 import jax.numpy as jnp
 import pytest
 from qwen2_jax.kernels.chip_limits import CHIPS
+from qwen2_jax.kernels.counts import count
 from qwen2_jax.kernels.grouped_matmul import grouped_matmul, grouped_swiglu, integers
+from qwen2_jax.kernels.grouped_matmul.shapes import INTEGER_FORMS, INTEGER_SHAPES
 from qwen2_jax.kernels.target import simulated
+from qwen2_jax.kernels.workloads import OPERATIONS, group_sizes
 
 from few import slow
 from integer_cases import check_experts, experts_of
@@ -63,3 +66,17 @@ def test_what_it_refuses_goes_to_xla():
                 grouped_swiglu(x, gate, up, sizes, implementation="gpu")
     with pytest.raises(NotImplementedError, match="needs a gpu, this is a cpu"):
         grouped_matmul(x, gate, sizes, transpose_w=True, implementation="gpu")
+
+
+@pytest.mark.parametrize("form", [*INTEGER_FORMS])
+def test_counted(form):
+    """A token reads the integers of eight experts and little else; more rows read all integers once until it is better
+    to dequantise them. A program fits in shared memory.
+    """
+    for use, most in (("one token", 1.1), ("batch of 64", 1.2), ("prefill 512", 1.7), ("prefill 4k", 6)):
+        shape = INTEGER_SHAPES[f"qwen2-57b-a14b {form} {use}"]
+        need = OPERATIONS["grouped_weight_only"].need(shape, jnp.bfloat16, "forward")
+        work = count("grouped_weight_only", "gpu", shape, group_sizes(shape), jnp.bfloat16, CHIPS["h100"])["forward"]
+        assert need.hbm_bytes <= work.hbm_bytes <= most * need.hbm_bytes, use
+        assert work.flops >= need.flops
+        assert work.fast_memory_bytes <= CHIPS["h100"].fast_bytes

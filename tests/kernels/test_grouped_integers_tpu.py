@@ -10,10 +10,13 @@ from hypothesis import strategies as st
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 from qwen2_jax.kernels.chip_limits import CHIPS
+from qwen2_jax.kernels.counts import count
 from qwen2_jax.kernels.grouped_matmul import gpu as grouped_gpu
 from qwen2_jax.kernels.grouped_matmul import grouped_matmul, integers, tiles
+from qwen2_jax.kernels.grouped_matmul.shapes import INTEGER_FORMS, INTEGER_SHAPES
 from qwen2_jax.kernels.target import simulated
 from qwen2_jax.kernels.weight_only_matmul import tpu
+from qwen2_jax.kernels.workloads import OPERATIONS, group_sizes
 
 from few import MANY as MANY_EXAMPLES
 from few import slow
@@ -25,6 +28,7 @@ CASES = {  # rows of each expert, all rows, outputs, inputs, inputs of a group, 
 }
 MORE = {
     "one token, int8, a scale for each output": ((0, 1, 0, 1), 2, 128, 384, None, jnp.int8, False),
+    "one token, the tenth expert of 16": ((*[0] * 9, 1, *[0] * 6), 1, 256, 384, 128, jnp.int4, True),
     "no rows of any expert": ((0, 0), 3, 128, 256, 64, jnp.int4, False),
     "SwiGLU, groups of 128": ((3, 0, 9), 12, 264, 256, 128, jnp.int4, False, 2),
     "SwiGLU, int8 in groups of 64, float32": ((0, 2, 20), 24, 128, 384, 64, jnp.int8, True, 2, jnp.float32),
@@ -78,6 +82,21 @@ def test_what_it_refuses_goes_to_xla():
                 grouped_matmul(x, w, sizes, transpose_w=True, implementation=name)
     with pytest.raises(NotImplementedError, match="needs a tpu, this is a cpu"):
         grouped_matmul(x, w, sizes, transpose_w=True, implementation="tpu")
+
+
+@pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e"])
+@pytest.mark.parametrize("form", [*INTEGER_FORMS])
+def test_counted(form, chip):
+    """A token reads the integers of eight experts and little else; more rows read all integers once until it is better
+    to dequantise them. Everything fits in fast memory.
+    """
+    for use, most in (("one token", 1.45), ("batch of 64", 1.2), ("prefill 512", 2), ("prefill 4k", 6.3)):
+        shape = INTEGER_SHAPES[f"qwen2-57b-a14b {form} {use}"]
+        need = OPERATIONS["grouped_weight_only"].need(shape, jnp.bfloat16, "forward")
+        work = count("grouped_weight_only", "tpu", shape, group_sizes(shape), jnp.bfloat16, CHIPS[chip])["forward"]
+        assert need.hbm_bytes <= work.hbm_bytes <= most * need.hbm_bytes, use
+        assert work.flops >= need.flops
+        assert work.fast_memory_bytes <= 0.7 * CHIPS[chip].fast_bytes
 
 
 # ---------------------------------------------------------------------- lists of rows
