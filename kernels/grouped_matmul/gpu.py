@@ -102,6 +102,8 @@ def _for_integers(x_MD, *ws) -> integers.Settings:
     settings = _settings(x_MD, jax.ShapeDtypeStruct(ws[0].shape, x_MD.dtype), {})
     on = require("gpu")
     cut = _cut_for_integers(on, M, ws[0].shape, G, ws[0].values.dtype)
+    if cut is not None:
+        weight_only.check_jax()
     return integers.Settings(weight_only.multiply_blocks, cut, on.interpret, integers.dequantise, _products, settings)
 
 

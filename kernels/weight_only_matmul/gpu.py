@@ -55,8 +55,14 @@ def weight_only_matmul(x_MI, values_OI, scale_OG, offset_OG, *, dtype, **blocks)
     if x_MI.dtype != jnp.bfloat16:
         raise NotImplementedError(f"needs x in bfloat16, got {x_MI.dtype}")
     cut = choose_cut(on, M, *check(O, I, G, values_OI.dtype), **blocks)
+    check_jax()
     static = cut, jnp.dtype(dtype), on.interpret
     return _product(static, x_MI.reshape(M, I), values_OI, scale_OG, offset_OG).reshape(*x_MI.shape[:-1], O)
+
+
+def check_jax():
+    if not hasattr(plgpu, "store"):
+        raise NotImplementedError("needs jax 0.12, whose Mosaic GPU stores any layout of registers to GMEM")
 
 
 def check(O, I, G, values):

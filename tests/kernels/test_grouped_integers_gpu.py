@@ -48,7 +48,7 @@ def test_it_is_the_definition(case, monkeypatch):
     assert not simulation.get_races().races_found
 
 
-def test_what_it_refuses_goes_to_xla():
+def test_what_it_refuses_goes_to_xla(monkeypatch):
     sizes = jnp.array([1, 0])
     with simulated(KIND, params.InterpretGPUParams()):
         for F, D, group, dtype, message in (
@@ -64,6 +64,9 @@ def test_what_it_refuses_goes_to_xla():
         for up in (experts_of(2, 64, 128, 64), experts_of(2, 64, 128, 32, jnp.int8), jnp.ones((2, 64, 128), x.dtype)):
             with pytest.raises(NotImplementedError, match="needs gate and up of one form"):
                 grouped_swiglu(x, gate, up, sizes, implementation="gpu")
+        monkeypatch.delattr(gpu.plgpu, "store", raising=False)
+        with pytest.raises(NotImplementedError, match=r"needs jax 0.12"):
+            grouped_matmul(x, gate, sizes, transpose_w=True, implementation="gpu")
     with pytest.raises(NotImplementedError, match="needs a gpu, this is a cpu"):
         grouped_matmul(x, gate, sizes, transpose_w=True, implementation="gpu")
 
