@@ -51,6 +51,12 @@ def count(operation: str, implementation: str, shape: Mapping[str, int], sizes_E
         given |= {"dtype": dtype} if implementation == "tpu" else {}
         M, O, I = (shape[x] for x in "MOI")
         return _by_pass(_kernel(operation, implementation).count(M, O, I, I // shape["group"], on=on, **given))
+    if operation == "grouped_weight_only":
+        M, E, D, F = (shape[x] for x in "MEDF")
+        given = {"dtype": dtype} if implementation == "tpu" else {}
+        form = _kernel("grouped_matmul", "integers").Form(shape["bits"], shape.get("group"), bool(shape.get("offset")))
+        counted = _kernel("grouped_matmul", implementation).count_integers
+        return _by_pass(counted(M, E, D, F, on=on, form=form, group_sizes_E=sizes_E, **given))
     return _grouped(implementation, shape, sizes_E, 2 if operation == "grouped_swiglu" else 1, on, dtype)
 
 

@@ -4,6 +4,8 @@
 A shape is a dict of numbers, {"B": 1, "T": 4096, ...}: dimension letters and a few options. Queries stand at the end of
 the keys (a prompt's next chunk), or are all of them. B batch, T query length, S key length or cache slots, N query
 heads, K kv heads, H head width; M rows, E experts, D width in, F width out; O outputs, I inputs of integers in groups.
+
+"grouped_weight_only" is grouped_matmul with matrices of integers.
 """
 
 import functools
@@ -318,21 +320,23 @@ def expanded_bytes(shape: Shape) -> int:
 # ---------------------------------------------------------------------- products with integers in groups
 
 
-def integers(shape: Shape):
-    """(values, scale, offset or nothing) of a weight [O, I] whose products are about 1."""
-    O, I, G, bits = shape["O"], shape["I"], shape["I"] // shape["group"], shape["bits"]
-    values = jax.lax.bitcast_convert_type(jax.random.bits(jax.random.key(1), (O, I), jnp.uint8), jnp.int8)
+def integers(shape: Shape, *sizes):
+    """(values, scale, offset or nothing) of a weight [*sizes, inputs] whose products are about 1."""
+    *_, I = sizes
+    factors, bits = (*sizes[:-1], I // shape["group"]) if shape.get("group") else sizes[:-1], shape["bits"]
+    values = jax.lax.bitcast_convert_type(jax.random.bits(jax.random.key(1), sizes, jnp.uint8), jnp.int8)
     if bits == 4:
         values = (values >> 4).astype(jnp.int4)
-    scale = (1 + 0.1 * draw(O, G, dtype=jnp.float32, seed=2)) * I**-0.5 / 2 ** (bits - 1)
-    return values, scale, *([draw(O, G, dtype=jnp.float32, seed=3, scale=I**-0.5)] if shape.get("offset") else [])
+    scale = (1 + 0.1 * draw(*factors, dtype=jnp.float32, seed=2)) * I**-0.5 / 2 ** (bits - 1)
+    return values, scale, *([draw(*factors, dtype=jnp.float32, seed=3, scale=I**-0.5)] if shape.get("offset") else [])
 
 
 def weight_only_contender(implementation, shape: Shape, dtype) -> Contender:
     def run(x, values, scale, *offset):
         return weight_only.weight_only_matmul(x, values, scale, *offset, implementation=implementation)
 
-    return Contender(run, (draw(shape["M"], shape["I"], dtype=dtype, seed=7), *integers(shape)))
+    M, O, I = (shape[letter] for letter in "MOI")
+    return Contender(run, (draw(M, I, dtype=dtype, seed=7), *integers(shape, O, I)))
 
 
 def not_quantised(names, shape: Shape, dtype):
@@ -349,6 +353,35 @@ def weight_only_need(shape: Shape, dtype, which) -> Need:
     M, O, I, item = shape["M"], shape["O"], shape["I"], jnp.dtype(dtype).itemsize
     factors = 4 * O * (I // shape["group"]) * (2 if shape.get("offset") else 1)
     return Need(2 * M * O * I, O * I * shape["bits"] // 8 + factors + M * (I + O) * item)
+
+
+def grouped_weight_only_contender(implementation, shape: Shape, dtype) -> Contender:
+    sizes_E = group_sizes(shape)
+
+    def run(x, *parts):
+        w = grouped.Scaled(*parts)
+        return grouped.grouped_matmul(x, w, sizes_E, transpose_w=True, implementation=implementation)
+
+    M, E, D, F = (shape[letter] for letter in "MEDF")
+    return Contender(run, (draw(M, D, dtype=dtype, seed=7), *integers(shape, E, F, D)))
+
+
+def experts_not_quantised(names, shape: Shape, dtype):
+    """The fastest grouped product of matrices in the dtype of x."""
+    return {"not quantised": lambda: matmul_contender(None, shape, dtype)}
+
+
+def grouped_weight_only_need(shape: Shape, dtype, which) -> Need:
+    M, D, F, item = shape["M"], shape["D"], shape["F"], jnp.dtype(dtype).itemsize
+    factors = 4 * F * (D // (shape.get("group") or D)) * (2 if shape.get("offset") else 1)
+    active = int((group_sizes(shape) > 0).sum())
+    return Need(2 * M * D * F, active * (D * F * shape["bits"] // 8 + factors) + M * (D + F) * item)
+
+
+def small_grouped_weight_only(shape: Shape) -> Shape:
+    group = shape.get("group") or 1
+    D = min(shape["D"], max(group, 512 // group * group))
+    return {**shape, **small_grouped({**shape, "D": D})}
 
 
 def small_weight_only(shape: Shape) -> Shape:
@@ -435,6 +468,18 @@ OPERATIONS = {
         table_bytes=lambda shape: 4 * shape["O"] * shape["I"],
         small=small_weight_only,
     ),
+    "grouped_weight_only": Operation(
+        required=("M", "E", "D", "F"),
+        optional={"group": None, "bits": 4, "offset": None},
+        shapes=grouped_shapes.INTEGER_SHAPES,
+        trained=False,
+        tables=lambda: tables_of(grouped),
+        contender=grouped_weight_only_contender,
+        rivals=experts_not_quantised,
+        need=grouped_weight_only_need,
+        table_bytes=lambda shape: expanded_bytes(shape) + 4 * shape["E"] * shape["D"] * shape["F"],
+        small=small_grouped_weight_only,
+    ),
 }
 
 
@@ -471,6 +516,7 @@ def parse_shape(operation: str, text: str) -> Shape:
         raise ValueError(f"--shape: T={shape['T']} queries stand at the end of S={shape['S']} keys, so T <= S")
     if shape.get("page") and shape["S"] % shape["page"]:
         raise ValueError(f"--shape: a cache of S={shape['S']} slots is no whole number of pages of {shape['page']}")
-    if "bits" in shape and (shape["bits"] not in (4, 8) or shape["I"] % shape["group"]):
-        raise ValueError(f"--shape: bits are 4 or 8 and group={shape['group']} divides I={shape['I']}")
+    inputs = "I" if "I" in shape else "D"
+    if "bits" in shape and (shape["bits"] not in (4, 8) or shape[inputs] % (shape["group"] or 1)):
+        raise ValueError(f"--shape: bits are 4 or 8 and group={shape['group']} divides {inputs}={shape[inputs]}")
     return {name: value for name, value in shape.items() if value is not None}

@@ -22,7 +22,7 @@ from qwen2_jax.kernels.weight_only_matmul import weight_only_matmul
 from attention_cases import arrays, layout, naive
 from decode_cases import case as decode_case
 from decode_cases import expected as decode_expected
-from integer_cases import drawn
+from integer_cases import drawn, experts_of
 from tolerance import BFLOAT16, assert_no_worse
 
 from .pieces import Setting
@@ -63,6 +63,13 @@ WEIGHT_ONLY = {  # rows, outputs, inputs, inputs of a group; integers; whether t
     "500 rows, int4, groups of 64, offsets": ((500, 1088, 1792, 64), jnp.int4, True),
 }
 SMALL_WEIGHT_ONLY = {"int4, groups of 32, offsets": ((2, 64, 256, 32), jnp.int4, True)}
+INTEGER_EXPERTS = {  # M, D, F, inputs of a group (None: all); rows of each expert; integers; offsets; matrices
+    "a token, int4, groups of 128": ((4, 2048, 1408, 128), (0, 1, 1, 0, 0, 1, 1, 0, 0), jnp.int4, False, 2),
+    "uneven groups, int4, groups of 32, offsets": ((300, 1024, 768, 32), (101, 0, 37, 150, 0, 1), jnp.int4, True, 2),
+    "few rows, int8, a scale for each output": ((90, 1408, 2048, None), (0, 70, 0, 19), jnp.int8, False, 1),
+    "many rows, int4, groups of 64, offsets": ((1200, 1024, 768, 64), (301, 0, 37, 860), jnp.int4, True, 2),
+}
+SMALL_INTEGER_EXPERTS = {"int4, groups of 32, offsets": ((3, 128, 64, 32), (0, 2), jnp.int4, True, 1)}
 SMALL_GROUPED = {"uneven groups": ((60, 3, 64, 128), (37, 0, 20), True)}
 
 
@@ -185,6 +192,26 @@ def weight_only(implementation, setting, sizes, values, offset):
         return worst(with_gradients(run(implementation), (x,), dy, parts), plain, exact)
 
 
+def integer_experts(implementation, setting, sizes, groups, values, offset, matrices):
+    """grouped_matmul of integers, of two matrices grouped_swiglu, and the gradient of x."""
+    M, D, F, group = sizes
+    random = np.random.default_rng(0)
+    x, dy = (random.standard_normal((M, width)).astype(jnp.bfloat16) for width in (D, F))
+
+    def run(name):
+        if matrices == 2:
+            return lambda x, w, group_sizes_E: grouped_swiglu(x, *w, group_sizes_E, implementation=name)
+        return lambda x, w, group_sizes_E: grouped_matmul(x, *w, group_sizes_E, transpose_w=True, implementation=name)
+
+    with host():
+        w = [experts_of(len(groups), F, D, group, values, offset=offset, seed=seed) for seed in range(matrices)]
+        given = {"w": jax.tree.map(np.asarray, w), "group_sizes_E": np.asarray(groups, np.int32)}
+        exact = with_gradients(run("reference"), (x.astype(np.float32) / 8,), dy.astype(np.float32), given)
+        plain = jax.tree.map(lambda x: x.astype(jnp.bfloat16), exact)
+    with on_device(implementation, setting):
+        return worst(with_gradients(run(implementation), (x / 8,), dy, given), plain, exact)
+
+
 def attention_cases(implementation, setting: Setting, chunked=False):
     chosen = SMALL_ATTENTION if setting.small else ATTENTION
     run = functools.partial(attention, implementation, setting, chunked=chunked)
@@ -208,7 +235,10 @@ def weight_only_cases(implementation, setting: Setting):
     """Hopper's kernel takes up to 64 rows."""
     chosen = SMALL_WEIGHT_ONLY if setting.small else WEIGHT_ONLY
     few = {name: case for name, case in chosen.items() if implementation != "gpu" or case[0][0] <= 64}
-    return {name: functools.partial(weight_only, implementation, setting, *case) for name, case in few.items()}
+    made = {name: functools.partial(weight_only, implementation, setting, *case) for name, case in few.items()}
+    for name, case in (SMALL_INTEGER_EXPERTS if setting.small else INTEGER_EXPERTS).items():
+        made[f"experts: {name}"] = functools.partial(integer_experts, implementation, setting, *case)
+    return made
 
 
 flash_gpu, flash_tpu = (functools.partial(attention_cases, name) for name in ("gpu", "tpu"))

@@ -19,6 +19,7 @@ SMALL = {
     "decode_attention": "S=128,N=2,K=1,H=64",
     "grouped_matmul": "M=64,E=4,D=64,F=64",
     "weight_only_matmul": "M=2,O=64,I=256,group=32",
+    "grouped_weight_only": "M=2,E=4,D=256,F=64,group=32",
 }
 TRAIN, ONLY = ("forward", "backward"), ("forward",)
 FAST, VENDOR = ("gpu", "tpu"), ("cudnn", "splash")
@@ -59,6 +60,14 @@ WEIGHT_ONLY = {
         *(("7b down", "q4_k", rows) for rows in (1, 8, 512)),
         ("7b gate", "gptq-int8", 1),
         ("72b gate", "gptq-int4", 1),
+    )
+}
+INTEGER_EXPERTS = {
+    f"57B's experts, {form}, {use}": (f"qwen2-57b-a14b {form} {use}", ONLY, ("not quantised",), {})
+    for form, use in (
+        *(("gptq-int4", use) for use in ("one token", "batch of 64", "prefill 512", "prefill 4k")),
+        ("q4_k", "one token"),
+        ("int8", "one token"),
     )
 }
 OTHER_FLASH = {
@@ -105,7 +114,11 @@ flash = functools.partial(timed, FLASH, "flash_attention")
 dual_chunk = functools.partial(timed, DUAL_CHUNK, "dual_chunk_attention")
 decode = functools.partial(timed, DECODE, "decode_attention")
 grouped = functools.partial(timed, GROUPED, "grouped_matmul")
-weight_only = functools.partial(timed, WEIGHT_ONLY, "weight_only_matmul")
+
+
+def weight_only(setting: Setting):
+    products = timed(WEIGHT_ONLY, "weight_only_matmul", setting)
+    return products | timed(INTEGER_EXPERTS, "grouped_weight_only", setting)
 
 
 def other_sizes(setting: Setting):

@@ -35,8 +35,8 @@ def _no_integers(module, function, platform=None):
 
 
 IMPLEMENTATIONS = {  # fastest first
-    "gpu": _no_integers("gpu", "grouped_matmul", "gpu"),
-    "tpu": _no_integers("tpu", "grouped_matmul", "tpu"),
+    "gpu": late(f"{__name__}.gpu", "grouped_matmul", "gpu"),
+    "tpu": late(f"{__name__}.tpu", "grouped_matmul", "tpu"),
     "xla": xla.grouped_matmul,
     "reference": reference.grouped_matmul,
 }
@@ -45,8 +45,8 @@ ONLY_BY_NAME = {  # jax's own; megablox.py says why they are not the default any
     "ragged_dot": _no_integers("megablox", "ragged_matmul"),
 }
 SWIGLU_IMPLEMENTATIONS = {
-    "gpu": _no_integers("gpu", "grouped_swiglu", "gpu"),
-    "tpu": _no_integers("tpu", "grouped_swiglu", "tpu"),
+    "gpu": late(f"{__name__}.gpu", "grouped_swiglu", "gpu"),
+    "tpu": late(f"{__name__}.tpu", "grouped_swiglu", "tpu"),
     "xla": xla.grouped_swiglu,
     "reference": reference.grouped_swiglu,
 }
@@ -62,7 +62,7 @@ def grouped_matmul(x_MD, w, group_sizes_E, *, transpose_w=False, implementation=
     Args:
         x_MD: rows sorted by expert: the first group_sizes_E[0] belong to expert 0, the next to expert 1, and so on.
         w: [E, D, F], or [E, F, D] with transpose_w (the order of Hugging Face files: out, in). With transpose_w it may
-            be a Scaled, integers with factors, which "xla" and "reference" take: a constant, without a gradient.
+            be a Scaled, integers with factors: a constant, without a gradient.
         group_sizes_E: int; empty groups are allowed, and rows after the last group give zeros. A sum larger than M, or
             a negative size, is an error that only jax.experimental.checkify can report; without it the result is
             undefined.

@@ -44,8 +44,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ..counts import Count
 from ..target import Target, block_sizes, require
+from ..weight_only_matmul import gpu as weight_only
+from . import integers
 from .blocks import BLOCKS, shape_class
-from .gradients import with_gradients
+from .gradients import Scaled, with_gradients
 
 SHARED_MEMORY = 226 * 2**10  # bytes that one program may plan with, of 227 KiB
 WARPGROUP_ROWS = 64  # rows of one wgmma
@@ -56,12 +58,17 @@ CELLS = (plgpu.TilingTransform((ALIGNED, CHUNK)), plgpu.SwizzleTransform(128))  
 
 def grouped_matmul(x_MD, w, group_sizes_E, *, transpose_w=False, **blocks):
     """Returns [M, F] in x's dtype. `blocks` replace entries of the table in blocks.py."""
+    if isinstance(w, Scaled):
+        return integers.grouped_matmul(_for_integers(x_MD, w), True, x_MD, w, group_sizes_E.astype(jnp.int32))
     settings = _settings(x_MD, w, blocks)
     return _matmul(settings, transpose_w, x_MD, w, group_sizes_E.astype(jnp.int32))
 
 
 def grouped_swiglu(x_MD, gate_EFD, up_EFD, group_sizes_E, **blocks):
-    """Returns [M, F] in x's dtype; both products and silu are one kernel."""
+    """Returns [M, F] in x's dtype; both products and silu are one kernel, of integers two."""
+    if isinstance(gate_EFD, Scaled):
+        settings = _for_integers(x_MD, gate_EFD, up_EFD)
+        return integers.grouped_swiglu(settings, x_MD, gate_EFD, up_EFD, group_sizes_E.astype(jnp.int32))
     settings = _settings(x_MD, gate_EFD, blocks)
     if up_EFD.dtype != gate_EFD.dtype:
         raise NotImplementedError(f"needs gate and up of one dtype, got {gate_EFD.dtype} and {up_EFD.dtype}")
@@ -88,6 +95,23 @@ def _settings(x_MD, w, blocks) -> Settings:
     if 0 in x_MD.shape or 0 in w.shape or any(width % CHUNK for width in w.shape[1:]):
         raise NotImplementedError(f"needs rows, and widths that are multiples of {CHUNK}, got {x_MD.shape}, {w.shape}")
     return _settings_for(on, x_MD.shape[0], w.shape[0], {"programs": _multiprocessors(on), **blocks})
+
+
+def _for_integers(x_MD, *ws) -> integers.Settings:
+    G, M = integers.groups_of(ws), x_MD.shape[0]
+    settings = _settings(x_MD, jax.ShapeDtypeStruct(ws[0].shape, x_MD.dtype), {})
+    on = require("gpu")
+    cut = _cut_for_integers(on, M, ws[0].shape, G, ws[0].values.dtype)
+    if cut is not None:
+        weight_only.check_jax()
+    return integers.Settings(weight_only.multiply_blocks, cut, on.interpret, integers.dequantise, _products, settings)
+
+
+def _cut_for_integers(on, M, shape, G, values):
+    """How blocks of rows are multiplied by integers [E, F, D]; None for many rows of each expert."""
+    E, F, D = shape
+    rows, form = integers.block_rows(M, E, ALIGNED, weight_only.MOST_ROWS), weight_only.check(F, D, G, values)
+    return rows and weight_only.choose_cut(on, rows, *form, visits=min(M, E))
 
 
 def _settings_for(on: Target, M, E, blocks) -> Settings:
@@ -125,12 +149,12 @@ def capacity(M: int, E: int, tile: int) -> int:
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def plan(group_sizes_E, M: int, tile: int) -> Visits:
-    """The list for M > 0 rows. Groups that run over M are cut there."""
+def plan(group_sizes_E, M: int, tile: int, before=0) -> Visits:
+    """The list for M > 0 rows, without the first `before`. Groups that run over M are cut there."""
     E = group_sizes_E.shape[0]
-    end = jnp.minimum(jnp.cumsum(group_sizes_E, dtype=jnp.int32), M)
+    end = jnp.minimum(before + jnp.cumsum(group_sizes_E, dtype=jnp.int32), M)
     end = jnp.append(end, jnp.int32(M))  # [E + 1]: the last are rows of no expert
-    begin = jnp.append(jnp.int32(0), end[:-1])
+    begin = jnp.append(jnp.int32(before), end[:-1])
     first = begin // ALIGNED * ALIGNED
     stop = jnp.cumsum(jnp.where(begin < end, -(-(end - first) // tile), 0), dtype=jnp.int32)
     start = jnp.append(jnp.int32(0), stop[:-1])
@@ -299,8 +323,10 @@ def _product_kernel(
 
 
 @functools.partial(jax.jit, static_argnums=(0,), static_argnames=("transpose_w", "finish", "results"))
-def _products(settings, xs, ws, group_sizes_E, *, transpose_w, finish, results):
-    """As with_gradients wants it: `results` arrays [M, F] in x's dtype."""
+def _products(settings, xs, ws, group_sizes_E, before=0, *, transpose_w, finish, results):
+    """As with_gradients wants it: `results` arrays [M, F] in x's dtype. The first `before` rows are those of experts
+    that are not in ws, and may hold anything.
+    """
     (M, D), dtype = xs[0].shape, xs[0].dtype
     E, F = ws[0].shape[0], ws[0].shape[1 if transpose_w else 2]
     side_by_side = len(ws) // len(xs)
@@ -309,7 +335,7 @@ def _products(settings, xs, ws, group_sizes_E, *, transpose_w, finish, results):
     filling = -M % ALIGNED
     xs = [jnp.pad(x, ((0, filling), (0, 0))) if filling else x for x in xs]
 
-    visits = plan(group_sizes_E, M, rows)
+    visits = plan(group_sizes_E, M, rows, before)
     w_blocks = (cut.stages, side_by_side, *((width, depth) if transpose_w else (depth, width)))
     made = plgpu.kernel(
         functools.partial(
@@ -503,6 +529,16 @@ def count(M, E, D, F, *, on: Target, matrices=1, which="forward", group_sizes_E=
     return Count(
         sum(k.flops for k in kernels), sum(k.hbm_bytes for k in kernels), max(k.fast_memory_bytes for k in kernels)
     )
+
+
+def count_integers(M, E, D, F, *, on: Target, form: integers.Form, group_sizes_E) -> Count:
+    """Of grouped_matmul with matrices of integers."""
+    cut = _cut_for_integers(on, M, (E, F, D), form.groups(D), form.values)
+    if cut is not None:
+        return integers.count_blocks(form, cut.rows, cut.memory, M, D, F, group_sizes_E, 2, parts=cut.parts)
+    settings = _settings_for(on, M, E, {"programs": 1})
+    wide = _count_products(settings, np.asarray(group_sizes_E), M, D, F, inputs=1, products=1, results=1)
+    return integers.count_dequantised(form, wide, M, E, D, F, 2)
 
 
 def _count_products(settings, sizes_E, M, D, F, *, inputs, products, results) -> Count:

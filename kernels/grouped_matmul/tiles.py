@@ -47,18 +47,19 @@ def capacity(M: int, E: int, tile: int) -> int:
 
 
 @functools.partial(jax.jit, static_argnames=("M", "tile", "cover"))
-def plan(group_sizes_E, M: int, tile: int, *, cover: str) -> Visits:
+def plan(group_sizes_E, M: int, tile: int, before=0, *, cover: str) -> Visits:
     """The list for M > 0 rows in tiles of `tile`. Groups that run over M are cut there.
 
     Args:
+        before: rows before the first group. Tiles with none but these have no entry, or one where there is no other.
         cover: "tiles" if every tile must be visited, because a kernel writes a result per tile: tiles after the last
             group get one entry each, with the expert before them, so that no matrix is fetched for it.
             "experts" if every expert must be visited, because it writes a result per expert: an expert without rows
             gets one entry, with the tile of the entry before.
     """
     tiles, E = -(-M // tile), group_sizes_E.shape[0]
-    end_E = jnp.minimum(jnp.cumsum(group_sizes_E, dtype=jnp.int32), M)
-    begin_E = jnp.concatenate([jnp.zeros(1, jnp.int32), end_E[:-1]])
+    end_E = jnp.minimum(before + jnp.cumsum(group_sizes_E, dtype=jnp.int32), M)
+    begin_E = jnp.append(jnp.int32(before), end_E[:-1])
     some_E = end_E > begin_E
     first_E = jnp.minimum(begin_E // tile, tiles - 1)
     count_E = jnp.where(some_E, (end_E - 1) // tile - first_E + 1, int(cover == "experts"))
@@ -76,7 +77,7 @@ def plan(group_sizes_E, M: int, tile: int, *, cover: str) -> Visits:
     count = stop_E[-1]
     if cover == "tiles":
         count += tiles - -(-end_E[-1] // tile)
-    return Visits(expert_Z, tile_Z, begin_Z, end_Z, count)
+    return Visits(expert_Z, tile_Z, begin_Z, end_Z, jnp.maximum(count, 1))  # a grid has at least one step
 
 
 @functools.partial(jax.jit, static_argnames="E")

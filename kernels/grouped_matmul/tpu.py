@@ -44,22 +44,28 @@ from jax.experimental.pallas import tpu as pltpu
 
 from ..counts import Count
 from ..target import block_sizes, require
-from . import tiles
+from ..weight_only_matmul import tpu as weight_only
+from . import integers, tiles
 from .blocks import BLOCKS, TPU_CORES, TPU_MEMORY, shape_class
-from .gradients import with_gradients
+from .gradients import Scaled, with_gradients
 
 LANES = 128  # width of a register: panels begin at its multiples
 
 
 def grouped_matmul(x_MD, w, group_sizes_E, *, transpose_w=False, **blocks):
     """Returns [M, F] in x's dtype. `blocks` replace entries of the table in blocks.py."""
+    if isinstance(w, Scaled):
+        return integers.grouped_matmul(_for_integers(x_MD, w), True, x_MD, w, group_sizes_E.astype(jnp.int32))
     settings = _settings(x_MD, w, blocks)
     _must_fit(settings, x_MD, w.shape[1 if transpose_w else 2])
     return _matmul(settings, transpose_w, x_MD, w, group_sizes_E.astype(jnp.int32))
 
 
 def grouped_swiglu(x_MD, gate_EFD, up_EFD, group_sizes_E, **blocks):
-    """Returns [M, F] in x's dtype; both products and silu are one kernel."""
+    """Returns [M, F] in x's dtype; both products and silu are one kernel, of integers two."""
+    if isinstance(gate_EFD, Scaled):
+        settings = _for_integers(x_MD, gate_EFD, up_EFD)
+        return integers.grouped_swiglu(settings, x_MD, gate_EFD, up_EFD, group_sizes_E.astype(jnp.int32))
     settings = _settings(x_MD, gate_EFD, blocks)
     _must_fit(settings, x_MD, gate_EFD.shape[1], products=2)
     if up_EFD.dtype != gate_EFD.dtype:
@@ -84,6 +90,26 @@ def _settings(x_MD, w, blocks) -> Settings:
     if 0 in x_MD.shape or 0 in w.shape:
         raise NotImplementedError(f"needs at least one row, expert and column, got {x_MD.shape} and {w.shape}")
     return settings_for(on, x_MD.shape[0], w.shape[0], **blocks)
+
+
+def _for_integers(x_MD, *ws) -> integers.Settings:
+    G, w, M = integers.groups_of(ws), ws[0], x_MD.shape[0]
+    settings = _settings(x_MD, jax.ShapeDtypeStruct(w.shape, x_MD.dtype), {})
+    _must_fit(settings, x_MD, w.shape[1], products=len(ws))
+    cut = _cut_for_integers(require("tpu"), M, w.shape, G, w.values.dtype, w.offset is not None, x_MD.dtype)
+    return integers.Settings(
+        weight_only.multiply_blocks, cut, settings.interpret, weight_only.dequantise, _products, settings
+    )
+
+
+def _cut_for_integers(on, M, shape, G, values, offset, dtype):
+    """How blocks of rows are multiplied by integers [E, F, D]; None for many rows of each expert."""
+    E, F, D = shape
+    bits, copies = weight_only.check(dtype, D, G, values), max(1, LANES * G // D)  # short groups share a product
+    rows = integers.block_rows(M, E, weight_only.SUBLANES, weight_only.MOST_COPIED // copies)
+    return rows and weight_only.choose_cut(
+        on, rows, F, D, G, bits, offset, dtype, jnp.float32, visits=min(M, E), stack=E
+    )
 
 
 def _must_fit(settings, x_MD, F, products=1):
@@ -235,13 +261,15 @@ def _product_kernel(
 
 
 @functools.partial(jax.jit, static_argnums=(0,), static_argnames=("transpose_w", "finish", "results"))
-def _products(settings, xs, ws, group_sizes_E, *, transpose_w, finish, results):
-    """As with_gradients wants it: `results` arrays [M, F] in x's dtype."""
+def _products(settings, xs, ws, group_sizes_E, before=0, *, transpose_w, finish, results):
+    """As with_gradients wants it: `results` arrays [M, F] in x's dtype. The first `before` rows are those of experts
+    that are not in ws, and may hold anything.
+    """
     (M, D), dtype = xs[0].shape, xs[0].dtype
     E, F = ws[0].shape[0], ws[0].shape[1 if transpose_w else 2]
     tile, products, inputs = settings.tile, len(ws), len(xs)
     panels = product_panels(settings, D, F, products=products, inputs=inputs, results=results, itemsize=dtype.itemsize)
-    visits = tiles.plan(group_sizes_E, M, tile, cover="tiles")
+    visits = tiles.plan(group_sizes_E, M, tile, before, cover="tiles")
     run_Z, expert_of_run, runs = tiles.runs(visits, E)
     per_core = panels.number // panels.cores
 
@@ -412,6 +440,19 @@ def count_weight_gradient(settings, M, A, C, group_sizes_E, *, itemsize=2) -> Co
     a_count, c_count = -(-A // panels.a), -(-C // panels.c)
     numbers = min(tiles_read * settings.tile, M) * (c_count * A + a_count * C) + group_sizes_E.shape[0] * A * C
     return Count(2 * rows * panels.a * a_count * panels.c * c_count, numbers * itemsize, panels.memory)
+
+
+def count_integers(M, E, D, F, *, on, form: integers.Form, group_sizes_E, dtype=jnp.bfloat16) -> Count:
+    """Of grouped_matmul with matrices of integers."""
+    item = jnp.dtype(dtype).itemsize
+    cut = _cut_for_integers(on, M, (E, F, D), form.groups(D), form.values, form.offset, dtype)
+    if cut is not None:
+        sizes = M, D, F, group_sizes_E, item
+        together = weight_only.SUBLANES if weight_only.stored_by_group(E, form.groups(D)) else 1
+        times = {"products": cut.copies, "x_reads": -(-F // cut.outputs), "together": together}
+        return integers.count_blocks(form, cut.rows, cut.memory, *sizes, **times)
+    wide = count_product(settings_for(on, M, E), M, D, F, group_sizes_E, itemsize=item)
+    return integers.count_dequantised(form, wide, M, E, D, F, item)
 
 
 def count(M, D, F, group_sizes_E, *, on, itemsize=2, swiglu=False, **blocks) -> dict[str, Count]:

@@ -16,8 +16,10 @@ offsets go from memory to registers, two of each per thread and group, and are a
 Many rows are left to "xla": it writes the weight in bfloat16 once, which costs little beside their product, while this
 kernel reads x again for each 64 outputs.
 
+The weight may be one of a stack, chosen at run time for each of several blocks of rows (kernels/grouped_matmul).
+
 M rows, I inputs, O outputs, G groups, X rows filled up to a multiple of 8, P parts, U units: groups, or equal parts of
-long ones.
+long ones. E weights of a stack, Z blocks of rows.
 """
 
 import functools
@@ -52,16 +54,27 @@ def weight_only_matmul(x_MI, values_OI, scale_OG, offset_OG, *, dtype, **blocks)
     M = math.prod(x_MI.shape[:-1])
     if x_MI.dtype != jnp.bfloat16:
         raise NotImplementedError(f"needs x in bfloat16, got {x_MI.dtype}")
+    cut = choose_cut(on, M, *check(O, I, G, values_OI.dtype), **blocks)
+    check_jax()
+    static = cut, jnp.dtype(dtype), on.interpret
+    return _product(static, x_MI.reshape(M, I), values_OI, scale_OG, offset_OG).reshape(*x_MI.shape[:-1], O)
+
+
+def check_jax():
+    if not hasattr(plgpu, "store"):
+        raise NotImplementedError("needs jax 0.12, whose Mosaic GPU stores any layout of registers to GMEM")
+
+
+def check(O, I, G, values):
+    """(O, I, G, bits) of a weight of integers of the dtype `values`; NotImplementedError where it is not taken."""
     if not O or O % ROWS:
         raise NotImplementedError(f"needs outputs that are a multiple of {ROWS}, got {O}")
     if I // G not in (16, 32, 64) and (I // G) % LONGEST:
         raise NotImplementedError(f"needs groups of 16, 32, 64 or a multiple of {LONGEST} inputs, got {I // G}")
-    bits = 4 if values_OI.dtype == jnp.int4 else 8
+    bits = 4 if values == jnp.int4 else 8
     if I * bits % 256:
         raise NotImplementedError(f"needs inputs that are a multiple of {256 // bits} for {bits} bits, got {I}")
-    cut = choose_cut(on, M, O, I, G, bits, **blocks)
-    static = cut, jnp.dtype(dtype), on.interpret
-    return _product(static, x_MI.reshape(M, I), values_OI, scale_OG, offset_OG).reshape(*x_MI.shape[:-1], O)
+    return O, I, G, bits
 
 
 class Cut(NamedTuple):
@@ -75,23 +88,29 @@ class Cut(NamedTuple):
     memory: int  # bytes of shared memory that a program takes
 
 
-def choose_cut(on: Target, M, O, I, G, bits, **blocks) -> Cut:
+def choose_cut(on: Target, M, O, I, G, bits, visits=1, **blocks) -> Cut:
+    """For M rows, in each of `visits` blocks."""
     if not 0 < M <= MOST_ROWS:
         raise NotImplementedError(f"needs 1 to {MOST_ROWS} rows, got {M}: with more 'xla' dequantises the weight once")
     wanted = {**block_sizes(BLOCKS, on, "few"), **blocks}
     rows, steps = -(-M // COLUMNS) * COLUMNS, -(-I // DEPTH)
     stage = DEPTH * (ROWS * bits // 8 + 2 * rows) + 16  # and two barriers
-    parts = max(1, min(-(-wanted["programs"] // (O // ROWS)), steps // wanted["steps"]))
+    parts = max(1, min(-(-wanted["programs"] // (O // ROWS * visits)), steps // wanted["steps"]))
     together = 2 if 2 * (WIDE + wanted["least_stages"] * stage) <= SHARED_MEMORY else 1  # programs of a multiprocessor
     stages = min(wanted["stages"], (SHARED_MEMORY // together - WIDE) // stage)
     return Cut(rows, min(I // G, LONGEST), I // G, parts, stages, WIDE + stages * stage)
 
 
-def _kernel(x_ref, values_ref, scale_ref, *refs, cut, terms, inputs):
-    *offset_refs, out_ref, x_smem, values_smem, wide, filled, drained = refs
-    outputs = pl.ds(lax.axis_index("tile") * ROWS, ROWS)
+def _kernel(x_ref, values_ref, scale_ref, *refs, cut, terms, inputs, stack):
+    *refs, out_ref, x_smem, values_smem, wide, filled, drained = refs
+    offset_refs, visit_refs = refs[: 2 * (terms - 1)], refs[2 * (terms - 1) :]
+    outputs, z = pl.ds(lax.axis_index("tile") * ROWS, ROWS), lax.axis_index("visit")
     part, steps = lax.axis_index("part"), -(-inputs // DEPTH)
     first, end = lax.div(part * steps, cut.parts), lax.div((part + 1) * steps, cut.parts)
+    expert = 0
+    if stack:
+        expert_Z, number = visit_refs
+        expert, end = expert_Z[z], jnp.where(z < number[0], end, first)
 
     @pl.when(lax.axis_index("warpgroup") == COPIER)
     def _copy():
@@ -103,9 +122,10 @@ def _kernel(x_ref, values_ref, scale_ref, *refs, cut, terms, inputs):
             def _():
                 plgpu.barrier_wait(drained.at[stage])
 
+            rows = pl.ds(pl.multiple_of(z * cut.rows, COLUMNS), cut.rows)
             at = pl.ds((first + turn) * DEPTH, DEPTH)  # inputs beyond the end arrive as zeros
-            plgpu.copy_gmem_to_smem(values_ref.at[outputs, at], values_smem.at[stage], filled.at[stage])
-            plgpu.copy_gmem_to_smem(x_ref.at[:, at], x_smem.at[stage], filled.at[stage])
+            plgpu.copy_gmem_to_smem(values_ref.at[expert, outputs, at], values_smem.at[stage], filled.at[stage])
+            plgpu.copy_gmem_to_smem(x_ref.at[rows, at], x_smem.at[stage], filled.at[stage])
 
     def along_outputs(s):
         return lax.broadcast_in_dim(s, (ROWS, cut.rows), [0])
@@ -127,11 +147,11 @@ def _kernel(x_ref, values_ref, scale_ref, *refs, cut, terms, inputs):
             factors = []
             for n in range(0, DEPTH, cut.unit):  # of a unit beyond the end: those of the last, for zeros
                 group = lax.div(jnp.minimum(begin + n, inputs - 1), cut.group)
-                found = [load(scale_ref, (outputs, group), 1)]
+                found = [load(scale_ref, (expert, outputs, group), 1)]
                 if terms > 1:
                     offset_ref, x_sums_ref = offset_refs
                     unit = lax.div(begin + n, cut.unit)
-                    found += [load(offset_ref, (outputs, group), 1), load(x_sums_ref, (unit,), 0)]
+                    found += [load(offset_ref, (expert, outputs, group), 1), load(x_sums_ref, (z, unit), 0)]
                 factors.append(found)
             plgpu.barrier_wait(filled.at[stage])
             # In layouts whose loads of integers and stores of bfloat16 are both wide.
@@ -160,7 +180,7 @@ def _kernel(x_ref, values_ref, scale_ref, *refs, cut, terms, inputs):
 
         start = plgpu.layout_cast(jnp.zeros((ROWS, cut.rows), jnp.float32), plgpu.Layout.WGMMA)
         sums = lax.fori_loop(0, end - first, step, start)
-        plgpu.store(out_ref.at[part, outputs], sums, optimized=False)
+        plgpu.store(out_ref.at[part, z, outputs], sums, optimized=False)
 
 
 def _cells(width, bits):
@@ -168,37 +188,47 @@ def _cells(width, bits):
     return plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(width * bits // 8)  # type: ignore[abstract]
 
 
-@functools.partial(jax.jit, static_argnums=(0,))
-def _multiply(static, x_MI, values_OI, scale_OG, offset_OG):
-    cut, dtype, interpret = static
-    (M, I), O = x_MI.shape, values_OI.shape[0]
-    bits = 4 if values_OI.dtype == jnp.int4 else 8
-    x_XI = jnp.pad(x_MI, ((0, cut.rows - M), (0, 0)))
-    args = [x_XI, values_OI, scale_OG]
-    if offset_OG is not None:
-        sums_UX = jnp.sum(x_XI.reshape(cut.rows, -1, cut.unit).astype(jnp.float32), axis=-1).T
+def multiply_blocks(cut: Cut, interpret, x_ZXI, values_EOI, scale_EOG, offset_EOG=None, visits=()):
+    """Blocks of X = cut.rows rows, each times one weight of a stack: float32 [Z, X, O].
+
+    visits: int32 (expert_Z, number [1]): block z < number is multiplied by weight expert_Z[z], and others give zeros;
+    nothing where all blocks are multiplied by the first.
+    """
+    (Z, X, I), O = x_ZXI.shape, values_EOI.shape[1]
+    bits = 4 if values_EOI.dtype == jnp.int4 else 8
+    args = [x_ZXI.reshape(Z * X, I), values_EOI, scale_EOG]
+    if offset_EOG is not None:
+        sums_ZUX = jnp.sum(x_ZXI.reshape(Z, X, -1, cut.unit).astype(jnp.float32), axis=-1).swapaxes(1, 2)
         units = -(-I // DEPTH) * DEPTH // cut.unit  # those that stages have room for
-        args += [offset_OG, jnp.pad(sums_UX, ((0, units - len(sums_UX)), (0, 0)))]
+        args += [offset_EOG, jnp.pad(sums_ZUX, ((0, 0), (0, units - sums_ZUX.shape[1]), (0, 0)))]
     cells = _cells(min(cut.unit, 64), 16)
     width = next(n for n in (1024 // bits, 512 // bits, 256 // bits) if I % n == 0)
-    parts_POX = plgpu.kernel(
-        functools.partial(_kernel, cut=cut, terms=len(args[2:4]), inputs=I),
-        out_type=jax.ShapeDtypeStruct((cut.parts, O, cut.rows), jnp.float32),
+    parts_PZOX = plgpu.kernel(
+        functools.partial(_kernel, cut=cut, terms=len(args[2:4]), inputs=I, stack=bool(visits)),
+        out_type=jax.ShapeDtypeStruct((cut.parts, Z, O, X), jnp.float32),
         scratch_types=[
-            plgpu.SMEM((cut.stages, cut.rows, DEPTH), x_MI.dtype, transforms=cells),
-            plgpu.SMEM((cut.stages, ROWS, DEPTH), values_OI.dtype, transforms=_cells(width, bits)),
-            plgpu.SMEM((ROWS, DEPTH), x_MI.dtype, transforms=cells),
+            plgpu.SMEM((cut.stages, X, DEPTH), x_ZXI.dtype, transforms=cells),
+            plgpu.SMEM((cut.stages, ROWS, DEPTH), values_EOI.dtype, transforms=_cells(width, bits)),
+            plgpu.SMEM((ROWS, DEPTH), x_ZXI.dtype, transforms=cells),
             plgpu.Barrier(num_arrivals=2, num_barriers=cut.stages),
             plgpu.Barrier(num_barriers=cut.stages),
         ],
-        grid=(O // ROWS, cut.parts),
-        grid_names=("tile", "part"),
+        grid=(O // ROWS, cut.parts, Z),
+        grid_names=("tile", "part", "visit"),
         num_threads=2,
         thread_name="warpgroup",
         interpret=interpret,
         kernel_name="weight_only_few",
-    )(*args)
-    return jnp.sum(parts_POX, axis=0).T[:M].astype(dtype)
+    )(*args, *visits)
+    return jnp.sum(parts_PZOX, axis=0).swapaxes(1, 2)
+
+
+@functools.partial(jax.jit, static_argnums=(0,))
+def _multiply(static, x_MI, values_OI, scale_OG, offset_OG):
+    cut, dtype, interpret = static
+    x_XI = jnp.pad(x_MI, ((0, cut.rows - len(x_MI)), (0, 0)))
+    stack = [None if s is None else s[None] for s in (values_OI, scale_OG, offset_OG)]
+    return multiply_blocks(cut, interpret, x_XI[None], *stack)[0, : len(x_MI)].astype(dtype)
 
 
 _product = with_gradient(_multiply)

@@ -20,6 +20,7 @@ TINY = {
     "grouped_matmul": "M=24,E=4,D=16,F=8",
     "grouped_swiglu": "M=24,E=4,D=16,F=8",
     "weight_only_matmul": "M=3,O=24,I=64,group=32,offset=1",
+    "grouped_weight_only": "M=24,E=4,D=64,F=8,group=32,offset=1",
 }
 TIMED = ("flash_attention", "grouped_matmul")  # an attention with its rivals, and a product with both passes
 

@@ -71,6 +71,15 @@ def test_what_it_refuses_goes_to_xla(rows, O, I, group, dtype, message):
         weight_only_matmul(x, *parts, implementation="gpu")
 
 
+def test_an_older_jax_goes_to_xla(monkeypatch):
+    monkeypatch.delattr(gpu.plgpu, "store", raising=False)
+    parts, x = drawn(64, 128, 4), jnp.ones((1, 128), jnp.bfloat16)
+    with simulated(KIND, params.InterpretGPUParams()):
+        with pytest.raises(NotImplementedError, match=r"needs jax 0.12"):
+            weight_only_matmul(x, *parts, implementation="gpu")
+        assert weight_only_matmul(x, *parts).shape == (1, 64)
+
+
 @pytest.mark.parametrize(("O", "I"), [(18944, 3584), (3584, 18944), (8192, 29568), (152064, 8192), (3584, 3584)])
 def test_counted(O, I):
     """The weight is read once and, with few rows, little else; programs fill the chip; rings fit in its shared memory.

@@ -245,6 +245,38 @@ def test_a_real_layer_compiles_for_machines_that_are_not_here(where):
 
 
 @pytest.mark.parametrize(
+    ("where", "kernel"),
+    [
+        pytest.param("v5e-8", "tpu_custom_call", marks=[*TPU_COMPILER, pytest.mark.slow]),
+        pytest.param("8xh100", "mosaic_gpu", marks=[*GPU_COMPILER, pytest.mark.slow]),
+    ],
+)
+def test_experts_in_int4_run_the_kernels_on_each_device(where, kernel):
+    """A decode step of the 57B-A14B in groups of 128: devices read what they hold, and only rows cross."""
+    E, D, F, k, tokens = 64, 3584, 2560, 8, 8
+    mesh = machine.mesh_of(machine.parse(where), {"expert": 2, "tensor": 4})
+
+    def like(*shape, names, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.sharding(names, shape, mesh))
+
+    def stored(outputs, inputs, *names):
+        factors = like(E, outputs, inputs // 128, names=names, dtype=jnp.float32)
+        return like(E, outputs, inputs, names=names, dtype=jnp.int4), factors, factors
+
+    names = ("batch", "length", None)
+    chosen, weights = (like(tokens, 1, k, names=names, dtype=dtype) for dtype in (jnp.int32, jnp.float32))
+    gate, down = stored(F, D, "experts", "mlp", None), stored(D, F, "experts", None, "mlp")
+    args = like(tokens, 1, D, names=names), chosen, weights, gate, gate, down
+    compiled = jax.jit(sharding.on(mesh, ops.experts)).lower(*args).compile()
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    kernels = [line for line in text.splitlines() if "custom-call(" in line and kernel in line and "s4[" in line]
+    assert len(kernels) == 3
+    assert memory.argument_size_in_bytes < 1.1 * 3 * E * D * F // 8 * (0.5 + 8 / 128)
+    assert memory.temp_size_in_bytes < 2**23
+    assert all(crossing.bytes <= 4 * tokens * k * D for crossing in hlo.collectives(text, range(8)))
+
+
+@pytest.mark.parametrize(
     ("choices", "devices", "itemsize", "better"),
     [
         (8, 8, 2, "all_to_all"),
