@@ -215,7 +215,7 @@ def random_traffic(draw: random.Random) -> None:
 def chunks_until_answered(traffic: Traffic, number: int) -> int:
     """Calls with chunks of prompts, from now until the one before that with the request's row."""
     calls = len(traffic.programs.calls)
-    while not any(one.number == number for one in traffic.programs.calls[-1].rows):
+    while not traffic.programs.calls or all(one.number != number for one in traffic.programs.calls[-1].rows):
         traffic.step(1)
     return sum(bool(plan.chunks) for plan in traffic.programs.calls[calls:-1])
 
@@ -242,6 +242,14 @@ def test_a_long_prompt_does_not_hold_up_short_ones():
     first, second = (traffic.add(asked_for(10 * PAGE, first=n)) for n in (5, 6))
     assert chunks_until_answered(traffic, first) == 10
     assert chunks_until_answered(traffic, second) == 9  # and one beside the row of the first
+    traffic.finish()
+
+
+def test_short_prompts_do_not_overtake_urgent_ones():
+    traffic = quiet()
+    traffic.add(asked_for(9, first=1, priority=1))
+    number = traffic.add(asked_for(10 * PAGE, first=2))
+    assert chunks_until_answered(traffic, number) == 10
     traffic.finish()
 
 
