@@ -133,8 +133,8 @@ class FakePrograms:
         assert len(plan.rows) <= self.shapes.rows[-1] and 1 <= plan.steps <= STEPS
         assert all(len(one.pages) <= self.shapes.pages[-1] for one in plan.rows)
         assert len(plan.rows) == len(source) == len(requests) and len(plan.chunks) == len(prompts)
-        assert not plan.chunks or (plan.steps == 1 and plan.shape in self.shapes.chunks)
-        assert len(plan.chunks) <= plan.shape[0] or not plan.chunks
+        if plan.chunks:
+            assert plan.steps == 1 and plan.shape in self.shapes.chunks and len(plan.chunks) <= plan.shape[0]
         fed = [one.number for one in plan.rows] + [chunk.answering.number for chunk in plan.chunks]
         assert len(fed) == len(set(fed)), "a request twice in a call"
         self.calls.append(plan)
@@ -161,6 +161,7 @@ class FakePrograms:
             return DeviceRow(asked, len(request.tokens) - 1, 0, False)
         row = state.rows[source]
         assert row.asked is asked, "continues the row of another request"
+        assert row.count < request.sampling_params.max_new_tokens, "a row that the host knows to be at its end"
         return dataclasses.replace(row)
 
     def _fill(self, weights: int, slots: np.ndarray, chunk, most: int, asked: Asked) -> None:
