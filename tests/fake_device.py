@@ -14,7 +14,7 @@ import numpy as np
 from qwen2_jax.infer.engine.pages import PAGE, RESERVED
 from qwen2_jax.infer.engine.requests import CheckedRequest, Request
 from qwen2_jax.infer.engine.sampling_params import SamplingParams
-from qwen2_jax.infer.engine.scheduler import Plan
+from qwen2_jax.infer.engine.scheduler import StepPlan
 from qwen2_jax.infer.engine.step import STEPS, Made
 from qwen2_jax.infer.engine.step_programs import StepShapes
 
@@ -107,7 +107,7 @@ class FakePrograms:
     def __init__(self, shapes: StepShapes):
         self.shapes = shapes
         self.asked: dict[int, Asked] = {}  # by the identity of the request: equal requests are two
-        self.calls: list[Plan] = []
+        self.calls: list[StepPlan] = []
         self.state = FakeState(np.zeros((0, PAGE), np.uint64), [])
 
     def new_state(self, pages: int) -> FakeState:
@@ -127,7 +127,7 @@ class FakePrograms:
         self.state = FakeState(slots, state.rows)
         return self.state
 
-    def advance(self, params: int, state: FakeState, plan: Plan, source, requests, prompts):
+    def advance(self, params: int, state: FakeState, plan: StepPlan, source, requests, prompts):
         assert state is self.state, "an array that was donated"
         assert plan.rows or plan.chunks, "a call that does nothing"
         assert len(plan.rows) <= self.shapes.rows[-1] and 1 <= plan.steps <= STEPS

@@ -22,6 +22,7 @@ from qwen2_jax.ops.per_device import before_weights, on_each_device, per_row, wi
 
 PAGES = ("layers", None, "kv_heads", None, None)
 HEADS = (None, None, "heads", None)
+NOWHERE = 2**30  # a page that no cache has
 
 
 @jax.tree_util.register_dataclass
@@ -29,7 +30,7 @@ HEADS = (None, None, "heads", None)
 class PageLayout:
     """Where the M tokens of a step lie in a paged cache, int32: page and slot of each; the pages of each row's tokens.
 
-    Slot s of page p of a row holds the token at position p * Y + s. Page 0 is for padding: it is written, never seen.
+    Slot s of page p of a row holds the token at position p * Y + s. Padding is in page NOWHERE, and not written.
     rows_BP: of the first B tokens, one for each row. prompts_RP: of the chunks of prompts behind them; None: no chunks.
     """
 
@@ -51,7 +52,7 @@ class PageLayout:
             positions_RC = positions_M[B:].reshape(len(prompts_RP), -1)
             page_M = jnp.concatenate([page_M, pages_of(positions_RC, prompts_RP)])
         some_M = positions_M >= 0
-        return cls(jnp.where(some_M, page_M, 0), jnp.where(some_M, positions_M % length, 0), rows_BP, prompts_RP)
+        return cls(jnp.where(some_M, page_M, NOWHERE), jnp.where(some_M, positions_M % length, 0), rows_BP, prompts_RP)
 
 
 def write_pages(
@@ -65,7 +66,7 @@ def write_pages(
 
     def run(caches, new_M1KH, page_M, slot_M, repeat):
         def write(cache, new):
-            return cache.at[repeat, page_M, :, slot_M].set(new[:, 0].astype(cache.dtype))
+            return cache.at[repeat, page_M, :, slot_M].set(new[:, 0].astype(cache.dtype), mode="drop")
 
         return jax.tree.map(write, caches, new_M1KH)
 

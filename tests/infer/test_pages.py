@@ -153,5 +153,5 @@ def test_nothing_computed_before_new_weights_is_found_after_them():
 
 
 def test_too_few_pages():
-    with pytest.raises(ValueError, match="more than 2 pages, got 2"):
+    with pytest.raises(ValueError, match="more than 1 pages, got 1"):
         Pages(RESERVED)

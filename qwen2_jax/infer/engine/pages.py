@@ -17,8 +17,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 PAGE = 128  # slots: what the kernels for TPU and GPU take at every head width and dtype
-RESERVED = 2  # page 0 takes what padding writes; page 1 is ZEROS
-ZEROS = 1
+ZEROS = 0  # a page that nobody is given
+RESERVED = 1  # pages that nobody is given
 
 
 class Pages:

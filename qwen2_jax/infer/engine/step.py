@@ -169,7 +169,7 @@ def _one_step(
         )
     prompts_RP = None if prompts is None else prompts.table_RP
     pages = ops.PageLayout.of(positions_M, rows.table_BP, prompts_RP, state.history.shape[1])
-    history = state.history.at[pages.page_M, pages.slot_M].set(tokens_M)
+    history = state.history.at[pages.page_M, pages.slot_M].set(tokens_M, mode="drop")
     out = model(
         tokens_M[:, None],
         rope=rotary,
