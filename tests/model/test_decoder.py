@@ -78,9 +78,8 @@ def test_padding_changes_nothing(name):
 
 @pytest.mark.parametrize(
     ("name", "unroll"),
-    [
-        ("sliding", False),
-        *slow(("dual_chunk", False), ("dense", True), ("moe_mixed", False)),  # test_generate.py decodes such models
+    [  # quick: test_generate.py decodes such models, and test_engine.py
+        *slow(("sliding", False), ("dual_chunk", False), ("dense", True), ("moe_mixed", False)),
         *slow(("dense", False), ("untied", False), ("moe", False), ("moe_mixed", True)),
     ],
 )
