@@ -17,6 +17,7 @@ from tiny import random_params
 from .test_generate import VARIANTS, make, prompt
 
 ROWS = 4
+FEW = RESERVED + 6  # pages
 ASKED = [  # tokens of the prompt, sampling parameters
     (1, {"max_new_tokens": 20}),
     (40, {"max_new_tokens": 30, "temperature": 1.0, "top_p": 0.9, "seed": 1}),
@@ -42,7 +43,7 @@ def programs_of(generator, **options):
     )  # fmt: skip
 
 
-def answers(programs, params, requests, pages=64, mode="auto", **options):
+def answers(programs, params, requests, pages=FEW, mode="auto", **options):
     """(tokens, logprobs, finish_reason) of each request, and the engine after them."""
     engine = Engine(programs, params, pages, **options)
     numbers = [engine.add(request, mode) for request in requests]
@@ -62,7 +63,7 @@ def test_answers_are_the_generators(name, given):
     generator = make(changes, unroll)
     requests = [generator.check(Request(prompt(n), SamplingParams(**options)), mode) for n, options in given]
     got, _ = answers(programs_of(generator), generator.params, requests, mode=mode)
-    for one, want in zip(got, (generator.run([request], mode)[0] for request in requests), strict=True):
+    for one, want in zip(got, generator.run(requests, mode), strict=True):
         assert (one[0], one[2]) == (want[0], want[2])
         # float32 logits of a few units, by other products: their last bits differ
         np.testing.assert_allclose(one[1], want[1], rtol=0, atol=5e-5)
@@ -90,9 +91,7 @@ def test_an_answer_depends_on_nothing_else_that_runs(narrow, given, monkeypatch)
     assert answers(programs, generator.params, requests)[0] == alone
     monkeypatch.setattr("qwen2_jax.infer.engine.scheduler.FIRST_TOKENS", 1)
     again, engine = answers(programs, generator.params, [*requests, *requests])
-    assert again == alone * 2 and engine.scheduler.found > 0
-    again, engine = answers(programs, generator.params, [*requests, *requests], pages=RESERVED + 3)
-    assert again == alone * 2 and engine.scheduler.preemptions > 0
+    assert again == alone * 2 and engine.scheduler.found > 0 and engine.scheduler.preemptions > 0
     assert len(programs.programs) == len(set(programs.programs))
     answers(programs, generator.params, requests[::-1])
     before = len(programs.programs)
@@ -102,7 +101,7 @@ def test_an_answer_depends_on_nothing_else_that_runs(narrow, given, monkeypatch)
 
 def test_what_was_given_up_is_heard_of_no_more(narrow):
     generator, programs = narrow
-    engine = Engine(programs, generator.params, 64)
+    engine = Engine(programs, generator.params, FEW)
     first, second = (engine.add(request) for request in asked(generator)[:2])
     alone = answers(programs, generator.params, asked(generator)[1:2])[0][0]
     events = engine.step() + engine.step()
@@ -121,6 +120,6 @@ def test_numbers_that_are_not_finite_stay_with_their_request(narrow):
     bad = generator.check(Request((7, 7, 7), SamplingParams(max_new_tokens=4, temperature=1.0)))
     assert good
     alone = [answers(programs, wrong, [request])[0][0] for request in good]
-    got, _ = answers(programs, wrong, [bad, *good, bad, *good], pages=RESERVED + 3)
+    got, _ = answers(programs, wrong, [bad, *good, bad, *good])
     assert [one[2] for one in got[:: len(good) + 1]] == ["not_finite"] * 2
     assert [one for one in got if one[2] != "not_finite"] == [one for one in alone if one[2] != "not_finite"] * 2

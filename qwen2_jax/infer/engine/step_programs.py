@@ -113,7 +113,8 @@ class StepPrograms:
         """One call. source, requests: of plan.rows; prompts: of plan.chunks."""
         B = next(n for n in self.shapes.rows if n >= min(plan.wanted, self.shapes.rows[-1]))
         chunked = any(row.chunk_len != FULL for _, row in [*requests, *prompts])
-        rows = self._rows(plan.rows, source, requests, B, chunked)
+        # Without rows the programs for those that the prompts will be.
+        rows = self._rows(plan.rows, source, requests or prompts[:B], B, chunked)
         chunks = self._prompts(plan.chunks, prompts, plan.shape, chunked) if plan.chunks else None
         program, _ = self._for_pages(state)
         return program(params, state, *jax.device_put((rows, chunks, np.int32(plan.steps)), self.shardings.replicated))
@@ -139,7 +140,7 @@ class StepPrograms:
         rotary, params = self._settings[1][1]
         token_B, position_B, source_B = np.zeros(B, np.int32), np.full(B, -1, np.int32), np.full(B, -1, np.int32)
         source_B[: len(source)] = source
-        for n, (request, _) in enumerate(requests):
+        for n, (request, _) in enumerate(requests[: len(answering)]):
             token_B[n], position_B[n] = request.tokens[-1], len(request.tokens) - 1
         table_BP = _table([one.pages for one in answering], B, self.shapes.pages[-1])
         most = self._gathered(answering) if params.penalised or params.reads_history else 0
